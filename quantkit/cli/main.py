@@ -1,0 +1,77 @@
+"""The `quantkit` command: registers the verbs and turns errors into two lines and an exit code.
+
+Exit codes: 0 done, 1 a gate failed, 2 the user's mistake or an impossible request, 130 interrupted.
+Importing this imports neither torch nor transformers; each verb imports what it needs when it runs.
+"""
+
+import errno
+import os
+import sys
+
+import click
+import typer
+
+from quantkit import __version__
+from quantkit.errors import OutputError, QuantkitError
+
+app = typer.Typer(
+    name="quantkit",
+    help="Quantize a language model, measure what it cost, and run the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Quantize a language model, measure what it cost, and run the result."""
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line (default: this process's own) and return its exit code."""
+    try:
+        result = app(args=arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except QuantkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        return 0
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {_disk_error(error)}", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
+
+def _disk_error(error: OSError) -> OutputError:
+    place = f"{error.filename}: " if error.filename else ""
+    fix = "free some space, then run the same command again: finished work is kept"
+    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        fix = "give a folder that you may write to (or read from)"
+    return OutputError(f"{place}{error.strerror}", fix=fix)

@@ -1,0 +1,42 @@
+"""Integer codes <-> the int32 words of compressed-tensors' pack-quantized format.
+
+A signed b-bit code q is stored unsigned as u = q + 2^(b−1). Element i of a row takes bits i·b … i·b+b−1 of
+the row's little-endian bit stream, element 0 in the lowest bits of word 0; unused high bits are 0:
+
+    b = 4:   word 0 = | u7 | u6 | u5 | u4 | u3 | u2 | u1 | u0 |     (bit 31 … bit 0)
+
+Only b in {2, 4, 8} is offered: for the others two published versions of the format disagree.
+"""
+
+import torch
+from torch import Tensor
+
+PACKABLE_BITS = (2, 4, 8)
+
+
+def packed_width(num_codes: int, bits: int) -> int:
+    """Words that hold a row of num_codes codes."""
+    return -(-num_codes * bits // 32)
+
+
+def pack(codes_NK: Tensor, bits: int) -> Tensor:
+    """Signed codes, int8 [N, K] in [−2^(b−1), 2^(b−1)−1], to int32 [N, ceil(K·b/32)]."""
+    assert bits in PACKABLE_BITS, f"{bits}-bit codes have no settled layout"
+    num_rows, num_codes = codes_NK.shape
+    per_word = 32 // bits
+    unsigned = codes_NK.to(torch.int32) + 2 ** (bits - 1)
+    unsigned = torch.nn.functional.pad(unsigned, (0, -num_codes % per_word))
+    words = unsigned.view(num_rows, -1, per_word)
+    packed = words[..., 0].clone()
+    for slot in range(1, per_word):
+        packed |= words[..., slot] << (slot * bits)  # int32 shifts wrap into the sign bit as intended
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """The inverse of `pack`: int32 [N, W] to int8 [N, num_codes]."""
+    assert bits in PACKABLE_BITS, f"{bits}-bit codes have no settled layout"
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    unsigned = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    signed = (unsigned - 2 ** (bits - 1)).to(torch.int8)
+    return signed.view(packed.shape[0], -1)[:, :num_codes]
