@@ -148,7 +148,7 @@ def tensor_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's storage as bytes, without a copy where it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _fill(tensor: Tensor, info: TensorInfo, position: int) -> None:
