@@ -71,7 +71,8 @@ def _collect_lines(node: yaml.Node | None, path: str, lines: dict[str, int], fil
             inner = f"{path}.{key.value}" if path else str(key.value)
             if inner in lines:
                 raise RecipeError(
-                    f"{file}:{key.start_mark.line + 1}: {inner} is given twice", fix="remove one of the two lines"
+                    f"{file}:{key.start_mark.line + 1}: {inner} is given twice",
+                    fix="remove one of the two lines",
                 )
             lines[inner] = key.start_mark.line + 1
             _collect_lines(value, inner, lines, file)
@@ -88,7 +89,9 @@ def _apply(content: dict[str, Any], setting: str) -> None:
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {setting}: the value is not valid YAML ({_first_line(error)})", fix="quote it") from None
+        raise RecipeError(
+            f"--set {setting}: the value is not valid YAML ({_first_line(error)})", fix="quote it"
+        ) from None
     *parents, last = key.strip().split(".")
     place: Any = content
     for part in parents:
@@ -115,13 +118,17 @@ def _position(place: list[Any], part: str, setting: str) -> int:
     raise RecipeError(f"--set {setting}: {part} is not a place in a list of {len(place)}", fix="count from 0")
 
 
-def _invalid(error: ValidationError, file: Path, lines: dict[str, int], settings: tuple[str, ...]) -> RecipeError:
+def _invalid(
+    error: ValidationError, file: Path, lines: dict[str, int], settings: tuple[str, ...]
+) -> RecipeError:
     first = error.errors()[0]
     names = [str(part) for part in first["loc"]]
     known = {*Recipe.model_fields, *Override.model_fields}
     path = ".".join(name for name in names if name in known or name.isdecimal() or name == names[0])
     from_setting = next((setting for setting in settings if setting.partition("=")[0].strip() == path), None)
-    place = f"--set {from_setting}" if from_setting else f"{file}:{lines[path]}" if path in lines else str(file)
+    place = (
+        f"--set {from_setting}" if from_setting else f"{file}:{lines[path]}" if path in lines else str(file)
+    )
     if first["type"] == "extra_forbidden":
         fields = Override.model_fields if names[0] == "overrides" else Recipe.model_fields
         unknown = names[-1]
@@ -132,7 +139,9 @@ def _invalid(error: ValidationError, file: Path, lines: dict[str, int], settings
     if first["type"] == "missing":
         return RecipeError(f"{place}: `{path}` is missing", fix=_keys_hint())
     message = first["msg"].removeprefix("Value error, ")
-    return RecipeError(f"{place}: {path} = {first['input']!r}: {message[0].lower()}{message[1:]}", fix=_keys_hint())
+    return RecipeError(
+        f"{place}: {path} = {first['input']!r}: {message[0].lower()}{message[1:]}", fix=_keys_hint()
+    )
 
 
 def _keys_hint() -> str:

@@ -43,7 +43,8 @@ class Recipe(_Strict):
     description: str = Field("", description="One line for `quantkit recipes`.")
     weights: Weights = Field(description="Number format of the weights.")
     activations: Activations = Field(
-        "none", description="Number format of the inputs of quantized linears, scaled while running; none: 16 bits."
+        "none",
+        description="Number format of the inputs of quantized linears, scaled while running; none: 16 bits.",
     )
     granularity: WeightGranularity = Field(
         "auto",
@@ -69,7 +70,8 @@ class Recipe(_Strict):
         "none", description="Number format of the KV cache. fp8: scale 1.0; int8: scaled while running."
     )
     kv_granularity: Literal["auto", "tensor", "head", "token"] = Field(
-        "auto", description="Which cache entries share a scale. auto: tensor for fp8, token (and head) for int8."
+        "auto",
+        description="Which cache entries share a scale. auto: tensor for fp8, token (and head) for int8.",
     )
     ignore: list[str] = Field([], description="Linears that stay in 16 bits; patterns as in overrides.match.")
     overrides: list[Override] = Field([], description="Other treatments by name; a later match wins.")

@@ -114,7 +114,11 @@ def _auto_group_size(linears: Sequence[LinearInfo], treatments: dict[str, Treatm
     """
     num_inputs = {linear.shape[1] for linear in linears if not treatments[linear.name].keep}
     return max(
-        (size for size in GROUP_SIZES if all(count % size == 0 or count % GROUP_SIZES[0] for count in num_inputs)),
+        (
+            size
+            for size in GROUP_SIZES
+            if all(count % size == 0 or count % GROUP_SIZES[0] for count in num_inputs)
+        ),
         default=GROUP_SIZES[0],
     )
 
@@ -150,7 +154,9 @@ def _weight_granularity(
 ) -> Granularity:
     chosen = treatment.granularity
     if chosen == "auto":
-        chosen = "group" if treatment.weights in ("int2", "int4") or treatment.group_size != "auto" else "channel"
+        chosen = (
+            "group" if treatment.weights in ("int2", "int4") or treatment.group_size != "auto" else "channel"
+        )
     elif chosen != "group" and treatment.group_size != "auto":
         raise RecipeError(
             f"{where}: group_size {treatment.group_size} has no effect with `granularity: {chosen}`",
@@ -195,7 +201,10 @@ def _fits_blocks(scheme: Scheme, members: Sequence[LinearInfo]) -> tuple[Scheme 
         if num_cols % FP8_BLOCK.cols:
             return None, f"its {num_cols} input features do not divide by the block's {FP8_BLOCK.cols}"
         if len(members) > 1 and num_rows % FP8_BLOCK.rows:
-            return None, f"fused, and the {num_rows} outputs of {linear.name} do not divide by {FP8_BLOCK.rows}"
+            return (
+                None,
+                f"fused, and the {num_rows} outputs of {linear.name} do not divide by {FP8_BLOCK.rows}",
+            )
     return scheme, None
 
 
@@ -204,7 +213,8 @@ def _kv_scheme(recipe: Recipe, where: str) -> KVScheme | None:
     if recipe.kv_cache == "none":
         if granularity != "auto":
             raise RecipeError(
-                f"{where}: kv_granularity {granularity} has no effect with `kv_cache: none`", fix="remove one of the two"
+                f"{where}: kv_granularity {granularity} has no effect with `kv_cache: none`",
+                fix="remove one of the two",
             )
         return None
     if granularity == "auto":

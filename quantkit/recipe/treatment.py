@@ -86,7 +86,9 @@ def _matcher(pattern: str, where: str) -> Callable[[str], object]:
     try:
         return re.compile(pattern[3:]).match
     except re.error as error:
-        raise RecipeError(f"{where}: {pattern!r} is not a regular expression ({error})", fix="correct it") from None
+        raise RecipeError(
+            f"{where}: {pattern!r} is not a regular expression ({error})", fix="correct it"
+        ) from None
 
 
 def _check_fused(linears: Sequence[LinearInfo], treatments: dict[str, Treatment], where: str) -> None:
