@@ -1,0 +1,23 @@
+"""Facts per architecture as data: which tensors are linears, which of them are fused, what is refused."""
+
+from quantkit.arch.families import FAMILIES, RUNTIME_FAMILIES, Family, Part, Role
+from quantkit.arch.linears import LinearInfo, Stays, Survey, find_linears, find_stays, survey
+from quantkit.arch.names import layer_of, place_of
+from quantkit.arch.refusals import already_quantized
+
+__all__ = [
+    "FAMILIES",
+    "RUNTIME_FAMILIES",
+    "Family",
+    "LinearInfo",
+    "Part",
+    "Role",
+    "Stays",
+    "Survey",
+    "already_quantized",
+    "find_linears",
+    "find_stays",
+    "layer_of",
+    "place_of",
+    "survey",
+]
