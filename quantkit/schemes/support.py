@@ -1,0 +1,136 @@
+"""Which schemes can be stored and run at all; everything else is refused here, with the reason.
+
+"Run" means that at least one of transformers, vLLM, SGLang and our runtime computes with it.
+"""
+
+from quantkit.errors import SchemeError
+from quantkit.schemes.specs import (
+    FloatSpec,
+    IntSpec,
+    KVScheme,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+)
+
+GROUP_SIZES = (32, 64, 128)
+FP8_BLOCK = PerBlock(128, 128)
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """Raise SchemeError, saying why and what to use instead, unless something can store and run the scheme."""
+    _check_weight(scheme)
+    activation = scheme.activation
+    if activation is None:
+        return
+    if isinstance(activation, IntSpec) and activation.bits != 8:
+        raise SchemeError(
+            f"activations of {activation.bits} bits: no loader has a kernel for them", fix="use int8 or fp8 activations"
+        )
+    if isinstance(scheme.weight, FloatSpec) and isinstance(activation, IntSpec):
+        raise SchemeError(
+            "FP8 weights with INT8 activations: no hardware multiplies them", fix="use fp8 activations, or int8 weights"
+        )
+    if isinstance(scheme.weight, IntSpec) and isinstance(activation, FloatSpec) and scheme.weight.bits != 4:
+        raise SchemeError(
+            f"INT{scheme.weight.bits} weights with FP8 activations: no loader has a kernel for them",
+            fix="use int4 weights with fp8 activations, or int8 with int8, or fp8 with fp8",
+        )
+    if isinstance(scheme.weight, IntSpec) and not scheme.weight.symmetric:
+        raise SchemeError(
+            "asymmetric weights with quantized activations: no loader has a kernel for them",
+            fix="set `symmetric: true`, or keep the activations in 16 bits",
+        )
+    _check_activation_granularity(scheme)
+
+
+def check_kv_scheme(kv: KVScheme) -> None:
+    """Raise SchemeError for a KV cache format that nothing can run."""
+    if kv.dtype == "fp8" and kv.granularity == "token":
+        raise SchemeError(
+            "an FP8 KV cache with one scale per token: no loader has it, and e4m3 gains nothing from it",
+            fix="use `kv_granularity: tensor` or `head`, or `kv_cache: int8`",
+        )
+    if kv.dtype == "int8" and kv.granularity == "tensor":
+        raise SchemeError(
+            "an INT8 KV cache with one scale per tensor: no loader has it",
+            fix="use `kv_granularity: token` (dynamic) or `head` (calibrated)",
+        )
+
+
+def _check_weight(scheme: Scheme) -> None:
+    weight = scheme.weight
+    if isinstance(weight, FloatSpec):
+        if not (isinstance(weight.granularity, PerTensor | PerChannel) or weight.granularity == FP8_BLOCK):
+            raise SchemeError(
+                f"FP8 weights with {_words(weight.granularity)}: no loader has a kernel for them",
+                fix="use one scale per tensor, per channel, or per 128x128 block",
+            )
+        if weight.granularity == FP8_BLOCK and scheme.activation is None:
+            raise SchemeError(
+                "FP8 weights in 128x128 blocks without FP8 activations: no loader has a kernel for them",
+                fix="set `activations: fp8`, or `granularity: channel`",
+            )
+        return
+    if weight.bits not in (2, 4, 8):
+        raise SchemeError(
+            f"INT{weight.bits} weights: two published versions of the format lay these bits out differently",
+            fix="use 2, 4 or 8 bits",
+        )
+    match weight.granularity:
+        case PerGroup(size) if size not in GROUP_SIZES:
+            raise SchemeError(f"group_size {size}: no kernel has it", fix="use 32, 64 or 128")
+        case PerBlock() | PerToken():
+            raise SchemeError(
+                f"INT{weight.bits} weights with {_words(weight.granularity)}: no loader has a kernel for them",
+                fix="use groups or channels",
+            )
+        case PerGroup() if weight.bits == 8 and scheme.activation is not None:
+            raise SchemeError(
+                "INT8 weights in groups with quantized activations: no loader has a kernel for them",
+                fix="use `granularity: channel`, or keep the activations in 16 bits",
+            )
+        case PerTensor() if scheme.activation is None:
+            raise SchemeError(
+                f"INT{weight.bits} weight-only with one scale per tensor: no loader has a kernel for it",
+                fix="use groups or channels",
+            )
+
+
+def _check_activation_granularity(scheme: Scheme) -> None:
+    assert scheme.activation is not None, "the caller looked"
+    granularity = scheme.activation.granularity
+    if scheme.weight.granularity == FP8_BLOCK:
+        if granularity != PerGroup(128):
+            raise SchemeError(
+                "FP8 weights in 128x128 blocks take activations with one dynamic scale per token and 128 channels, "
+                f"not {_words(granularity)}",
+                fix="leave the activation scales of a block scheme at their default",
+            )
+    elif not isinstance(granularity, PerToken | PerTensor):
+        raise SchemeError(
+            f"activations with {_words(granularity)}: no loader has a kernel for them",
+            fix="use one dynamic scale per token, or one static scale per tensor",
+        )
+    if not scheme.activation.symmetric and not isinstance(granularity, PerTensor):
+        raise SchemeError(
+            "asymmetric activations with dynamic scales: no loader has a kernel for them",
+            fix="use symmetric activations, or static scales",
+        )
+
+
+def _words(granularity: object) -> str:
+    match granularity:
+        case PerTensor():
+            return "one scale per tensor"
+        case PerChannel():
+            return "one scale per channel"
+        case PerGroup(size):
+            return f"one scale per group of {size}"
+        case PerBlock(rows, cols):
+            return f"one scale per {rows}x{cols} block"
+        case _:
+            return "one scale per token"
