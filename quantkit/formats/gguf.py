@@ -103,16 +103,13 @@ def _read(file: Path, auto_class: Any, **options: Any) -> Any:
 
 
 def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
-    """The config with what the file says where the reader leaves a default; refuses what has no place in it."""
+    """The config, with what the file says where the reader leaves a default; refuses what has no place."""
     settings = config.to_dict()
+    architecture = f"{header.metadata['general.architecture']}."
     head_dim = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
     for key, value in header.metadata.items():
-        prefix, _, name = key.partition(".")
-        if (
-            prefix != header.metadata["general.architecture"]
-            or name in WITHOUT_EFFECT
-            or NEUTRAL.get(name) == value
-        ):
+        name = key.removeprefix(architecture)
+        if name == key or name in WITHOUT_EFFECT or NEUTRAL.get(name) == value:
             continue
         target = next((target for target in CARRIED.get(name, ()) if target in settings), None)
         if target and not isinstance(value, GgufArray):
