@@ -16,11 +16,15 @@ from quantkit.schemes.tiles import round_scale, to_tiles
 
 # 0.5 to 1.1 of the min-max scale: 4-bit optima spread over 0.6–1.0; above 1 helps where -8 has room.
 INT_RATIOS = tuple(round(0.50 + 0.02 * step, 2) for step in range(31))
-FP8_RATIOS = tuple(round(0.75 + 0.0125 * step, 4) for step in range(41))  # rescales the mantissa grid; nothing clips
+FP8_RATIOS = tuple(
+    round(0.75 + 0.0125 * step, 4) for step in range(41)
+)  # rescales the mantissa grid; nothing clips
 SLICE_ELEMENTS = 1 << 15  # small enough that torch runs each step on one thread, in its L2 cache
 
 
-def search_qparams(w_NK: Tensor, spec: Spec, scale_dtype: torch.dtype, importance_K: Tensor | None = None) -> QParams:
+def search_qparams(
+    w_NK: Tensor, spec: Spec, scale_dtype: torch.dtype, importance_K: Tensor | None = None
+) -> QParams:
     """Scale (and zero point) of each tile with the least Σ importance · (w − ŵ)².
 
     w_NK: any float dtype. importance_K: float32 [K] ≥ 0, weight of each input channel's error (E[x²] of the
@@ -44,7 +48,9 @@ def search_qparams(w_NK: Tensor, spec: Spec, scale_dtype: torch.dtype, importanc
         weights = None if flat_importance is None else flat_importance[part].contiguous()
         scale[part], zero_point[part] = _search_slice(flat[part], spec, scale_dtype, weights)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # slices are independent; torch drops the GIL
+    with ThreadPoolExecutor(
+        torch.get_num_threads()
+    ) as threads:  # slices are independent; torch drops the GIL
         list(threads.map(search, range(0, len(flat), step)))
     if spec.symmetric:
         return QParams(scale.view(lead))

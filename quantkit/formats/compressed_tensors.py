@@ -22,7 +22,9 @@ from quantkit.numerics.packing import pack, packed_width, unpack
 from quantkit.schemes import FloatSpec, IntSpec, QParams, Scheme
 from quantkit.schemes.tiles import scale_shape
 
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor suffix -> dtype and shape, in the order on disk
+Layout = Mapping[
+    str, tuple[torch.dtype, tuple[int, ...]]
+]  # tensor suffix -> dtype and shape, in the order on disk
 
 
 class StoredLinear(NamedTuple):
@@ -59,7 +61,10 @@ def linear_layout(scheme: Scheme, num_rows: int, num_cols: int, scale_dtype: tor
         if not weight.symmetric:
             layout["weight_zero_point"] = (torch.int32, (packed_width(num_rows, weight.bits), scale[1][1]))
         return layout
-    layout["weight"] = (torch.int8 if isinstance(weight, IntSpec) else torch.float8_e4m3fn, (num_rows, num_cols))
+    layout["weight"] = (
+        torch.int8 if isinstance(weight, IntSpec) else torch.float8_e4m3fn,
+        (num_rows, num_cols),
+    )
     layout["weight_scale"] = scale
     if scheme.is_static:
         assert scheme.activation is not None, "static means that there is an input spec"

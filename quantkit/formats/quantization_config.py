@@ -65,7 +65,9 @@ def write_quantization(
     formats = [format_name(scheme) for scheme in used]
     groups = {}
     for number, (scheme, name) in enumerate(zip(used, formats, strict=True)):
-        targets = ["Linear"] if len(used) == 1 else [module for module in schemes if schemes[module] == scheme]
+        targets = (
+            ["Linear"] if len(used) == 1 else [module for module in schemes if schemes[module] == scheme]
+        )
         groups[f"group_{number}"] = {
             "targets": targets,
             "weights": _weight_args(scheme.weight),
@@ -110,10 +112,14 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizedModules:
             raise _unsupported(f"output_activations in {name}")
         if group.get("weights") is None:
             raise _unsupported(f"quantized attention activations in {name}")
-        scheme = Scheme(weight=_spec(group["weights"]), activation=_activation_spec(group.get("input_activations")))
+        scheme = Scheme(
+            weight=_spec(group["weights"]), activation=_activation_spec(group.get("input_activations"))
+        )
         stored = group.get("format") or section.get("format")
         if stored != format_name(scheme):
-            raise _unsupported(f"format {stored!r} in {name} (for this scheme only {format_name(scheme)!r} is)")
+            raise _unsupported(
+                f"format {stored!r} in {name} (for this scheme only {format_name(scheme)!r} is)"
+            )
         groups.append((tuple(group["targets"]), scheme))
     kv_args = section.get("kv_cache_scheme")
     return QuantizedModules(

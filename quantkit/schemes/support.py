@@ -28,11 +28,13 @@ def check_scheme(scheme: Scheme) -> None:
         return
     if isinstance(activation, IntSpec) and activation.bits != 8:
         raise SchemeError(
-            f"activations of {activation.bits} bits: no loader has a kernel for them", fix="use int8 or fp8 activations"
+            f"activations of {activation.bits} bits: no loader has a kernel for them",
+            fix="use int8 or fp8 activations",
         )
     if isinstance(scheme.weight, FloatSpec) and isinstance(activation, IntSpec):
         raise SchemeError(
-            "FP8 weights with INT8 activations: no hardware multiplies them", fix="use fp8 activations, or int8 weights"
+            "FP8 weights with INT8 activations: no hardware multiplies them",
+            fix="use fp8 activations, or int8 weights",
         )
     if isinstance(scheme.weight, IntSpec) and isinstance(activation, FloatSpec) and scheme.weight.bits != 4:
         raise SchemeError(
