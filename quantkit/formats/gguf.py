@@ -114,14 +114,28 @@ def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
         target = next((target for target in CARRIED.get(name, ()) if target in settings), None)
         if target and not isinstance(value, GgufArray):
             settings[target] = value
-        elif name == "rope.freq_base" and "rope_theta" in settings["rope_parameters"]:
-            settings["rope_parameters"]["rope_theta"] = value
-        elif not (name in _HEAD_DIMS and value == head_dim):
+        elif not _set_rope_base(settings, name, value) and not (name in _HEAD_DIMS and value == head_dim):
             said = "different per layer" if isinstance(value, GgufArray) else repr(value)
             raise SourceError(f"{file}: {key} is {said}; the conversion would lose it", fix=_OTHER_VERSION)
     return type(config).from_dict(settings)
 
 
+def _set_rope_base(settings: dict[str, Any], name: str, value: Any) -> bool:
+    """Put a rope base where the config has it; False if this is none or it has none."""
+    rope = settings.get("rope_parameters") or {}
+    if name not in _ROPE_LAYERS or isinstance(value, GgufArray):
+        return False
+    if name == "rope.freq_base" and "rope_theta" in rope:
+        rope["rope_theta"] = value
+        return True
+    layers = rope.get(_ROPE_LAYERS[name])
+    if not isinstance(layers, dict):
+        return False
+    layers["rope_theta"] = value
+    return True
+
+
+_ROPE_LAYERS = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
 _HEAD_DIMS = {"rope.dimension_count", "attention.key_length", "attention.value_length"}
 
 
