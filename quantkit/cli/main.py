@@ -12,6 +12,7 @@ import click
 import typer
 
 from quantkit import __version__
+from quantkit.cli.inspect import inspect
 from quantkit.errors import OutputError, QuantkitError
 
 app = typer.Typer(
@@ -37,6 +38,9 @@ def root(
     ),
 ) -> None:
     """Quantize a language model, measure what it cost, and run the result."""
+
+
+app.command("inspect")(inspect)
 
 
 def main() -> None:
