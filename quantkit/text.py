@@ -21,7 +21,9 @@ HUB_PREFIX = "hf:"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 DEFAULT_SPLIT = "train"
 
-_SPEC_FIX = f"give a {', '.join(SUFFIXES)} file, a folder of those, `hf:OWNER/NAME[/CONFIG][:SPLIT]`, or `docs`"
+_SPEC_FIX = (
+    f"give a {', '.join(SUFFIXES)} file, a folder of those, `hf:OWNER/NAME[/CONFIG][:SPLIT]`, or `docs`"
+)
 _ROW_FIX = 'each row needs a string "text", or "messages": [{"role": …, "content": …}, …]'
 
 
@@ -137,7 +139,9 @@ def _parse_hub(spec: str) -> tuple[str, str | None, str]:
     path, _, split = spec.removeprefix(HUB_PREFIX).partition(":")
     parts = path.split("/")
     if not all(parts) or len(parts) > 3 or (":" in spec.removeprefix(HUB_PREFIX) and not split):
-        raise TextError(f"{spec}: not a dataset", fix="write hf:OWNER/NAME, hf:OWNER/NAME/CONFIG or …:SPLIT after it")
+        raise TextError(
+            f"{spec}: not a dataset", fix="write hf:OWNER/NAME, hf:OWNER/NAME/CONFIG or …:SPLIT after it"
+        )
     config = parts[2] if len(parts) == 3 else None
     return "/".join(parts[:2]), config, split or DEFAULT_SPLIT
 
@@ -150,7 +154,9 @@ def _read_hub(spec: str, name: str, config: str | None, split: str) -> Iterator[
         yield from row_texts(rows, spec)
     except (OSError, ValueError, RuntimeError) as error:  # what datasets and its HTTP client raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fix = "check owner, name, config and split on the hub, and the connection; private data needs HF_TOKEN"
+        fix = (
+            "check owner, name, config and split on the hub, and the connection; private data needs HF_TOKEN"
+        )
         raise TextError(f"{spec}: cannot be loaded ({reason})", fix=fix) from error
 
 
@@ -169,13 +175,17 @@ def _row_text(row: Any, place: str) -> str:
     elif isinstance(row.get("messages"), list):
         text = "\n\n".join(_message_text(message, place) for message in row["messages"])
     else:
-        raise TextError(f"{place}: neither text nor messages, only {', '.join(row) or 'nothing'}", fix=_ROW_FIX)
+        raise TextError(
+            f"{place}: neither text nor messages, only {', '.join(row) or 'nothing'}", fix=_ROW_FIX
+        )
     if not isinstance(text, str):
         raise TextError(f"{place}: text is not a string but {type(text).__name__}", fix=_ROW_FIX)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TextError(f"{place}: not a valid string ({error.reason})", fix="write the row again as UTF-8") from None
+        raise TextError(
+            f"{place}: not a valid string ({error.reason})", fix="write the row again as UTF-8"
+        ) from None
     return text
 
 

@@ -56,7 +56,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
     if not any((path / name).is_file() for name in names):
-        raise SourceError(f"{path}: no tokenizer", fix="copy the tokenizer files of the original into this folder")
+        raise SourceError(
+            f"{path}: no tokenizer", fix="copy the tokenizer files of the original into this folder"
+        )
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -65,7 +67,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{path}: its tokenizer cannot be loaded ({reason})", fix="fetch the tokenizer files again"
         ) from error
     if not backend.is_fast:
-        raise SourceError(f"{path}: its tokenizer has no tokenizer.json form", fix="add a tokenizer.json to the folder")
+        raise SourceError(
+            f"{path}: its tokenizer has no tokenizer.json form", fix="add a tokenizer.json to the folder"
+        )
     return Tokenizer(path, backend)
 
 
@@ -180,14 +184,23 @@ def window_starts(num_tokens: int, count: int, length: int) -> list[int]:
     """
     if num_tokens < count * length:
         fits = num_tokens // length
-        fix = f"give more text, or --windows {fits}" if fits else f"give more text, or a --length up to {num_tokens}"
+        fix = (
+            f"give more text, or --windows {fits}"
+            if fits
+            else f"give more text, or a --length up to {num_tokens}"
+        )
         raise TextError(
-            f"the text has {num_tokens} tokens, and {count} windows of {length} need {count * length}", fix=fix
+            f"the text has {num_tokens} tokens, and {count} windows of {length} need {count * length}",
+            fix=fix,
         )
     return [index * (num_tokens // count) for index in range(count)]
 
 
-def windows(token_ids: Tensor | TokenStream, count: int, length: int) -> Iterator[Tensor]:
+def read_windows(token_ids: Tensor | TokenStream, count: int, length: int) -> Iterator[Tensor]:
     """`count` windows of `length` token ids (int64), spread evenly over the text, read as they are asked for."""
     for start in window_starts(len(token_ids), count, length):
-        yield token_ids.read(start, length) if isinstance(token_ids, TokenStream) else token_ids[start : start + length]
+        yield (
+            token_ids.read(start, length)
+            if isinstance(token_ids, TokenStream)
+            else token_ids[start : start + length]
+        )

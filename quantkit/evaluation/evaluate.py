@@ -4,10 +4,9 @@ One model is in memory at a time, and one window of logits: the original runs fi
 on disk; then each candidate runs alone.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate, takewhile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluation.cache import TensorCache
 from quantkit.evaluation.gates import NO_GATES, Gates, check_gates
 from quantkit.evaluation.reference import LoadModel, Reference
-from quantkit.evaluation.report import CandidateReport, DataInfo, EvalReport, ReferenceReport
-from quantkit.evaluation.scores import NotFiniteError, WindowScores, perplexity, score_window, summarise
+from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
+from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
 from quantkit.evaluation.subjects import (
     Subject,
     check_comparable,
@@ -26,8 +25,9 @@ from quantkit.evaluation.subjects import (
     open_subject,
     vocabulary_mismatch,
 )
-from quantkit.text import Documents, load_documents
-from quantkit.tokens import tokenize, windows as read_windows
+from quantkit.runtime.load import load_model
+from quantkit.text import load_documents
+from quantkit.tokens import read_windows, tokenize
 
 SAMPLE_CHARS = 1 << 16  # of text that all tokenizers have to split alike
 
@@ -36,39 +36,22 @@ class Listener(Protocol):
     """Hears what is going on; a step is one window through one model."""
 
     def say(self, line: str, /) -> None:
-        """Something that the user should know; also in the report's notes."""
+        """Something that the user should know."""
         ...
 
     def step(self, label: str, done: int, total: int, /) -> None:
-        """`done` of `total` steps of the whole evaluation are finished, and `label` is being run."""
+        """`done` of `total` steps of the whole evaluation are finished; the last was one of `label`."""
         ...
 
 
 class Silent:
-    """Hears nothing."""
+    """Hears nothing; what matters is in the report's notes."""
 
-    def say(self, line: str) -> None:
-        """Ignore the line: it is in the report."""
+    def say(self, line: str, /) -> None:
+        """Ignore the line."""
 
-    def step(self, label: str, done: int, total: int) -> None:
+    def step(self, label: str, done: int, total: int, /) -> None:
         """Ignore progress."""
-
-
-class _Work:
-    """Steps done and to do, and the notes so far."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
-        self.notes: list[str] = []
-        self.done = self.total = 0
-
-    def say(self, line: str) -> None:
-        self.notes.append(line)
-        self.listener.say(line)
-
-    def advance(self, label: str, steps: int) -> None:
-        self.done += steps
-        self.listener.step(label, self.done, max(self.done, self.total))
 
 
 SILENT = Silent()
@@ -83,104 +66,148 @@ def evaluate(
     length: int = 512,
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
-    load: LoadModel | None = None,
+    load: LoadModel = load_model,
     cache: TensorCache | None = None,
 ) -> EvalReport:
     """Perplexity, KL divergence and top-1 agreement of candidates against their original, in float32 on CPU.
 
     reference, candidates: anything that is a SOURCE. data: a SPEC of text, of which `windows` windows of `length`
-    tokens, spread evenly, are run. load: runs a checkpoint (default: this package's runtime). cache: where the
-    reference's predictions are kept (default: under QUANTKIT_CACHE). A candidate whose logits are not finite
-    gets a row without figures; the others go on. Memory: one model and one window's logits, whatever the text.
-    Raises EvaluationError if two checkpoints cannot be compared, and SourceError, TextError,
-    UnsupportedModelError.
+    tokens, spread evenly, are run. load: how a checkpoint is run (default: this package's runtime). cache: where
+    the reference's predictions are kept (default: under QUANTKIT_CACHE). A candidate whose logits are not finite
+    gets a row without figures and the report does not pass; the others go on.
+    Memory: one model and one window's logits, whatever the amount of text. Raises EvaluationError if two
+    checkpoints cannot be compared; SourceError, TextError, UnsupportedModelError as reading them does.
     """
     _check_request(candidates, windows, length)
-    work = _Work(listener)
-    original = open_subject(str(reference))
-    others = [open_subject(str(candidate)) for candidate in candidates]
+    original, *others = [open_subject(str(source), listener.say) for source in (reference, *candidates)]
     documents = load_documents(data)
     _check_subjects(original, others, documents, length)
     tokens = tokenize(documents, original.tokenizer)
-    batch = list(read_windows(tokens, windows, length))
-    store = cache or TensorCache(cache_dir() / "reference")
-    run = load or _runtime_loader()
-    source = Reference(
-        original.checkpoint.path, original.checkpoint.content_hash(), original.dtype, run, store, work.say
-    )
-    work.total = source.claim(batch) + len(others) * windows
-    reference_ppl, noise_floor = _run_reference(source, batch, original.name, work)
-    results = tuple(
-        _run_candidate(other, original.name, source, batch, run, reference_ppl, noise_floor, work)
-        for other in others
-    )
+    run = _Run(list(read_windows(tokens, windows, length)), load, listener)
+    source = Reference(original.checkpoint, load, cache or TensorCache(cache_dir() / "reference"), run.say)
+    run.plan(source, len(others))
+    baseline = _run_reference(original, source, run)
+    results = tuple(_run_candidate(candidate, baseline, run) for candidate in others)
     return EvalReport(
-        reference=ReferenceReport(
-            path=original.name,
-            content_hash=source.content_hash,
-            dtype=str(source.dtype).removeprefix("torch."),
-            ppl=reference_ppl,
-            kl_noise_floor=noise_floor,
-            bits_per_weight=original.size.bits_per_weight,
-            bytes=original.size.bytes,
-        ),
+        reference=_reference_report(original, baseline),
         data=DataInfo(spec=data, tokens=len(tokens), hash=tokens.text_hash, windows=windows, length=length),
         candidates=results,
         gates=check_gates(gates, results),
-        notes=tuple(work.notes),
+        notes=tuple(run.notes),
     )
 
 
-def _run_reference(source: Reference, batch: list[Tensor], name: str, work: _Work) -> tuple[float, float]:
-    """Fill the cache; returns perplexity and noise floor."""
+class _Run:
+    """What every part needs: the windows, how to load a model, and whom to tell how far we are."""
+
+    def __init__(self, windows: list[Tensor], load: LoadModel, listener: Listener) -> None:
+        self.windows = windows
+        self.load = load
+        self.notes: list[str] = []
+        self._listener = listener
+        self._done = self._total = 0
+
+    def plan(self, source: Reference, num_candidates: int) -> None:
+        """Count the steps: what is kept on disk is none."""
+        self._total = source.claim(self.windows) + num_candidates * len(self.windows)
+
+    def say(self, line: str) -> None:
+        """Tell the user, and note it for the report."""
+        self.notes.append(line)
+        self._listener.say(line)
+
+    def advance(self, label: str, steps: int = 1) -> None:
+        """Count steps as done; an entry of the cache that proved damaged is one more than planned."""
+        self._done += steps
+        self._total = max(self._total, self._done)
+        self._listener.step(label, self._done, self._total)
+
+
+class _Baseline(NamedTuple):
+    """The reference as run: where its predictions come from, and its own figures."""
+
+    name: str
+    source: Reference
+    ppl: float
+    noise_floor: float
+
+
+def _check_request(candidates: Sequence[str | Path], windows: int, length: int) -> None:
+    if not candidates:
+        raise EvaluationError(
+            "no candidate to evaluate", fix="name at least one: quantkit eval REFERENCE CANDIDATE"
+        )
+    if windows < 1:
+        raise EvaluationError(f"--windows {windows}: there has to be one", fix="use --windows 24")
+    if length < 2:
+        raise EvaluationError(f"--length {length}: too short to predict a next token", fix="use --length 512")
+
+
+def _check_subjects(original: Subject, others: list[Subject], documents: Iterable[str], length: int) -> None:
+    """Everything that can be refused before hours of work."""
+    sample = ""
+    for document in documents:
+        sample += document[:SAMPLE_CHARS] + "\n\n"
+        if len(sample) >= SAMPLE_CHARS:
+            break
+    check_length(original, length)
+    for candidate in others:
+        check_length(candidate, length)
+        check_comparable(original, candidate, sample)
+
+
+def _run_reference(original: Subject, source: Reference, run: _Run) -> _Baseline:
+    """Have every window's predictions on disk, and the original's own figures."""
     log_probs, noise = [], []
-    for ids_T in batch:
-        missing = source.claim([ids_T])
+    for ids_T in run.windows:
+        was_kept = source.is_kept(ids_T, torch.float32)
         log_probs.append(source.window(ids_T).log_prob_T)
-        work.advance(f"{name} in float32", missing - source.claim([ids_T]))
+        run.advance(f"{original.name}, float32", not was_kept)
     source.release()
-    for ids_T in batch:
-        missing = source.claim([ids_T])
+    for ids_T in run.windows:
+        was_kept = source.is_kept(ids_T, source.dtype)
         noise.append(source.noise_kl(ids_T))
-        work.advance(f"{name} in its own dtype", missing - source.claim([ids_T]))
+        run.advance(f"{original.name}, {source.dtype_name}", not was_kept)
     source.release()
-    return perplexity(log_probs), float(torch.cat(noise).mean())
+    return _Baseline(original.name, source, perplexity(log_probs), float(torch.cat(noise).mean()))
 
 
-def _run_candidate(
-    candidate: Subject,
-    reference_name: str,
-    source: Reference,
-    batch: list[Tensor],
-    run: LoadModel,
-    reference_ppl: float,
-    noise_floor: float,
-    work: _Work,
-) -> CandidateReport:
-    model = run(candidate.checkpoint.path, dtype=torch.float32)
-    scores: list[WindowScores] = []
-    size = candidate.size
-    for index, ids_T in enumerate(batch):
-        exact = source.window(ids_T)
+def _run_candidate(candidate: Subject, baseline: _Baseline, run: _Run) -> CandidateReport:
+    model = run.load(candidate.checkpoint.path, dtype=torch.float32)
+    scores = []
+    for index, ids_T in enumerate(run.windows):
+        window = baseline.source.window(ids_T)
         logits_TV = model.logits(ids_T)
-        sizes = exact.logits.codes_TV.shape[1], logits_TV.shape[1]
-        if sizes[0] != sizes[1]:
-            raise vocabulary_mismatch(reference_name, sizes[0], candidate.name, sizes[1])
+        if logits_TV.shape[1] != window.vocab_size:
+            raise vocabulary_mismatch(baseline.name, window.vocab_size, candidate.name, logits_TV.shape[1])
         try:
-            scores.append(score_window(exact, logits_TV, ids_T))
+            scores.append(score_window(window, logits_TV, ids_T))
         except NotFiniteError as error:
             failure = f"produces {error} of window {index}"
-            work.say(f"{candidate.name} {failure}: it is broken and gets no figures")
-            work.advance(candidate.name, len(batch) - index)
-            return CandidateReport(
-                path=candidate.name,
-                bits_per_weight=size.bits_per_weight,
-                bytes=size.bytes,
-                damage=None,
-                failure=failure,
-            )
-        work.advance(candidate.name, 1)
-    damage = summarise(scores, reference_ppl, noise_floor)
+            run.say(f"{candidate.name} {failure}: it is broken and gets no figures")
+            run.advance(candidate.name, len(run.windows) - index)
+            return _candidate_report(candidate, None, failure)
+        run.advance(candidate.name)
+    return _candidate_report(candidate, summarise(scores, baseline.ppl, baseline.noise_floor), None)
+
+
+def _reference_report(original: Subject, baseline: _Baseline) -> ReferenceReport:
+    return ReferenceReport(
+        path=original.name,
+        content_hash=baseline.source.content_hash,
+        dtype=baseline.source.dtype_name,
+        ppl=baseline.ppl,
+        kl_noise_floor=baseline.noise_floor,
+        bits_per_weight=original.size.bits_per_weight,
+        bytes=original.size.bytes,
+    )
+
+
+def _candidate_report(candidate: Subject, damage: Damage | None, failure: str | None) -> CandidateReport:
     return CandidateReport(
-        path=candidate.name, bits_per_weight=size.bits_per_weight, bytes=size.bytes, damage=damage
+        path=candidate.name,
+        bits_per_weight=candidate.size.bits_per_weight,
+        bytes=candidate.size.bytes,
+        damage=damage,
+        failure=failure,
     )

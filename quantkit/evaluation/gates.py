@@ -1,10 +1,11 @@
 """Limits that a candidate has to meet, and by how much it does not."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.report import CandidateReport, GateResult
+from quantkit.evaluation.report import CandidateReport, Damage, GateResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ NO_GATES = Gates()
 
 
 def parse_percent(text: str) -> float:
-    """"5%" or "5" as 5.0. Raises EvaluationError."""
+    """ "5%" or "5" as 5.0. Raises EvaluationError."""
     try:
         return float(text.strip().removesuffix("%"))
     except ValueError:
@@ -38,20 +39,21 @@ def parse_percent(text: str) -> float:
 
 def check_gates(gates: Gates, candidates: tuple[CandidateReport, ...]) -> tuple[GateResult, ...]:
     """Every gate on every candidate, in that order; a candidate without figures meets none."""
-    results = []
-    for candidate in candidates:
-        damage = candidate.damage
-        for name, limit, value in (
-            ("max_kl", gates.max_kl, damage and damage.kl_mean),
-            ("max_ppl_increase", gates.max_ppl_increase, damage and damage.ppl_increase),
-            ("min_top1", gates.min_top1, damage and damage.top1),
-        ):
-            if limit is not None:
-                passed = value is not None and (value >= limit if name == "min_top1" else value <= limit)
-                results.append(
-                    GateResult(gate=name, candidate=candidate.path, limit=limit, value=value, passed=passed)
-                )
-    return tuple(results)
+    chosen = [(name, limit) for name, limit in asdict(gates).items() if limit is not None]
+    return tuple(_check_gate(name, limit, candidate) for candidate in candidates for name, limit in chosen)
+
+
+def _check_gate(name: str, limit: float, candidate: CandidateReport) -> GateResult:
+    value = None if candidate.damage is None else _VALUES[name](candidate.damage)
+    passed = value is not None and (value >= limit if name.startswith("min_") else value <= limit)
+    return GateResult(gate=name, candidate=candidate.path, limit=limit, value=value, passed=passed)
+
+
+_VALUES: Mapping[str, Callable[[Damage], float]] = {
+    "max_kl": lambda damage: damage.kl_mean,
+    "max_ppl_increase": lambda damage: damage.ppl_increase,
+    "min_top1": lambda damage: damage.top1,
+}
 
 
 def describe_failure(result: GateResult) -> str:
@@ -62,7 +64,9 @@ def describe_failure(result: GateResult) -> str:
         return f"{result.candidate}: {name} {result.limit:g}{unit} not met: no figures"
     excess = abs(result.value - result.limit)
     side = "below" if result.gate == "min_top1" else "above"
-    what = {"max_kl": "KL", "max_ppl_increase": "perplexity increase", "min_top1": "top-1 agreement"}[result.gate]
+    what = {"max_kl": "KL", "max_ppl_increase": "perplexity increase", "min_top1": "top-1 agreement"}[
+        result.gate
+    ]
     found = f"{what} {result.value:.4g}{unit} is {excess:.3g}{unit} {side} the limit"
     return f"{result.candidate}: {name} {result.limit:g}{unit} not met: {found}"
 

@@ -15,7 +15,9 @@ from quantkit import __version__
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.cache import DamagedEntryError, TensorCache, Tensors
 from quantkit.evaluation.scores import NotFiniteError, ReferenceWindow, reference_window, score_window
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.numerics.logit_codes import LogitCodes
+from quantkit.runtime.load import model_dtype
 
 CACHE_VERSION = 1  # raise it when the runtime's float32 logits or the stored tensors change
 
@@ -45,12 +47,10 @@ class Reference:
     `release`; without a cache the float32 ones stay, beside those of a candidate.
     """
 
-    def __init__(
-        self, path: Path, content_hash: str, dtype: torch.dtype, load: LoadModel, cache: TensorCache, say: Say
-    ) -> None:
-        self.path = path
-        self.content_hash = content_hash
-        self.dtype = dtype
+    def __init__(self, checkpoint: Checkpoint, load: LoadModel, cache: TensorCache, say: Say) -> None:
+        self.path = checkpoint.path
+        self.content_hash = checkpoint.content_hash()
+        self.dtype = model_dtype(checkpoint)
         self._load = load
         self._cache = cache
         self._say = say
@@ -63,6 +63,15 @@ class Reference:
         keys = {self._key(window, dtype) for window in windows for dtype in dtypes}
         self._cache.in_use |= keys
         return sum(not self._cache.has(key) for key in keys)
+
+    @property
+    def dtype_name(self) -> str:
+        """The original's own dtype, as config.json names it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def is_kept(self, token_ids_T: Tensor, dtype: torch.dtype) -> bool:
+        """Whether what one window gives in this dtype is on disk."""
+        return self._cache.has(self._key(token_ids_T, dtype))
 
     def window(self, token_ids_T: Tensor) -> ReferenceWindow:
         """Predictions in float32 for one window. Raises EvaluationError if they are not finite."""

@@ -97,7 +97,9 @@ class EvalReport:
 
 
 def _candidate_json(candidate: CandidateReport) -> dict[str, Any]:
-    figures = dict.fromkeys(Damage.__dataclass_fields__) if candidate.damage is None else asdict(candidate.damage)
+    figures = (
+        dict.fromkeys(Damage.__dataclass_fields__) if candidate.damage is None else asdict(candidate.damage)
+    )
     return {
         "path": candidate.path,
         **figures,

@@ -32,6 +32,11 @@ class ReferenceWindow(NamedTuple):
     log_prob_T: Tensor
     top1_T: Tensor
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.logits.codes_TV.shape[1]
+
 
 class WindowScores(NamedTuple):
     """A candidate on one window: kl_T float64 nats [T], log_prob_T float64 [T − 1], agrees_T bool [T]."""

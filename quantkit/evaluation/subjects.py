@@ -1,9 +1,7 @@
 """A checkpoint to evaluate: opened, with its tokenizer and size, and checked against the reference."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.size import Size, measure_size
@@ -28,19 +26,13 @@ class Subject(NamedTuple):
         value = self.checkpoint.text_config.get("vocab_size")
         return value if isinstance(value, int) else None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which the model was published: that of most of its bytes."""
-        bytes_of: dict[torch.dtype, int] = {}
-        for info in self.checkpoint.tensors.values():
-            bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.num_bytes
-        floats = {dtype: count for dtype, count in bytes_of.items() if dtype.is_floating_point and dtype.itemsize > 1}
-        return max(floats, key=lambda dtype: floats[dtype], default=torch.float32)
 
+def open_subject(source: str, announce: Callable[[str], None]) -> Subject:
+    """Resolve and open a checkpoint; headers and tokenizer only. Raises SourceError, UnsupportedModelError.
 
-def open_subject(source: str) -> Subject:
-    """Resolve and open a checkpoint; headers and tokenizer only. Raises SourceError, UnsupportedModelError."""
-    checkpoint = open_checkpoint(resolve_source(source))
+    announce: told before a download or a conversion.
+    """
+    checkpoint = open_checkpoint(resolve_source(source, announce=announce))
     return Subject(source, checkpoint, load_tokenizer(checkpoint.path), measure_size(checkpoint))
 
 
@@ -61,7 +53,9 @@ def check_comparable(reference: Subject, candidate: Subject, sample: str) -> Non
     if None not in sizes and sizes[0] != sizes[1]:
         raise vocabulary_mismatch(reference.name, sizes[0], candidate.name, sizes[1])
     ours, theirs = reference.tokenizer.vocabulary(), candidate.tokenizer.vocabulary()
-    moved = next((token for token in sorted(ours.keys() & theirs.keys()) if ours[token] != theirs[token]), None)
+    moved = next(
+        (token for token in sorted(ours.keys() & theirs.keys()) if ours[token] != theirs[token]), None
+    )
     if moved is not None:
         finding = f"token {moved!r} is {ours[moved]} in the first and {theirs[moved]} in the second"
         raise _tokenizer_mismatch(reference, candidate, finding)

@@ -14,13 +14,11 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """
     assert reference.shape == approximation.shape, "one approximation per element"
     signal = noise = 0.0
-    chunks = zip(
-        reference.reshape(-1).split(CHUNK_ELEMENTS), approximation.reshape(-1).split(CHUNK_ELEMENTS), strict=True
-    )
-    for exact, rounded in chunks:
-        exact = exact.double()
+    exact_flat, rounded_flat = reference.reshape(-1), approximation.reshape(-1)
+    for start in range(0, exact_flat.numel(), CHUNK_ELEMENTS):
+        exact = exact_flat[start : start + CHUNK_ELEMENTS].double()
         signal += float(exact.square().sum())
-        noise += float((exact - rounded.double()).square().sum())
+        noise += float((exact - rounded_flat[start : start + CHUNK_ELEMENTS].double()).square().sum())
     if noise == 0.0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
