@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,7 +58,7 @@ def eval_models(
     if as_json:
         typer.echo(json.dumps(_finite(report.to_json()), indent=2, allow_nan=False))
     else:
-        show(report, Console())
+        show(report, _stdout())
     for result in report.gates:
         if not result.passed:
             typer.echo(describe_failure(result), err=True)
@@ -87,6 +86,14 @@ class _Display:
         if self.task is None:
             self.task = self.progress.add_task(label, total=total)
         self.progress.update(self.task, description=label, completed=done, total=total)
+
+
+def _stdout() -> "Console":
+    """The terminal, or a file or pipe with room for long names."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
 def _progress(console: "Console") -> "Progress":
@@ -121,52 +128,52 @@ def show(report: "EvalReport", console: "Console") -> None:
     console.print(_table(report))
     data = report.data
     console.print(
-        f"KL in nats, mean and its 95 % interval (bootstrap over whole windows), against the original in float32; "
-        f"{data.windows} windows of {data.length} tokens of {data.spec} ({data.tokens:,} tokens). The original's row "
-        f"shows the noise floor: what computing in {report.reference.dtype} costs by itself. bpw: bits per weight "
-        "of the decoder layers' linears, scales included.",
+        f"{data.windows} windows of {data.length} tokens, from {data.spec} ({data.tokens:,} tokens). KL in nats "
+        "against the original in float32, ± half of the 95 % interval of the mean (bootstrap over whole windows); "
+        f"noise: what computing the original in {report.reference.dtype} costs by itself. bpw: bits per weight of "
+        "the decoder layers' linears, scales included.",
         markup=False,
         highlight=False,
     )
 
 
 def _table(report: "EvalReport") -> "Table":
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    table.add_column("", overflow="fold")
-    for column in ("ppl", "Δppl", "KL mean", "± 95 %", "median", "p99", "top-1", "bpw", "size"):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", overflow="fold", min_width=10)
+    for column in ("ppl", "Δppl", "KL mean", "median", "p99", "top-1", "bpw", "size"):
         table.add_column(column, justify="right", no_wrap=True)
     original = report.reference
-    floor = f"{original.kl_noise_floor:.5f}"
-    size = (f"{original.bits_per_weight:.2f}", _megabytes(original.bytes))
-    table.add_row(Text(original.path), f"{original.ppl:.3f}", "", floor, "noise", "", "", "", *size)
+    noise = f"noise {original.kl_noise_floor:.4f}"
+    size = (f"{original.bits_per_weight:.2f}", _size(original.bytes))
+    table.add_row(Text(original.path), f"{original.ppl:.2f}", "", noise, "", "", "", *size)
     for candidate in report.candidates:
         table.add_row(Text(candidate.path), *_figures(candidate))
     return table
 
 
 def _figures(candidate: "CandidateReport") -> tuple[str, ...]:
-    size = (f"{candidate.bits_per_weight:.2f}", _megabytes(candidate.bytes))
+    size = (f"{candidate.bits_per_weight:.2f}", _size(candidate.bytes))
     damage = candidate.damage
     if damage is None:
-        return ("broken", *[""] * 6, *size)
-    low, high = damage.kl_ci or (math.nan, math.nan)
+        return ("broken", *[""] * 5, *size)
+    interval = "" if damage.kl_ci is None else f" ±{(damage.kl_ci[1] - damage.kl_ci[0]) / 2:.4f}"
     return (
-        f"{damage.ppl:.3f}",
-        f"{damage.ppl_increase:+.2f}%",
-        f"{damage.kl_mean:.5f}",
-        "" if damage.kl_ci is None else f"{low:.4f}–{high:.4f}",
-        f"{damage.kl_median:.5f}",
-        f"{damage.kl_p99:.4f}",
-        f"{damage.top1:.4f}",
+        f"{damage.ppl:.2f}",
+        f"{damage.ppl_increase:+.1f}%",
+        f"{damage.kl_mean:.4f}{interval}",
+        f"{damage.kl_median:.4f}",
+        f"{damage.kl_p99:.2f}",
+        f"{damage.top1:.3f}",
         *size,
     )
 
 
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"
 
 
 def _finite(value: Any) -> Any:

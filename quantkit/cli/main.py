@@ -12,6 +12,7 @@ import click
 import typer
 
 from quantkit import __version__
+from quantkit.cli.eval import eval_models
 from quantkit.cli.inspect import inspect
 from quantkit.errors import OutputError, QuantkitError
 
@@ -41,6 +42,7 @@ def root(
 
 
 app.command("inspect")(inspect)
+app.command("eval")(eval_models)
 
 
 def main() -> None:

@@ -25,9 +25,6 @@ class Gates:
         _check("--min-top1", self.min_top1, 0, 1, "a fraction of all positions, such as 0.9")
 
 
-NO_GATES = Gates()
-
-
 def parse_percent(text: str) -> float:
     """ "5%" or "5" as 5.0. Raises EvaluationError."""
     try:
@@ -74,3 +71,6 @@ def describe_failure(result: GateResult) -> str:
 def _check(option: str, value: float | None, low: float, high: float, fix: str) -> None:
     if value is not None and not (math.isfinite(value) and low <= value <= high):
         raise EvaluationError(f"{option} {value:g}: out of range", fix=f"give {fix}")
+
+
+NO_GATES = Gates()
