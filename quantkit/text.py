@@ -148,11 +148,12 @@ def _parse_hub(spec: str) -> tuple[str, str | None, str]:
 
 def _read_hub(spec: str, name: str, config: str | None, split: str) -> Iterator[str]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         yield from row_texts(rows, spec)
-    except (OSError, ValueError, RuntimeError) as error:  # what datasets and its HTTP client raise
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # its own, and its HTTP client's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = (
             "check owner, name, config and split on the hub, and the connection; private data needs HF_TOKEN"

@@ -10,7 +10,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         )
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 (of a damaged file, tokenizers raises nothing narrower)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(
             f"{path}: its tokenizer cannot be loaded ({reason})", fix="fetch the tokenizer files again"
@@ -76,13 +76,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
 class TokenStream:
     """Token ids on disk, in order: `len`, `read`, and the hash of the text they came from.
 
-    Holds one open temporary file, which disappears with it.
+    Holds one open temporary file, which disappears when this is closed; use it in a `with`.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the stream)
         self._text_digest = hashlib.sha256()
         self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the file."""
+        self._file.close()
 
     def __len__(self) -> int:
         return self._count
@@ -117,6 +127,15 @@ def tokenize(documents: Iterable[str], tokenizer: Tokenizer, piece_chars: int = 
     TextError as the documents do.
     """
     stream = TokenStream()
+    try:
+        _fill(stream, documents, tokenizer, piece_chars)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _fill(stream: TokenStream, documents: Iterable[str], tokenizer: Tokenizer, piece_chars: int) -> None:
     text, skip, enough = "", 0, piece_chars
     for part in _parts(documents, piece_chars):
         stream.add_text(part)
@@ -130,7 +149,6 @@ def tokenize(documents: Iterable[str], tokenizer: Tokenizer, piece_chars: int = 
             text, skip, enough = text[-OVERLAP_CHARS:], settled.skip, piece_chars
     encoded = tokenizer.encode(text)
     stream.add_ids(encoded.ids[_first_from(encoded, skip) :])
-    return stream
 
 
 def _parts(documents: Iterable[str], max_chars: int) -> Iterator[str]:

@@ -82,15 +82,16 @@ def evaluate(
     original, *others = [open_subject(str(source), listener.say) for source in (reference, *candidates)]
     documents = load_documents(data)
     _check_subjects(original, others, documents, length)
-    tokens = tokenize(documents, original.tokenizer)
-    run = _Run(list(read_windows(tokens, windows, length)), load, listener)
+    with tokenize(documents, original.tokenizer) as tokens:
+        text = DataInfo(spec=data, tokens=len(tokens), hash=tokens.text_hash, windows=windows, length=length)
+        run = _Run(list(read_windows(tokens, windows, length)), load, listener)
     source = Reference(original.checkpoint, load, cache or TensorCache(cache_dir() / "reference"), run.say)
     run.plan(source, len(others))
     baseline = _run_reference(original, source, run)
     results = tuple(_run_candidate(candidate, baseline, run) for candidate in others)
     return EvalReport(
         reference=_reference_report(original, baseline),
-        data=DataInfo(spec=data, tokens=len(tokens), hash=tokens.text_hash, windows=windows, length=length),
+        data=text,
         candidates=results,
         gates=check_gates(gates, results),
         notes=tuple(run.notes),
