@@ -12,6 +12,7 @@ import click
 import typer
 
 from quantkit import __version__
+from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
 from quantkit.errors import OutputError, QuantkitError
 
@@ -40,6 +41,7 @@ def root(
     """Quantize a language model, measure what it cost, and run the result."""
 
 
+app.command("generate")(generate)
 app.command("inspect")(inspect)
 
 
