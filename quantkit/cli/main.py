@@ -12,6 +12,7 @@ from typing import cast
 import typer
 
 from quantkit import __version__
+from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
 from quantkit.errors import OutputError, QuantkitError
 
@@ -43,6 +44,7 @@ def root(
     """Quantize a language model, measure what it cost, and run the result."""
 
 
+app.command("generate")(generate)
 app.command("inspect")(inspect)
 
 
