@@ -34,7 +34,13 @@ Not evaluated yet: `quantkit eval ORIGINAL THIS_FOLDER` measures the damage and 
 
 
 def first_card(
-    *, base: str, description: str, treatments: Mapping[str, str], before_bytes: int, after_bytes: int, version: str
+    *,
+    base: str,
+    description: str,
+    treatments: Mapping[str, str],
+    before_bytes: int,
+    after_bytes: int,
+    version: str,
 ) -> str:
     """The card before any evaluation. treatments: linear -> scheme, or the reason why it stays."""
     counts = Counter(treatments.values())

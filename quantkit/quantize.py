@@ -105,7 +105,9 @@ def quantize_checkpoint(
             _write_tensors(checkpoint, plan, entries, writer, on_step)
             writer.finish()
             report = _report(checkpoint, folder, started, was_finished=False)
-            _write_companions(checkpoint, plan, summary | {"linears": _linears(plan, writer.notes)}, folder, report)
+            _write_companions(
+                checkpoint, plan, summary | {"linears": _linears(plan, writer.notes)}, folder, report
+            )
             writer.remove_journal()
     except SourceError:
         remove_run(folder)
@@ -143,7 +145,9 @@ def attention_modules(plan: QuantPlan) -> dict[int, str]:
     return modules
 
 
-def quantize_linear(checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: torch.dtype) -> tuple[StoredLinear, float]:
+def quantize_linear(
+    checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: torch.dtype
+) -> tuple[StoredLinear, float]:
     """Codes and scales of one linear, and its signal-to-noise ratio in dB (float64 sums, inf if exact).
 
     Raises SourceError if a weight is NaN or infinite.
@@ -161,7 +165,9 @@ def quantize_linear(checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: tor
         codes.append(result.codes_NK)
         parts.append(result.qparams)
     zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-    qparams = QParams(torch.cat([part.scale for part in parts]), torch.cat(zero_points) if zero_points else None)
+    qparams = QParams(
+        torch.cat([part.scale for part in parts]), torch.cat(zero_points) if zero_points else None
+    )
     return StoredLinear(torch.cat(codes), qparams), decibels(signal, noise)
 
 
@@ -198,7 +204,9 @@ def _write_tensors(
 ) -> None:
     """Read, quantize and write what the journal does not have yet."""
     total = checkpoint.num_bytes
-    done = sum(checkpoint.info(entry.source).num_bytes for entry in entries[: writer.num_done] if entry.source)
+    done = sum(
+        checkpoint.info(entry.source).num_bytes for entry in entries[: writer.num_done] if entry.source
+    )
     for entry in entries[writer.num_done :]:
         note: dict[str, Any] = {}
         if entry.source is None:
@@ -233,7 +241,8 @@ def _write_companions(
         base=summary["source"]["name"],
         description=plan.recipe.description,
         treatments={
-            name: entry["scheme"] or f"16 bits: {entry['reason']}" for name, entry in summary["linears"].items()
+            name: entry["scheme"] or f"16 bits: {entry['reason']}"
+            for name, entry in summary["linears"].items()
         },
         before_bytes=report.before_bytes,
         after_bytes=report.after_bytes,
@@ -250,8 +259,13 @@ def _write_companions(
 
 
 def _other_modules(plan: QuantPlan) -> list[str]:
-    """Modules that are no decoder linears but that a loader could take for one: head, routers, vision parts."""
-    return [stays.name.removesuffix(".weight") for stays in plan.stays if stays.role is not Role.EMBEDDING]
+    """Modules that are no decoder linears but that a loader could take for one: head, routers, vision parts.
+
+    A tied head has no tensor of its own, but loaders make it a module called lm_head all the same.
+    """
+    names = [stays.name.removesuffix(".weight") for stays in plan.stays if stays.role is not Role.EMBEDDING]
+    has_head = any(stays.role is Role.HEAD for stays in plan.stays)
+    return names if has_head else [*names, "lm_head"]
 
 
 def _summary(checkpoint: Checkpoint, plan: QuantPlan, base: str) -> dict[str, Any]:
@@ -307,7 +321,8 @@ def _claim(folder: Path, summary: dict[str, Any], overwrite: bool) -> FolderStat
         return FolderState.EMPTY
     if state is FolderState.FINISHED and not _same_plan(read_json(folder / PLAN_NAME), summary):
         raise OutputError(
-            f"{folder}: holds a finished run of another plan or source", fix="give another folder, or --overwrite"
+            f"{folder}: holds a finished run of another plan or source",
+            fix="give another folder, or --overwrite",
         )
     return state
 

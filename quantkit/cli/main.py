@@ -14,6 +14,8 @@ import typer
 from quantkit import __version__
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
+from quantkit.cli.quantize import quantize
+from quantkit.cli.recipes import recipes
 from quantkit.errors import OutputError, QuantkitError
 
 # click's UsageError, of the copy of click that newer versions of typer carry inside
@@ -44,8 +46,10 @@ def root(
     """Quantize a language model, measure what it cost, and run the result."""
 
 
-app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("quantize")(quantize)
+app.command("generate")(generate)
+app.command("recipes")(recipes)
 
 
 def main() -> None:

@@ -42,7 +42,9 @@ def folder_state(folder: Path) -> FolderState:
 
 def remove_run(folder: Path) -> None:
     """Remove a finished or unfinished run of ours, folder included."""
-    assert folder_state(folder) in {FolderState.UNFINISHED, FolderState.FINISHED}, "only what we wrote is removed"
+    assert folder_state(folder) in {FolderState.UNFINISHED, FolderState.FINISHED}, (
+        "only what we wrote is removed"
+    )
     shutil.rmtree(folder)
 
 
@@ -63,7 +65,9 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
 
 def write_json(path: Path, content: object) -> None:
     """JSON with sorted keys, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_atomically(
+        path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    )
 
 
 def _companions(source: Path) -> Iterator[Path]:
@@ -71,6 +75,6 @@ def _companions(source: Path) -> Iterator[Path]:
         name = file.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)
         is_index = file.name.endswith(".index.json")
-        if file.is_file() and not hidden and file.suffix not in _WEIGHT_SUFFIXES and not is_index:
-            if str(name) not in _NOT_COPIED:
-                yield file
+        is_ours = str(name) in _NOT_COPIED
+        if file.is_file() and not (hidden or is_index or is_ours or file.suffix in _WEIGHT_SUFFIXES):
+            yield file
