@@ -111,7 +111,13 @@ def _codes(weight: Dequantized, start: int, stop: int) -> Tensor:
     return w
 
 
-def _apply(operation: Callable[[Tensor, Tensor], Tensor], w: Tensor, per_tile: Tensor, tile: tuple[int, int], start: int) -> None:
+def _apply(
+    operation: Callable[[Tensor, Tensor], Tensor],
+    w: Tensor,
+    per_tile: Tensor,
+    tile: tuple[int, int],
+    start: int,
+) -> None:
     """Apply an in-place operation between rows from `start` on and the values of the tiles that they are in."""
     rows, cols = tile
     if per_tile.numel() == 1:

@@ -31,7 +31,9 @@ def supports(weight: LinearWeight, dtype: torch.dtype) -> bool:
 def prepare(weight: LinearWeight, dtype: torch.dtype) -> Int8Rows:
     """Keep the codes, one scale for every row."""
     num_rows = weight.codes_NK.shape[0]
-    return Int8Rows(weight.codes_NK.contiguous(), weight.scale_RG.to(dtype).expand(num_rows, 1)[:, 0].contiguous())
+    return Int8Rows(
+        weight.codes_NK.contiguous(), weight.scale_RG.to(dtype).expand(num_rows, 1)[:, 0].contiguous()
+    )
 
 
 def run(x_MK: Tensor, weight: Int8Rows) -> Tensor:

@@ -8,10 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from quantkit.card import EVALUATION_END, EVALUATION_START
 from quantkit.evaluation.report import CandidateReport, EvalReport
-
-BEGIN = "<!-- quantkit:evaluation -->"
-END = "<!-- /quantkit:evaluation -->"
 
 
 def fill_card(report: EvalReport, candidate: CandidateReport) -> bool:
@@ -24,11 +22,11 @@ def fill_card(report: EvalReport, candidate: CandidateReport) -> bool:
     card = folder / "README.md"
     if not (folder / "quantkit.json").is_file() or not card.is_file() or card.is_symlink():
         return False
-    before, begin, rest = card.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    before, start, rest = card.read_text(encoding="utf-8").partition(EVALUATION_START)
+    _, end, after = rest.partition(EVALUATION_END)
+    if not start or not end:
         return False
-    _replace(card, f"{before}{BEGIN}\n{_section(report, candidate)}\n{END}{after}")
+    _replace(card, f"{before}{start}\n{_section(report, candidate)}\n{end}{after}")
     return True
 
 

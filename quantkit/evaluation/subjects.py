@@ -6,7 +6,9 @@ from typing import NamedTuple
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.size import Size, measure_size
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
+from quantkit.formats.quantization_config import read_quantization
 from quantkit.formats.source import resolve_source
+from quantkit.runtime.models.families import read_spec
 from quantkit.tokens import Tokenizer, load_tokenizer
 
 _TOKENIZER_FIX = "evaluate against the model that the candidate was made from"
@@ -33,6 +35,8 @@ def open_subject(source: str, announce: Callable[[str], None]) -> Subject:
     announce: told before a download or a conversion.
     """
     checkpoint = open_checkpoint(resolve_source(source, announce=announce))
+    read_spec(checkpoint)  # refuses now what could not be run later
+    read_quantization(checkpoint.config)
     return Subject(source, checkpoint, load_tokenizer(checkpoint.path), measure_size(checkpoint))
 
 

@@ -1,24 +1,19 @@
-"""Signal to quantization noise, of tensors of any size."""
+"""Signal to quantization noise, summed over the parts of a tensor."""
 
 import math
 
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22
+
+def signal_and_noise(exact: Tensor, rounded: Tensor) -> tuple[float, float]:
+    """Σ exact² and Σ (exact − rounded)², in float64; both of one shape, any float dtype."""
+    assert exact.shape == rounded.shape, "one approximation per element"
+    wide = exact.double()
+    return wide.square().sum().item(), (wide - rounded.double()).square_().sum().item()
 
 
-def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """10 · log10(Σ reference² / Σ (reference − approximation)²), in dB; inf where they are equal.
-
-    Both of one shape, any float dtype; accumulates in float64 with 64 MB of temporaries.
-    """
-    assert reference.shape == approximation.shape, "one approximation per element"
-    signal = noise = 0.0
-    exact_flat, rounded_flat = reference.reshape(-1), approximation.reshape(-1)
-    for start in range(0, exact_flat.numel(), CHUNK_ELEMENTS):
-        exact = exact_flat[start : start + CHUNK_ELEMENTS].double()
-        signal += float(exact.square().sum())
-        noise += float((exact - rounded_flat[start : start + CHUNK_ELEMENTS].double()).square().sum())
+def decibels(signal: float, noise: float) -> float:
+    """10 · log10(signal / noise); inf where there is no noise."""
     if noise == 0.0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -8,11 +8,11 @@ Shape suffixes: T new tokens, S all tokens, H KV heads, D head_dim.
 """
 
 import torch
-from quantkit_kernels.float8 import decode_e4m3
 from torch import Tensor
 
 from quantkit.formats.kv_cache import StoredKV
 from quantkit.numerics.affine import E4M3_MAX
+from quantkit_kernels.float8 import decode_e4m3
 
 FIRST_CAPACITY = 256
 

@@ -35,7 +35,9 @@ def load_model(source: Path | Checkpoint, *, dtype: torch.dtype | None = None) -
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that config.json names (`dtype`, or `torch_dtype` as it was called)."""
     configs = (checkpoint.text_config, checkpoint.config)
-    names = [config[key] for config in configs for key in ("dtype", "torch_dtype") if config.get(key) is not None]
+    names = [
+        config[key] for config in configs for key in ("dtype", "torch_dtype") if config.get(key) is not None
+    ]
     if not names or names[0] not in DTYPES:
         found = f"dtype {names[0]!r}" if names else "no dtype"
         raise SourceError(

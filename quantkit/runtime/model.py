@@ -44,13 +44,15 @@ class Model:
         hidden_TE = self._run(token_ids_T, self.new_cache())
         logits_TV = torch.empty(len(hidden_TE), self.spec.vocab_size)
         for start in range(0, len(hidden_TE), CHUNK_TOKENS):
-            logits_TV[start : start + CHUNK_TOKENS] = self.decoder.logits(hidden_TE[start : start + CHUNK_TOKENS])
+            logits_TV[start : start + CHUNK_TOKENS] = self.decoder.logits(
+                hidden_TE[start : start + CHUNK_TOKENS]
+            )
         return logits_TV
 
     @torch.inference_mode()
     def forward(self, token_ids_T: Tensor, cache: KVCache) -> Tensor:
         """Append tokens to the cache's sequence; returns the logits after the last of them, float32 [V]."""
-        for chunk_T in token_ids_T.split(CHUNK_TOKENS):
+        for chunk_T in torch.split(token_ids_T, CHUNK_TOKENS):
             hidden_TE = self._run(chunk_T, cache)
         return self.decoder.logits(hidden_TE[-1:])[0]
 

@@ -1,7 +1,6 @@
 """The tensors of a checkpoint as a decoder asks for them: checked against the config, counted, nothing left over."""
 
 import torch
-from quantkit_kernels.float8 import has_nan
 from torch import Tensor, nn
 
 from quantkit.errors import SourceError, UnsupportedModelError
@@ -9,6 +8,7 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import linear_layout, read_linear
 from quantkit.formats.quantization_config import QuantizedModules
 from quantkit.runtime.layers.linear import Linear, QuantLinear
+from quantkit_kernels.float8 import has_nan
 
 # Where the language model lies: its layers, its head. A text-only model; Gemma 3 as published; as transformers 5
 # may write it.
@@ -48,7 +48,9 @@ class Weights:
             return Linear(self.tensor(f"{module}.weight", (num_rows, num_cols)), bias)
         stored = read_linear(self._checkpoint, module, scheme)
         if stored.codes_NK.shape != (num_rows, num_cols):
-            raise self._wrong(module, f"has shape {list(stored.codes_NK.shape)}", f"makes it {[num_rows, num_cols]}")
+            raise self._wrong(
+                module, f"has shape {list(stored.codes_NK.shape)}", f"makes it {[num_rows, num_cols]}"
+            )
         for values in (stored.qparams, stored.input_qparams):
             if values is not None and not bool(torch.isfinite(values.scale.float()).all()):
                 raise self._damaged(module, "a scale that is not a finite number")
@@ -60,7 +62,10 @@ class Weights:
 
     def skip_tied_head(self) -> None:
         """The head is the embedding; a copy stored under its name is not read."""
-        if self._quantized.scheme_of(self.head) is not None and f"{self.head}.weight" not in self._checkpoint.tensors:
+        if (
+            self._quantized.scheme_of(self.head) is not None
+            and f"{self.head}.weight" not in self._checkpoint.tensors
+        ):
             raise UnsupportedModelError(
                 f"{self._checkpoint.path}: {self.head} is tied to the 16-bit embedding, "
                 "but quantization_config gives it a scheme",
@@ -87,7 +92,8 @@ class Weights:
 
     def _damaged(self, module: str, finding: str) -> SourceError:
         return SourceError(
-            f"{self._checkpoint.path}: {module} has {finding}", fix="the weights are damaged: quantize or fetch them again"
+            f"{self._checkpoint.path}: {module} has {finding}",
+            fix="the weights are damaged: quantize or fetch them again",
         )
 
 

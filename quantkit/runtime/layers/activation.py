@@ -17,7 +17,7 @@ from quantkit.schemes import FloatSpec, PerGroup, QParams, Spec
 def fake_quantize_input(x_TK: Tensor, spec: Spec, static: QParams | None) -> Tensor:
     """The input after a round trip through its grid, in its own dtype. static: scale [1], if one is stored."""
     if isinstance(spec.granularity, PerGroup):
-        tiles_TGK = x_TK.unflatten(-1, (-1, spec.granularity.size))
+        tiles_TGK = x_TK.reshape(x_TK.shape[0], -1, spec.granularity.size)
         return round_trip(tiles_TGK, spec, QParams(dynamic_scale(tiles_TGK, spec))).flatten(-2)
     return round_trip(x_TK, spec, input_qparams(x_TK, spec, static))
 

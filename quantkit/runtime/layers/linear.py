@@ -6,13 +6,13 @@ Shape suffixes: T tokens, N out_features, K in_features.
 from typing import Any
 
 import torch
-from quantkit_kernels.catalog import Kernel, choose_float, choose_int8
-from quantkit_kernels.weight import LinearWeight
 from torch import Tensor, nn
 
 from quantkit.formats.compressed_tensors import StoredLinear
 from quantkit.runtime.layers.activation import fake_quantize_input, input_qparams, to_codes
 from quantkit.schemes import IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, Spec
+from quantkit_kernels.catalog import Kernel, choose_float, choose_int8
+from quantkit_kernels.weight import LinearWeight
 
 
 class Linear(nn.Module):

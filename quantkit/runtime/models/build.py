@@ -1,5 +1,7 @@
 """A DecoderSpec and the tensors of a checkpoint, put together. The module names are those on disk."""
 
+from torch import nn
+
 from quantkit.runtime.layers.attention import Attention
 from quantkit.runtime.layers.embedding import Embedding
 from quantkit.runtime.layers.linear import Linear
@@ -14,10 +16,12 @@ def build_decoder(spec: DecoderSpec, weights: Weights) -> Decoder:
     """Read every tensor, layer by layer; quantized linears stay in their stored form."""
     base = weights.base
     embedding = Embedding(
-        weights.tensor(f"{base}embed_tokens.weight", (spec.vocab_size, spec.hidden_size)), spec.embedding_multiplier
+        weights.tensor(f"{base}embed_tokens.weight", (spec.vocab_size, spec.hidden_size)),
+        spec.embedding_multiplier,
     )
     layers = [_layer(spec, weights, number) for number in range(len(spec.layers))]
     norm = _norm(spec, weights, f"{base}norm", spec.hidden_size)
+    head: nn.Module
     if spec.is_head_tied:
         weights.skip_tied_head()
         head = Linear(embedding.weight)

@@ -132,7 +132,9 @@ class Config:
 
     def unsupported(self, key: str, value: Any, hint: str) -> UnsupportedModelError:
         """The error for a value that means something which is not implemented."""
-        return UnsupportedModelError(f"{self.place}: {key} {value!r} is not supported", fix=f"use another model; {hint}")
+        return UnsupportedModelError(
+            f"{self.place}: {key} {value!r} is not supported", fix=f"use another model; {hint}"
+        )
 
     def missing(self, key: str) -> SourceError:
         """The error for a key that has to be there."""

@@ -34,11 +34,11 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_TE: Tensor, step: Step) -> Tensor:
         """[T, E] to [T, E]."""
-        attended = self.attention(self.before_attention(hidden_TE), step)
+        attended: Tensor = self.attention(self.before_attention(hidden_TE), step)
         if self.after_attention is not None:
             attended = self.after_attention(attended)
         hidden_TE = hidden_TE + attended
-        projected = self.mlp(self.before_mlp(hidden_TE))
+        projected: Tensor = self.mlp(self.before_mlp(hidden_TE))
         if self.after_mlp is not None:
             projected = self.after_mlp(projected)
         return hidden_TE + projected

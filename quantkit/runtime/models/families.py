@@ -55,4 +55,7 @@ def _check(spec: DecoderSpec, place: str) -> None:
             fix="fetch config.json again",
         )
     if spec.head_dim % 2:
-        raise SourceError(f"{place}: head_dim {spec.head_dim} is odd, so it cannot be rotated", fix="fetch config.json again")
+        raise SourceError(
+            f"{place}: head_dim {spec.head_dim} is odd, so it cannot be rotated",
+            fix="fetch config.json again",
+        )

@@ -30,7 +30,9 @@ def read_gemma3(config: Config) -> DecoderSpec:
         norm_eps=config.number("rms_norm_eps", 1e-6),
         layers=_layers(config, max_positions),
         is_head_tied=config.flag("tie_word_embeddings", True),
-        activation=config.choice("hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh"}, "gelu_pytorch_tanh"),
+        activation=config.choice(
+            "hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh"}, "gelu_pytorch_tanh"
+        ),
         has_qkv_bias=bias,
         has_o_bias=bias,
         has_qk_norm=True,
@@ -50,7 +52,10 @@ def _layers(config: Config, max_positions: int) -> tuple[LayerSpec, ...]:
         types = tuple(LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(num_layers))
     full, local = _ropes(config, max_positions)
     window = config.integer("sliding_window", 4096)
-    kinds = {"full_attention": LayerSpec(rope=full), "sliding_attention": LayerSpec(rope=local, window=window)}
+    kinds = {
+        "full_attention": LayerSpec(rope=full),
+        "sliding_attention": LayerSpec(rope=local, window=window),
+    }
     return tuple(kinds[name] for name in types)
 
 

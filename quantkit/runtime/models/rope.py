@@ -25,11 +25,15 @@ def read_rope(config: Config, max_positions: int) -> Rope:
     return read_rope_section(section, theta=theta, original=original, max_positions=max_positions)
 
 
-def read_rope_section(section: Config, *, theta: float | None, original: int | None, max_positions: int) -> Rope:
+def read_rope_section(
+    section: Config, *, theta: float | None, original: int | None, max_positions: int
+) -> Rope:
     """One rope object. theta, original: what stands outside of it; inside, theta goes first, original last."""
     theta = section.number("rope_theta", theta)
     if section.number("partial_rotary_factor", 1.0) != 1.0:
-        raise section.unsupported("partial_rotary_factor", section.number("partial_rotary_factor"), "supported: 1")
+        raise section.unsupported(
+            "partial_rotary_factor", section.number("partial_rotary_factor"), "supported: 1"
+        )
     old_name = section.choice("type", TYPES, "default")
     kind = section.choice("rope_type", TYPES, old_name)
     rope: Rope
@@ -64,7 +68,9 @@ def _yarn(section: Config, theta: float, original: int, max_positions: int) -> Y
     if attention_factor is None:
         ratio = mscale is not None and mscale_all is not None
         attention_factor = (
-            _mscale(factor, mscale or 1.0) / _mscale(factor, mscale_all or 1.0) if ratio else _mscale(factor, 1.0)
+            _mscale(factor, mscale or 1.0) / _mscale(factor, mscale_all or 1.0)
+            if ratio
+            else _mscale(factor, 1.0)
         )
     return YarnRope(
         theta=theta,
