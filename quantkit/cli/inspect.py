@@ -86,11 +86,8 @@ def _facts(inspection: "Inspection") -> list[tuple[str, ...]]:
     vocabulary = "not in config.json" if inspection.vocabulary is None else f"{inspection.vocabulary:,}"
     return [
         ("architecture", f"{inspection.architecture or 'not in config.json'} ({inspection.model_type})"),
-        ("values", f"{inspection.values:,}"),
-        (
-            "size",
-            f"{human_bytes(inspection.bytes)} in {inspection.shards} file{'s'[: inspection.shards != 1]}",
-        ),
+        ("parameters", "?" if inspection.parameters is None else f"{inspection.parameters:,}"),
+        ("size", f"{human_bytes(inspection.bytes)}, files with weights: {inspection.shards}"),
         ("dtypes", dtypes),
         ("layers", str(inspection.layers)),
         ("vocabulary", vocabulary),

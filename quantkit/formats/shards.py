@@ -162,7 +162,7 @@ class ShardWriter:
             self.notes |= line["notes"]
         for shard, last in enumerate(self._last_entry):
             if last < self.num_done and not (self._folder / self._names[shard]).exists():
-                os.replace(self._partial(shard), self._folder / self._names[shard])
+                self._partial(shard).replace(self._folder / self._names[shard])
 
     def _check_space(self) -> None:
         written = sum(file.stat().st_blocks * 512 for file in self._folder.glob("model*.safetensors*"))
@@ -196,7 +196,7 @@ class ShardWriter:
     def _close_shard(self) -> None:
         assert self._file is not None and self._shard is not None, "a full shard is open"
         self._file.close()
-        os.replace(self._partial(self._shard), self._folder / self._names[self._shard])
+        self._partial(self._shard).replace(self._folder / self._names[self._shard])
         sync_folder(self._folder)
         self._file = self._shard = None
 
@@ -215,7 +215,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,8 +20,8 @@ def resolve_source(source: str, *, revision: str | None = None, announce: Announ
     """The checkpoint folder that `source` means: a folder, a .gguf file, a hub id, or `demo`.
 
     A GGUF file is converted to bf16 once, into QUANTKIT_CACHE; a hub id is downloaded into the hub's own
-    cache. revision: branch, tag or commit, of a hub id only. announce: told, in a line, what will take a while.
-    Raises SourceError if there is no such thing.
+    cache. revision: branch, tag or commit, of a hub id only. announce: told, in a line, what will take a
+    while. Raises SourceError if there is no such thing.
     """
     path = Path(source).expanduser()
     is_hub = source != DEMO and not path.exists() and _looks_like_hub_id(source)
