@@ -112,7 +112,7 @@ def test_spec_that_names_nothing(spec):
 
 
 def test_folder_without_text(tmp_path):
-    with pytest.raises(TextError, match="no .txt"):
+    with pytest.raises(TextError, match=r"no \.txt"):
         load_documents(str(tmp_path))
 
 

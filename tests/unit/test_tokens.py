@@ -1,14 +1,15 @@
 """Token ids do not depend on how text is cut into pieces, and windows lie where they are said to."""
 
+import itertools
 import random
 import tracemalloc
 
 import pytest
 import torch
-from tests.tiny_llama import byte_level_tokenizer, write_tokenizer
 
 from quantkit.errors import SourceError, TextError
 from quantkit.tokens import Encoded, load_tokenizer, read_windows, tokenize, window_starts
+from tests.tiny_llama import byte_level_tokenizer, write_tokenizer
 
 
 class RustTokenizer:
@@ -30,6 +31,14 @@ class CharTokenizer:
     def encode(self, text):
         self.longest = max(self.longest, len(text))
         return Encoded([ord(char) for char in text], list(range(len(text))))
+
+
+class TripleTokenizer:
+    """Three characters a token, counted from the start: no place is free of where the text began."""
+
+    def encode(self, text):
+        starts = list(range(0, len(text), 3))
+        return Encoded([sum(map(ord, text[start : start + 3])) for start in starts], starts)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,13 @@ def test_text_with_nowhere_to_cut_is_taken_in_larger_pieces(tokenizer, documents
         assert stream.read(0, len(stream)).tolist() == tokenizer.encode("\n\n".join(documents)).ids
 
 
+def test_a_place_where_the_pieces_disagree_is_never_cut():
+    text = random_text(20_000, 0)
+    for piece_chars in (5000, 8192, 9001):
+        with tokenize([text], TripleTokenizer(), piece_chars) as stream:
+            assert stream.read(0, len(stream)).tolist() == TripleTokenizer().encode(text).ids
+
+
 def test_memory_does_not_grow_with_the_text():
     def documents():
         for _ in range(150):
@@ -108,7 +124,7 @@ def test_windows_lie_where_they_are_said_to():
 @pytest.mark.parametrize("num_tokens", [60, 61, 83, 1000])
 def test_windows_never_overlap_and_stay_inside(num_tokens):
     starts = window_starts(num_tokens, 3, 20)
-    assert all(later - earlier >= 20 for earlier, later in zip(starts, starts[1:], strict=False))
+    assert all(later - earlier >= 20 for earlier, later in itertools.pairwise(starts))
     assert starts[-1] + 20 <= num_tokens
 
 

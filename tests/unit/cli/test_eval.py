@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
 from quantkit.cli.main import run
+from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
 
 @pytest.fixture

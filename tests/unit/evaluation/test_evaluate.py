@@ -7,11 +7,11 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_llama import CONFIG, VOCAB_SIZE, write_tiny_llama, write_tokenizer
 
 from quantkit.errors import EvaluationError, SourceError, TextError, UnsupportedModelError
 from quantkit.evaluation import Gates, evaluate
 from quantkit.evaluation.cache import TensorCache
+from tests.tiny_llama import CONFIG, VOCAB_SIZE, write_tiny_llama, write_tokenizer
 
 WINDOWS, LENGTH = 4, 16
 TABLE = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * 3
@@ -269,7 +269,7 @@ def test_logits_of_another_size_than_config_says_are_refused(world):
 def test_other_merges_of_the_tokenizer_are_refused(world):
     write_tokenizer(world.path / "small", vocab_size=280)  # the same ids, but fewer merges
     with pytest.raises(
-        EvaluationError, match="original and .*small differ: they split the same text differently"
+        EvaluationError, match=r"original and .*small differ: they split the same text differently"
     ):
         world.run("small")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tiny_llama import HIDDEN, INNER, LAYERS, tiny_tensors, write_tiny_llama
 
 from quantkit.evaluation.size import measure_size
 from quantkit.formats.checkpoint import open_checkpoint
+from tests.tiny_llama import HIDDEN, INNER, LAYERS, tiny_tensors, write_tiny_llama
 
 ATTENTION = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2)
 MLP = LAYERS * 3 * HIDDEN * INNER
