@@ -12,7 +12,10 @@ from typing import cast
 import typer
 
 from quantkit import __version__
+from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
+from quantkit.cli.quantize import quantize
+from quantkit.cli.recipes import recipes
 from quantkit.errors import OutputError, QuantkitError
 
 # click's UsageError, of the copy of click that newer versions of typer carry inside
@@ -44,6 +47,9 @@ def root(
 
 
 app.command("inspect")(inspect)
+app.command("quantize")(quantize)
+app.command("generate")(generate)
+app.command("recipes")(recipes)
 
 
 def main() -> None:

@@ -125,12 +125,15 @@ def iter_bytes(info: TensorInfo, chunk_bytes: int = 16 << 20) -> Iterator[bytes]
             position += len(chunk)
 
 
-def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+def encode_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Header bytes (length prefix included) for tensors laid out one after another in the given order.
 
-    Padded with spaces to a multiple of 8, metadata {"format": "pt"}, as the safetensors library writes it.
+    Padded with spaces to a multiple of 8 as the safetensors library does; metadata {"format": "pt"} unless
+    other is given.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + tensor_bytes(dtype, shape)

@@ -49,4 +49,5 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     unsigned = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     signed = (unsigned - 2 ** (bits - 1)).to(torch.int8)
-    return signed.view(packed.shape[0], -1)[:, :num_codes]
+    rows: Tensor = signed.view(packed.shape[0], -1)
+    return rows[:, :num_codes]

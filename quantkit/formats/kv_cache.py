@@ -1,0 +1,198 @@
+"""The KV cache's part of a checkpoint: its scheme and its stored scales.
+
+FP8 is in the main files, as compressed-tensors defines it: `kv_cache_scheme` in config.json, and per
+attention module `<module>.k_scale` and `.v_scale`, [1] per tensor or [H, 1, 1] per head. INT8 is in a file of
+its own, because vLLM refuses a config that names it: `quantkit_kv.safetensors`, metadata {"dtype": "int8",
+"granularity": "head" | "token"}, float32 scales [H, 1, 1] under the same names for `head`, none for `token`.
+
+Knows nothing of how a cache is laid out in memory. H: number of KV heads.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import SourceError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.quantization_config import read_quantization
+from quantkit.formats.safetensors_file import (
+    TensorInfo,
+    as_bytes,
+    encode_header,
+    read_header,
+    read_metadata,
+    read_tensor,
+)
+from quantkit.schemes import KVScheme
+from quantkit.schemes.support import check_kv_scheme
+
+SIDECAR_NAME = "quantkit_kv.safetensors"
+_SCALE = re.compile(r"(?P<module>(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\..+)\.(?P<part>[kv])_scale")
+
+
+class StoredKV(NamedTuple):
+    """A KV scheme and its scales: layer -> (k_scale, v_scale), float32 [1] or [H, 1, 1]; empty for `token`."""
+
+    scheme: KVScheme
+    scales: dict[int, tuple[Tensor, Tensor]]
+
+
+def kv_layout(
+    scheme: KVScheme, attention_modules: Mapping[int, str], num_kv_heads: int, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the scales that belong in the shards; none for INT8.
+
+    attention_modules: layer -> full name of its attention module, e.g. 0 -> "model.layers.0.self_attn".
+    """
+    if scheme.dtype != "fp8":
+        return {}
+    shape = _scale_shape(scheme, num_kv_heads)
+    return {
+        name: (dtype, shape)
+        for _, module in sorted(attention_modules.items())
+        for name in _scale_names(module)
+    }
+
+
+def kv_tensors(kv: StoredKV, attention_modules: Mapping[int, str]) -> dict[str, Tensor]:
+    """The scales by tensor name, layer after layer, k before v; float32 as in `kv`."""
+    return {
+        name: scale
+        for layer, pair in sorted(kv.scales.items())
+        for name, scale in zip(_scale_names(attention_modules[layer]), pair, strict=True)
+    }
+
+
+def encode_kv_sidecar(kv: StoredKV, attention_modules: Mapping[int, str]) -> bytes:
+    """The bytes of `quantkit_kv.safetensors`; the same scheme and scales give the same bytes."""
+    assert kv.scheme.dtype == "int8", "an FP8 cache is described by config.json and the shards"
+    check_kv_scheme(kv.scheme)
+    tensors = {name: scale.float() for name, scale in kv_tensors(kv, attention_modules).items()}
+    header = encode_header(
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
+        metadata={"dtype": kv.scheme.dtype, "granularity": kv.scheme.granularity},
+    )
+    return b"".join([header, *(bytes(as_bytes(tensor)) for tensor in tensors.values())])
+
+
+def write_kv_sidecar(folder: Path, kv: StoredKV, attention_modules: Mapping[int, str]) -> Path:
+    """Write the sidecar into a checkpoint folder: whole, or not at all. Returns its path."""
+    target = folder / SIDECAR_NAME
+    partial = folder / f"{SIDECAR_NAME}.partial"
+    with partial.open("wb") as file:
+        file.write(encode_kv_sidecar(kv, attention_modules))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+    return target
+
+
+def read_kv_cache(checkpoint: Checkpoint) -> StoredKV | None:
+    """How this checkpoint wants its KV cache stored; None: 16-bit.
+
+    Raises SourceError if config and sidecar both say something, if a layer's scale is missing, has another
+    shape than the scheme gives it, or is not a finite positive number.
+    """
+    in_config = read_quantization(checkpoint.config).kv
+    sidecar = checkpoint.path / SIDECAR_NAME
+    if not sidecar.is_file():
+        return (
+            None
+            if in_config is None
+            else StoredKV(in_config, _read_scales(checkpoint, in_config, checkpoint.tensors))
+        )
+    if in_config is not None:
+        raise SourceError(
+            f"{sidecar}: an INT8 KV cache, but config.json has a kv_cache_scheme too",
+            fix=f"remove the one that is not meant: {SIDECAR_NAME}, or kv_cache_scheme in config.json",
+        )
+    tensors = read_header(sidecar)
+    scheme = _sidecar_scheme(sidecar)
+    return StoredKV(scheme, _read_scales(checkpoint, scheme, tensors))
+
+
+def _sidecar_scheme(sidecar: Path) -> KVScheme:
+    metadata = read_metadata(sidecar)
+    granularity = metadata.get("granularity")
+    if metadata.get("dtype") != "int8" or granularity not in {"head", "token"}:
+        raise SourceError(
+            f"{sidecar}: metadata {metadata} is no KV scheme", fix="quantize the checkpoint again"
+        )
+    return KVScheme(dtype="int8", granularity="head" if granularity == "head" else "token")
+
+
+def _read_scales(
+    checkpoint: Checkpoint, scheme: KVScheme, tensors: Mapping[str, TensorInfo]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    if scheme.granularity == "token":
+        return {}
+    found: dict[int, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        match = _SCALE.fullmatch(name)
+        if match:
+            found.setdefault(int(match["layer"]), {})[match["part"]] = info
+    shape = _scale_shape(scheme, num_kv_heads(checkpoint))
+    scales: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer in range(num_layers(checkpoint)):
+        pair = found.get(layer, {})
+        if len(pair) < 2:
+            absent = "v_scale" if "k" in pair else "k_scale"
+            raise SourceError(
+                f"{checkpoint.path}: layer {layer} has no {absent} for its KV cache",
+                fix="fetch or quantize the checkpoint again: its KV scales are incomplete",
+            )
+        scales[layer] = (_read_scale(pair["k"], shape), _read_scale(pair["v"], shape))
+    return scales
+
+
+def _read_scale(info: TensorInfo, shape: tuple[int, ...]) -> Tensor:
+    scale = read_tensor(info)
+    if scale.numel() == 1 and shape == (1,):
+        scale = scale.reshape(1)  # some writers store one scale as a 0-d tensor
+    if not scale.dtype.is_floating_point or tuple(scale.shape) != shape:
+        raise SourceError(
+            f"{info.file}: {info.name} is {scale.dtype} {list(scale.shape)}, "
+            f"but its KV scheme makes it floating point {list(shape)}",
+            fix="fetch or quantize the checkpoint again",
+        )
+    scale = scale.float()
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise SourceError(
+            f"{info.file}: {info.name} holds a scale that is not a finite positive number",
+            fix="fetch or quantize the checkpoint again",
+        )
+    return scale
+
+
+def num_layers(checkpoint: Checkpoint) -> int:
+    """Decoder layers, by config.json. Raises SourceError if it does not say."""
+    return _count(checkpoint, "num_hidden_layers")
+
+
+def num_kv_heads(checkpoint: Checkpoint) -> int:
+    """KV heads of a layer, by config.json: all attention heads where it names no smaller number."""
+    grouped = checkpoint.text_config.get("num_key_value_heads") is not None
+    return _count(checkpoint, "num_key_value_heads" if grouped else "num_attention_heads")
+
+
+def _count(checkpoint: Checkpoint, key: str) -> int:
+    value = checkpoint.text_config.get(key)
+    if type(value) is not int or value < 1:
+        raise SourceError(
+            f"{checkpoint.path / 'config.json'}: {key} is {value!r}, needed to read the KV scales",
+            fix="fetch config.json again",
+        )
+    return value
+
+
+def _scale_shape(scheme: KVScheme, heads: int) -> tuple[int, ...]:
+    return (1,) if scheme.granularity == "tensor" else (heads, 1, 1)
+
+
+def _scale_names(module: str) -> tuple[str, str]:
+    return f"{module}.k_scale", f"{module}.v_scale"
