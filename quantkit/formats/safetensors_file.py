@@ -72,7 +72,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise _damaged(path, f"has a header that is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "has a header that is not a JSON object")
-    infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    infos = [
+        _tensor_info(path, name, entry, 8 + length)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
     infos.sort(key=lambda info: (info.begin, info.end))
     position = 8 + length
     for info in infos:
@@ -151,7 +155,7 @@ def tensor_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's storage as bytes, without a copy where it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _fill(tensor: Tensor, info: TensorInfo, position: int) -> None:
@@ -180,7 +184,9 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         )
     dtype = DTYPES[dtype_name]
     if end - begin != tensor_bytes(dtype, tuple(shape)):
-        raise _damaged(path, f"gives tensor {name} {end - begin} bytes, but {dtype_name} {shape} takes another number")
+        raise _damaged(
+            path, f"gives tensor {name} {end - begin} bytes, but {dtype_name} {shape} takes another number"
+        )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, data_start + end)
 
 
@@ -192,4 +198,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _damaged(path: Path, finding: str) -> SourceError:
-    return SourceError(f"{path} {finding}", fix="download or copy this file again; it is damaged or incomplete")
+    return SourceError(
+        f"{path} {finding}", fix="download or copy this file again; it is damaged or incomplete"
+    )
