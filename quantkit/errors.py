@@ -50,3 +50,7 @@ class UnsupportedModelError(QuantkitError):
 
 class EvaluationError(QuantkitError):
     """Reference and candidate cannot be compared."""
+
+
+class GenerationError(QuantkitError):
+    """A prompt that the model cannot take, or sampling settings that make no sense."""

@@ -1,6 +1,7 @@
 """Facts per architecture as data: which tensors are linears, which of them are fused, what is refused."""
 
 from quantkit.arch.families import FAMILIES, RUNTIME_FAMILIES, Family, Part, Role
+from quantkit.arch.inspection import Inspection, inspect_checkpoint
 from quantkit.arch.linears import LinearInfo, Stays, Survey, find_linears, find_stays, survey
 from quantkit.arch.names import layer_of, place_of
 from quantkit.arch.refusals import already_quantized
@@ -9,6 +10,7 @@ __all__ = [
     "FAMILIES",
     "RUNTIME_FAMILIES",
     "Family",
+    "Inspection",
     "LinearInfo",
     "Part",
     "Role",
@@ -17,6 +19,7 @@ __all__ = [
     "already_quantized",
     "find_linears",
     "find_stays",
+    "inspect_checkpoint",
     "layer_of",
     "place_of",
     "survey",

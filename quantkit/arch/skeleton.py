@@ -49,7 +49,7 @@ def family_from_skeleton(checkpoint: Checkpoint) -> Family:
             parts.setdefault(place.rest, Part(name=place.rest, role=Role.EXPERT, group=match["parent"]))
     if not parts:
         raise UnsupportedModelError(
-            f"{checkpoint.path}: {checkpoint.model_type} has no decoder layers with nn.Linear in attention or MLP",
+            f"{checkpoint.path}: {checkpoint.model_type} has no decoder layers that hold nn.Linear modules",
             fix=DECODER_FIX,
         )
     return tuple(parts.values())

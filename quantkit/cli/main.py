@@ -7,12 +7,19 @@ Importing this imports neither torch nor transformers; each verb imports what it
 import errno
 import os
 import sys
+from typing import cast
 
-import click
 import typer
 
 from quantkit import __version__
+from quantkit.cli.generate import generate
+from quantkit.cli.inspect import inspect
+from quantkit.cli.quantize import quantize
+from quantkit.cli.recipes import recipes
 from quantkit.errors import OutputError, QuantkitError
+
+# click's UsageError, of the copy of click that newer versions of typer carry inside
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 
 app = typer.Typer(
     name="quantkit",
@@ -32,9 +39,17 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     """Quantize a language model, measure what it cost, and run the result."""
+
+
+app.command("inspect")(inspect)
+app.command("quantize")(quantize)
+app.command("generate")(generate)
+app.command("recipes")(recipes)
 
 
 def main() -> None:
@@ -46,10 +61,12 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command line (default: this process's own) and return its exit code."""
     try:
         result = app(args=arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
+    except UsageError as error:
+        if error.format_message():  # empty where no argument at all was given: the help has been printed
+            command = error.ctx.command_path if error.ctx else "quantkit"
+            print(f"error: {error.format_message()}\n  fix: see `{command} --help`", file=sys.stderr)
         return 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
     except QuantkitError as error:

@@ -76,7 +76,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises SourceError for anything missing, damaged or inconsistent, naming the file.
     """
     if not path.is_dir():
-        raise SourceError(f"{path}: no such folder", fix="give a checkpoint folder, a hub id, a .gguf file, or `demo`")
+        raise SourceError(
+            f"{path}: no such folder", fix="give a checkpoint folder, a hub id, a .gguf file, or `demo`"
+        )
     config = _read_config(path)
     tensors: dict[str, TensorInfo] = {}
     for shard, names in _shards(path).items():
@@ -102,7 +104,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
-        raise SourceError(f"{path}: no config.json", fix="give the folder that holds config.json and the weights")
+        raise SourceError(
+            f"{path}: no config.json", fix="give the folder that holds config.json and the weights"
+        )
     config = read_json(file)
     if not isinstance(config, dict):
         raise SourceError(f"{file}: not a JSON object", fix="fetch config.json again")
@@ -147,14 +151,20 @@ def _shards(path: Path) -> dict[str, list[str] | None]:
 
 
 def _no_weights(path: Path) -> SourceError:
-    strays = sorted(file.name for file in path.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"})
+    strays = sorted(
+        file.name
+        for file in path.iterdir()
+        if file.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
+    )
     if any(name.endswith((".bin", ".pt", ".pth")) for name in strays):
         return SourceError(
             f"{path}: only pickled weights ({strays[0]}), which are never loaded because they can run code",
             fix="use a safetensors version of this checkpoint, or convert it where you trust it",
         )
     if any(name.endswith(".gguf") for name in strays):
-        return SourceError(f"{path}: holds {strays[0]} but no safetensors", fix=f"name the file: {path / strays[0]}")
+        return SourceError(
+            f"{path}: holds {strays[0]} but no safetensors", fix=f"name the file: {path / strays[0]}"
+        )
     if strays:
         return SourceError(
             f"{path}: {strays[0]} but neither {SINGLE_NAME} nor {INDEX_NAME}",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 PACKABLE_BITS = (2, 4, 8)
+CHUNK_CODES = 1 << 22  # packed at a time: each takes 8 bytes on the way
 
 
 def packed_width(num_codes: int, bits: int) -> int:
@@ -23,11 +24,20 @@ def pack(codes_NK: Tensor, bits: int) -> Tensor:
     """Signed codes, int8 [N, K] in [−2^(b−1), 2^(b−1)−1], to int32 [N, ceil(K·b/32)]."""
     assert bits in PACKABLE_BITS, f"{bits}-bit codes have no settled layout"
     num_rows, num_codes = codes_NK.shape
+    packed = torch.empty(num_rows, packed_width(num_codes, bits), dtype=torch.int32, device=codes_NK.device)
+    step = max(1, CHUNK_CODES // max(1, num_codes))
+    for start in range(0, num_rows, step):
+        packed[start : start + step] = _pack_rows(codes_NK[start : start + step], bits)
+    return packed
+
+
+def _pack_rows(codes_NK: Tensor, bits: int) -> Tensor:
+    num_rows, num_codes = codes_NK.shape
     per_word = 32 // bits
     unsigned = codes_NK.to(torch.int32) + (1 << (bits - 1))
     unsigned = torch.nn.functional.pad(unsigned, (0, -num_codes % per_word))
     words = unsigned.reshape(num_rows, packed_width(num_codes, bits), per_word)
-    packed = words[..., 0].clone()
+    packed: Tensor = words[..., 0].clone()
     for slot in range(1, per_word):
         packed |= words[..., slot] << (slot * bits)  # int32 shifts wrap into the sign bit as intended
     return packed
@@ -38,5 +48,5 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     assert bits in PACKABLE_BITS, f"{bits}-bit codes have no settled layout"
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     unsigned = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    signed = (unsigned - (1 << (bits - 1))).to(torch.int8)
+    signed: Tensor = (unsigned - (1 << (bits - 1))).to(torch.int8)
     return signed.flatten(1)[:, :num_codes].contiguous()

@@ -1,0 +1,111 @@
+"""`quantkit inspect`: what is in a checkpoint, what can be quantized, and why not the rest."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from quantkit.arch import Inspection
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `demo`.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what is in a checkpoint; what can be quantized, and why not the rest."""
+    from quantkit.arch import inspect_checkpoint
+    from quantkit.formats.checkpoint import open_checkpoint
+    from quantkit.formats.source import resolve_source
+
+    inspection = inspect_checkpoint(
+        open_checkpoint(resolve_source(source, revision=revision, announce=_to_stderr))
+    )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(inspection), indent=2))
+        return
+    from rich.console import Console
+
+    show(inspection, Console())
+
+
+def _to_stderr(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def show(inspection: "Inspection", console: "Console") -> None:
+    """Print the tables."""
+    console.print(_table(inspection.path, ("", ""), _facts(inspection)))
+    roles = [(c.name, f"{c.tensors:,}", f"{c.values:,}", human_bytes(c.bytes)) for c in inspection.roles]
+    console.print(_table("Tensors by role", ("role", "tensors", "values", "size"), roles))
+    if inspection.quantized:
+        console.print(
+            f"Nothing can be quantized: this checkpoint is quantized already ({inspection.quantized})."
+        )
+        return
+    linears = [
+        (
+            kind.role,
+            str(kind.in_features),
+            f"{kind.linears:,}",
+            f"{kind.parameters:,}",
+            _sizes(kind.group_sizes),
+        )
+        for kind in inspection.quantizable
+    ]
+    columns = ("linears", "in_features", "number", "parameters", "group sizes")
+    console.print(_table("Can be quantized", columns, linears))
+    stays = [(count.name, f"{count.tensors:,}", human_bytes(count.bytes)) for count in inspection.stays]
+    console.print(_table("Stays as it is", ("why", "tensors", "size"), stays))
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> "Table":
+    """A table whose first column is text, on the left, and whose others are on the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and any(columns) else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _sizes(group_sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, group_sizes)) or "none, channel only"
+
+
+def _facts(inspection: "Inspection") -> list[tuple[str, ...]]:
+    dtypes = ", ".join(f"{count.name} ({human_bytes(count.bytes)})" for count in inspection.dtypes)
+    vocabulary = "not in config.json" if inspection.vocabulary is None else f"{inspection.vocabulary:,}"
+    return [
+        ("architecture", f"{inspection.architecture or 'not in config.json'} ({inspection.model_type})"),
+        ("parameters", "?" if inspection.parameters is None else f"{inspection.parameters:,}"),
+        ("size", f"{human_bytes(inspection.bytes)}, files with weights: {inspection.shards}"),
+        ("dtypes", dtypes),
+        ("layers", str(inspection.layers)),
+        ("vocabulary", vocabulary),
+        ("output head", "tied to the embedding" if inspection.tied_head else "of its own"),
+        ("chat template", "yes" if inspection.chat_template else "no"),
+        ("quantized", inspection.quantized or "no"),
+        (
+            "quantkit's runtime",
+            "runs it" if inspection.runs_here else "has no definition of this architecture",
+        ),
+    ]
+
+
+def human_bytes(count: int) -> str:
+    """A size in the largest decimal unit that leaves at least 1."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

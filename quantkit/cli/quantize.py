@@ -1,0 +1,150 @@
+"""`quantkit quantize`: parse, run with a progress bar, print what was done."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from quantkit.dry_run import DryRun
+    from quantkit.quantize import QuantReport, Step
+    from quantkit.recipe import Recipe
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id, a .gguf file, or `demo`.")],
+    recipe: Annotated[str, typer.Option("-r", "--recipe", help="A shipped recipe by name, or a YAML file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier run in the folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Quantize a checkpoint into a folder that transformers, vLLM and quantkit load.
+
+    Killed or interrupted, the same command continues where it stopped.
+    """
+    from rich.console import Console
+
+    from quantkit.formats.source import resolve_source
+    from quantkit.quantize import quantize_checkpoint
+    from quantkit.recipe import load_recipe
+
+    chosen = load_recipe(recipe, tuple(settings or ()))
+    path = resolve_source(source, revision=revision, announce=lambda line: typer.echo(line, err=True))
+    if dry_run:
+        _print_dry_run(path, chosen, recipe, as_json)
+        return
+    with _Progress(Console(stderr=True)) as progress:
+        report = quantize_checkpoint(
+            path,
+            chosen,
+            output,
+            base=_base_name(source),
+            where=recipe,
+            overwrite=overwrite,
+            on_step=progress.show,
+        )
+    _print_report(report, as_json)
+
+
+def _print_dry_run(path: Path, recipe: "Recipe", where: str, as_json: bool) -> None:
+    from rich.console import Console
+
+    from quantkit.dry_run import dry_run
+
+    plan = dry_run(path, recipe, where=where)
+    if as_json:
+        typer.echo(json.dumps(plan.as_dict(), indent=2))
+        return
+    console = Console()
+    console.print(_plan_table(plan), highlight=False)
+    before, after = plan.before_bytes / 1e9, plan.after_bytes / 1e9
+    console.print(f"size    {before:.3f} GB -> {after:.3f} GB ({after / before:.0%})")
+    console.print(f"memory  {plan.peak_bytes / 1e9:.2f} GB at the peak (estimated)")
+    console.print(f"time    {plan.seconds:.0f} s (estimated from a sample on this machine)")
+
+
+def _plan_table(plan: "DryRun") -> "Table":
+    from rich.table import Table
+
+    table = Table(title="Nothing is written: this is the plan", title_justify="left")
+    for column in ("tensor", "scheme, or why it stays", "before", "after"):
+        table.add_column(
+            column, justify="right" if column in ("before", "after") else "left", overflow="fold"
+        )
+    for row in plan.rows:
+        table.add_row(row.name, row.treatment, f"{row.before_bytes:,}", f"{row.after_bytes:,}")
+    return table
+
+
+class _Progress:
+    """A bar with an estimate of the time left, and a line for each linear above it, on stderr."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("quantizing", total=None)
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: "Step") -> None:
+        """Take one finished tensor into account."""
+        from quantkit.schemes.labels import scheme_label
+
+        now = time.monotonic()
+        self._bar.update(self._task, completed=step.done_bytes, total=step.total_bytes)
+        if step.linear is not None and step.linear.scheme is not None:
+            sqnr = "exact" if step.note["sqnr_db"] is None else f"{step.note['sqnr_db']:.1f} dB"
+            label = scheme_label(step.linear.scheme)
+            self._bar.console.print(
+                f"{step.linear.name}  {label}  rtn  {sqnr}  {now - self._last:.2f} s", highlight=False
+            )
+        self._last = now
+
+
+def _print_report(report: "QuantReport", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report._asdict() | {"folder": str(report.folder)}, indent=2))
+        return
+    if report.was_finished:
+        typer.echo(f"{report.folder} is finished already, with the same recipe and source; nothing to do")
+        return
+    ratio = report.after_bytes / report.before_bytes
+    typer.echo(
+        f"{report.folder}: {report.before_bytes / 1e9:.3f} GB -> {report.after_bytes / 1e9:.3f} GB ({ratio:.0%}) "
+        f"in {report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 1e9:.2f} GB"
+    )
+
+
+def _base_name(source: str) -> str:
+    """The source's name on the card: a hub id as it is, a path's last part, the demo's real name."""
+    if source == "demo":
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return Path(source).resolve().name if Path(source).exists() else source

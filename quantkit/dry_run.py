@@ -1,0 +1,128 @@
+"""What a quantization run would do and cost, from headers and a timed sample; nothing is written."""
+
+import dataclasses
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.algorithms.rtn import rtn
+from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
+from quantkit.numerics.sqnr import signal_and_noise
+from quantkit.quantize import CHUNK_ELEMENTS, Entry, plan_entries
+from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
+from quantkit.recipe.model import Scales
+from quantkit.schemes import PerTensor, Scheme
+from quantkit.schemes.labels import scheme_label
+from quantkit.schemes.tiles import dequantize_weight
+
+SAMPLE_ELEMENTS = 1 << 20
+DISK_BYTES_PER_SECOND = 1e9  # of reading and of writing; an ordinary NVMe drive
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One tensor of the source: its scheme or the reason why it stays, and its bytes before and after."""
+
+    name: str
+    treatment: str
+    before_bytes: int
+    after_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """The plan in numbers. seconds and peak_bytes are estimates."""
+
+    rows: tuple[Row, ...]
+    before_bytes: int
+    after_bytes: int
+    peak_bytes: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return dataclasses.asdict(self)
+
+
+def dry_run(source: Path, recipe: Recipe, *, where: str = "recipe") -> DryRun:
+    """Plan a run; raises what `quantize_checkpoint` would raise before writing."""
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, recipe, where=where)
+    entries = plan_entries(checkpoint, plan)
+    rows = tuple(_rows(checkpoint, plan, entries))
+    return DryRun(
+        rows=rows,
+        before_bytes=sum(row.before_bytes for row in rows),
+        after_bytes=sum(row.after_bytes for row in rows),
+        peak_bytes=_peak_bytes(plan),
+        seconds=_seconds(checkpoint, plan, sum(row.after_bytes for row in rows)),
+    )
+
+
+def _rows(checkpoint: Checkpoint, plan: QuantPlan, entries: list[Entry]) -> Iterator[Row]:
+    reasons = {stays.name: f"16 bits: {stays.reason}" for stays in plan.stays}
+    reasons |= {
+        f"{linear.name}.weight": f"16 bits: {linear.reason}" for linear in plan.linears if not linear.scheme
+    }
+    for entry in entries:
+        after = sum(tensor.num_bytes for tensor in entry.tensors)
+        if entry.source is None:
+            yield Row(
+                name=entry.tensors[0].name,
+                treatment="scale of the KV cache",
+                before_bytes=0,
+                after_bytes=after,
+            )
+            continue
+        treatment = reasons.get(entry.source, "copied")
+        if entry.linear is not None and entry.linear.scheme is not None:
+            treatment = scheme_label(entry.linear.scheme)
+        before = checkpoint.info(entry.source).num_bytes
+        yield Row(name=entry.source, treatment=treatment, before_bytes=before, after_bytes=after)
+
+
+def _peak_bytes(plan: QuantPlan) -> int:
+    """This process as it is, plus the largest linear: its codes, their packed form, and one float32 chunk."""
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return now + max((_working_bytes(linear) for linear in plan.linears if linear.scheme), default=0)
+
+
+def _working_bytes(linear: LinearPlan) -> int:
+    assert linear.scheme is not None, "selected by the caller"
+    weights = linear.shape[0] * linear.shape[1]
+    is_whole = isinstance(linear.scheme.weight.granularity, PerTensor)
+    chunk = weights if is_whole else min(weights, CHUNK_ELEMENTS)
+    return 2 * weights + weights * linear.scheme.weight.bits // 8 + 24 * chunk
+
+
+def _seconds(checkpoint: Checkpoint, plan: QuantPlan, after_bytes: int) -> float:
+    """The time of a timed sample of each scheme, scaled up, plus reading and writing at an ordinary disk's speed."""
+    weights: dict[tuple[Scheme, Scales], int] = defaultdict(int)
+    examples: dict[tuple[Scheme, Scales], LinearPlan] = {}
+    for linear in plan.linears:
+        if linear.scheme is not None:
+            weights[linear.scheme, linear.scales] += linear.shape[0] * linear.shape[1]
+            examples.setdefault((linear.scheme, linear.scales), linear)
+    computing = sum(
+        count * _seconds_per_weight(checkpoint, examples[kind], plan.scale_dtype)
+        for kind, count in weights.items()
+    )
+    return computing + (checkpoint.num_bytes + after_bytes) / DISK_BYTES_PER_SECOND
+
+
+def _seconds_per_weight(checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: torch.dtype) -> float:
+    assert linear.scheme is not None, "selected by the caller"
+    num_rows, num_cols = linear.shape
+    rows = min(num_rows, max(1, SAMPLE_ELEMENTS // num_cols))
+    w_NK = checkpoint.read_rows(f"{linear.name}.weight", 0, rows)
+    started = time.perf_counter()
+    result = rtn(w_NK, linear.scheme.weight, scale_dtype, scales=linear.scales)
+    signal_and_noise(
+        w_NK, dequantize_weight(result.codes_NK, linear.scheme.weight.granularity, result.qparams)
+    )
+    return (time.perf_counter() - started) / w_NK.numel()

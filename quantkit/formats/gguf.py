@@ -1,0 +1,209 @@
+"""GGUF files, converted to a bf16 checkpoint folder through transformers' reader.
+
+The whole model is held in memory while converting, about 4 bytes per parameter. What that reader would drop
+without a word (rope scaling, tensors it has no place for) is refused.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from quantkit.errors import OutputError, SourceError
+from quantkit.formats.gguf_header import GgufArray, GgufHeader, read_gguf_header
+
+CARRIED = {
+    "context_length": ("max_position_embeddings",),
+    "block_count": ("num_hidden_layers",),
+    "embedding_length": ("hidden_size",),
+    "feed_forward_length": ("intermediate_size",),
+    "vocab_size": ("vocab_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("head_dim",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon"),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+}
+
+
+NEUTRAL = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+}
+WITHOUT_EFFECT = {"tensor_data_layout"}
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write config, bf16 safetensors, tokenizer and generation config of a GGUF file into an empty folder.
+
+    Raises SourceError naming the file if it is damaged, of an architecture transformers cannot read from
+    GGUF, or has settings or tensors the conversion would lose; OutputError if the folder cannot be written.
+    """
+    header = read_gguf_header(file)
+    _check_convertible(file, header)
+    with _quiet_transformers():
+        config = _corrected(file, _read(file, transformers.AutoConfig), header)
+        model, loading = _read(
+            file,
+            transformers.AutoModelForCausalLM,
+            config=config,
+            dtype=torch.bfloat16,
+            output_loading_info=True,
+        )
+        _check_complete(file, model, loading, header)
+        tokenizer = _read(file, transformers.AutoTokenizer)
+        _write(model, tokenizer, header, folder)
+
+
+def _check_convertible(file: Path, header: GgufHeader) -> None:
+    if not isinstance(header.metadata.get("general.architecture"), str):
+        raise SourceError(f"{file} does not name its architecture", fix=_OTHER_VERSION)
+    if header.metadata.get("split.count", 1) != 1:
+        raise SourceError(
+            f"{file} is one part of several", fix="merge the parts with llama-gguf-split --merge"
+        )
+    if "tokenizer.ggml.tokens" not in header.metadata:
+        raise SourceError(f"{file} has no vocabulary", fix=_OTHER_VERSION)
+    scaling = next((tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")), None)
+    if scaling:
+        raise SourceError(
+            f"{file} scales its rope by {scaling}; the conversion would lose it", fix=_OTHER_VERSION
+        )
+
+
+_OTHER_VERSION = "use the safetensors version of this model"
+
+
+def _read(file: Path, auto_class: Any, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True, **options)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise SourceError(
+            f"{file} cannot be read by transformers {transformers.__version__} ({lines[0]})",
+            fix=_OTHER_VERSION,
+        ) from error
+
+
+def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
+    """The config, with what the file says where the reader leaves a default; refuses what has no place."""
+    settings = config.to_dict()
+    architecture = f"{header.metadata['general.architecture']}."
+    head_dim = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    for key, value in header.metadata.items():
+        name = key.removeprefix(architecture)
+        if name == key or name in WITHOUT_EFFECT or NEUTRAL.get(name) == value:
+            continue
+        target = next((target for target in CARRIED.get(name, ()) if target in settings), None)
+        if target and not isinstance(value, GgufArray):
+            settings[target] = value
+        elif not _set_rope_base(settings, name, value) and not (name in _HEAD_DIMS and value == head_dim):
+            said = "different per layer" if isinstance(value, GgufArray) else repr(value)
+            raise SourceError(f"{file}: {key} is {said}; the conversion would lose it", fix=_OTHER_VERSION)
+    return type(config).from_dict(settings)
+
+
+def _set_rope_base(settings: dict[str, Any], name: str, value: Any) -> bool:
+    """Put a rope base where the config has it; False if this is none or it has none."""
+    rope = settings.get("rope_parameters") or {}
+    if name not in _ROPE_LAYERS or isinstance(value, GgufArray):
+        return False
+    if name == "rope.freq_base" and "rope_theta" in rope:
+        rope["rope_theta"] = value
+        return True
+    layers = rope.get(_ROPE_LAYERS[name])
+    if not isinstance(layers, dict):
+        return False
+    layers["rope_theta"] = value
+    return True
+
+
+_ROPE_LAYERS = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
+_HEAD_DIMS = {"rope.dimension_count", "attention.key_length", "attention.value_length"}
+
+
+def _check_complete(file: Path, model: Any, loading: dict[str, Any], header: GgufHeader) -> None:
+    """Every parameter came from the file, and every value of the file went into a parameter."""
+    name = type(model).__name__
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        missing = min([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
+        raise SourceError(f"{file} lacks {missing} of {name}, or has it in another shape", fix=_OTHER_VERSION)
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    there = sum(tensor.num_elements for tensor in header.tensors)
+    if taken != there:
+        raise SourceError(f"{file} holds {there} weights, but {name} has {taken}", fix=_OTHER_VERSION)
+
+
+def _write(model: Any, tokenizer: Any, header: GgufHeader, folder: Path) -> None:
+    settings = model.config.to_dict()
+    for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
+        settings.pop(key, None)
+    with torch.device("meta"):
+        plain = type(model)(type(model.config).from_dict(settings)).to(torch.bfloat16)
+    plain.load_state_dict(model.state_dict(), assign=True)  # as loaded from GGUF, it refuses to be saved
+    plain.tie_weights()
+    plain.generation_config = _generation_config(model.config, header)
+    try:
+        plain.save_pretrained(folder, max_shard_size="4GB")
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OutputError(
+            f"{folder}: cannot write the converted weights ({error})",
+            fix="free some space, or set QUANTKIT_CACHE to a folder with more",
+        ) from error
+    _clean_tokenizer_config(folder / "tokenizer_config.json")
+
+
+def _generation_config(config: Any, header: GgufHeader) -> Any:
+    """Stops at the end of a turn too, where the file names that token apart from the end of the text."""
+    named = [header.metadata.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id")]
+    ends = list(dict.fromkeys(end for end in named if isinstance(end, int)))
+    return transformers.GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=config.pad_token_id,
+    )
+
+
+def _clean_tokenizer_config(file: Path) -> None:
+    """Drop notes on where it was loaded from; name a class that every version of transformers knows."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(key, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(
+        json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and warnings of transformers: what matters of them is checked here."""
+    log = transformers.utils.logging
+    verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # one of its bars does not ask
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if has_bars:
+            log.enable_progress_bar()

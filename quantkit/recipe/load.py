@@ -1,0 +1,153 @@
+"""Recipes from YAML: shipped ones by name, others by path, changed by `--set`; errors name file and line."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from quantkit.errors import RecipeError
+from quantkit.recipe.model import Override, Recipe
+from quantkit.resources import data_dir
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with quantkit, by name."""
+    return {file.stem: file for file in sorted(data_dir("recipes").glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
+    """A shipped recipe by name or a YAML file, with `KEY=VALUE` settings applied (KEY dotted, VALUE YAML).
+
+    Raises RecipeError naming file and line, or the setting, for anything that is not a valid recipe.
+    """
+    file = find_recipe(name_or_path)
+    content, lines = _parse(file)
+    for setting in settings:
+        _apply(content, setting)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _invalid(error, file, lines, settings) from None
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a recipe. Raises RecipeError with the nearest names if there is none."""
+    shipped = shipped_recipes()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name_or_path, shipped, n=1)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    raise RecipeError(
+        f"{name_or_path}: neither a shipped recipe nor a file",
+        fix=f"{hint}`quantkit recipes` lists them: {', '.join(shipped)}",
+    )
+
+
+def _parse(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The YAML as plain data, and the line of every dotted path in it."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        place = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise RecipeError(f"{place}: not valid YAML ({_first_line(error)})", fix="correct the file") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: not a list of `key: value` lines", fix="see `quantkit recipes int4`")
+    lines: dict[str, int] = {}
+    _collect_lines(root, "", lines, file)
+    return content, lines
+
+
+def _collect_lines(node: yaml.Node | None, path: str, lines: dict[str, int], file: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = f"{path}.{key.value}" if path else str(key.value)
+            if inner in lines:
+                raise RecipeError(
+                    f"{file}:{key.start_mark.line + 1}: {inner} is given twice",
+                    fix="remove one of the two lines",
+                )
+            lines[inner] = key.start_mark.line + 1
+            _collect_lines(value, inner, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            lines[f"{path}.{number}"] = value.start_mark.line + 1
+            _collect_lines(value, f"{path}.{number}", lines, file)
+
+
+def _apply(content: dict[str, Any], setting: str) -> None:
+    key, equals, raw = setting.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {setting}: not KEY=VALUE", fix="for example --set group_size=64")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {setting}: the value is not valid YAML ({_first_line(error)})", fix="quote it"
+        ) from None
+    *parents, last = key.strip().split(".")
+    place: Any = content
+    for part in parents:
+        place = _descend(place, part, setting)
+    if isinstance(place, list):
+        place[_position(place, last, setting)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise RecipeError(f"--set {setting}: {key} is inside a plain value", fix=_keys_hint())
+
+
+def _descend(place: Any, part: str, setting: str) -> Any:
+    if isinstance(place, list):
+        return place[_position(place, part, setting)]
+    if isinstance(place, dict) and part in place:
+        return place[part]
+    raise RecipeError(f"--set {setting}: the recipe has no {part}", fix=_keys_hint())
+
+
+def _position(place: list[Any], part: str, setting: str) -> int:
+    if part.isdecimal() and int(part) < len(place):
+        return int(part)
+    raise RecipeError(f"--set {setting}: {part} is not a place in a list of {len(place)}", fix="count from 0")
+
+
+def _invalid(
+    error: ValidationError, file: Path, lines: dict[str, int], settings: tuple[str, ...]
+) -> RecipeError:
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"]]
+    known = {*Recipe.model_fields, *Override.model_fields}
+    path = ".".join(name for name in names if name in known or name.isdecimal() or name == names[0])
+    from_setting = next((setting for setting in settings if setting.partition("=")[0].strip() == path), None)
+    place = (
+        f"--set {from_setting}" if from_setting else f"{file}:{lines[path]}" if path in lines else str(file)
+    )
+    if first["type"] == "extra_forbidden":
+        fields = Override.model_fields if names[0] == "overrides" else Recipe.model_fields
+        unknown = names[-1]
+        near = difflib.get_close_matches(unknown, fields, n=1)
+        return RecipeError(
+            f"{place}: unknown key {unknown}", fix=f"did you mean `{near[0]}`?" if near else _keys_hint()
+        )
+    if first["type"] == "missing":
+        return RecipeError(f"{place}: `{path}` is missing", fix=_keys_hint())
+    message = first["msg"].removeprefix("Value error, ")
+    return RecipeError(
+        f"{place}: {path} = {first['input']!r}: {message[0].lower()}{message[1:]}", fix=_keys_hint()
+    )
+
+
+def _keys_hint() -> str:
+    return f"keys are {', '.join(Recipe.model_fields)}; `quantkit recipes --schema` explains them"
+
+
+def _first_line(error: Exception) -> str:
+    problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
+    return (problem or str(error)).splitlines()[0]

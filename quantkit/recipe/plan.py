@@ -1,0 +1,243 @@
+"""A recipe resolved on one checkpoint: for every linear its scheme, or the reason why it stays.
+
+Reads headers and config only. Raises where the recipe asks for something that cannot be stored, loaded or
+run, before anything is written.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.arch import LinearInfo, Role, Stays, already_quantized, find_linears, find_stays
+from quantkit.errors import RecipeError, SchemeError, SourceError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.recipe.model import Recipe, Scales
+from quantkit.recipe.treatment import Treatment, find_treatments
+from quantkit.schemes import (
+    FloatSpec,
+    Granularity,
+    IntSpec,
+    KVScheme,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    Spec,
+)
+from quantkit.schemes.support import FP8_BLOCK, GROUP_SIZES, check_kv_scheme, check_scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearPlan:
+    """What happens to one linear: a scheme, or (scheme None) the reason why it stays in 16 bits."""
+
+    name: str
+    role: Role
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    scales: Scales
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantPlan:
+    """The recipe, resolved. `stays`: the other tensors of two or more dimensions, with reasons.
+
+    scale_dtype: of every stored scale: the model's own dtype.
+    """
+
+    recipe: Recipe
+    linears: tuple[LinearPlan, ...]
+    stays: tuple[Stays, ...]
+    kv: KVScheme | None
+    scale_dtype: torch.dtype
+
+    @property
+    def schemes(self) -> dict[str, Scheme | None]:
+        """Scheme of every linear by name, in model order; None: stays."""
+        return {linear.name: linear.scheme for linear in self.linears}
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe") -> QuantPlan:
+    """Resolve a recipe on a checkpoint. `where` names the recipe in errors.
+
+    Raises SourceError (already quantized), SchemeError (a combination that nothing can run), RecipeError (a
+    pattern without a match, fused linears treated differently, a group size that does not divide, nothing to do).
+    """
+    method = already_quantized(checkpoint.config)
+    if method:
+        raise SourceError(
+            f"{checkpoint.path}: already quantized with {method}",
+            fix="start from the original 16-bit checkpoint: quantizing twice adds the errors up",
+        )
+    linears = find_linears(checkpoint)
+    treatments = find_treatments(recipe, linears, where)
+    groups: dict[str, list[LinearInfo]] = defaultdict(list)
+    for linear in linears:
+        groups[linear.group].append(linear)
+    auto_size = _auto_group_size(linears, treatments)
+    plans: dict[str, LinearPlan] = {}
+    for members in groups.values():
+        scheme, reason = _scheme_of(treatments[members[0].name], members, auto_size, where)
+        for linear in members:
+            plans[linear.name] = LinearPlan(
+                name=linear.name,
+                role=linear.role,
+                shape=linear.shape,
+                scheme=scheme,
+                scales=treatments[linear.name].scales,
+                reason=reason,
+            )
+    kv = _kv_scheme(recipe, where)
+    if kv is None and all(plan.scheme is None for plan in plans.values()):
+        reasons = sorted({plan.reason for plan in plans.values() if plan.reason}) or ["it has no linears"]
+        raise RecipeError(
+            f"{where}: leaves every linear of {checkpoint.path} in 16 bits ({'; '.join(reasons)})",
+            fix="choose another recipe, or narrow its `ignore` and overrides; `quantkit inspect` shows what fits",
+        )
+    return QuantPlan(
+        recipe=recipe,
+        linears=tuple(plans[linear.name] for linear in linears),
+        stays=tuple(find_stays(checkpoint)),
+        kv=kv,
+        scale_dtype=_scale_dtype(checkpoint, linears),
+    )
+
+
+def _auto_group_size(linears: Sequence[LinearInfo], treatments: dict[str, Treatment]) -> int:
+    """The largest group size that fits all linears which take any; one size, so that the model has one scheme.
+
+    With two sizes in one checkpoint, transformers' `dequantize=True` decodes all of it with the first.
+    """
+    num_inputs = {linear.shape[1] for linear in linears if not treatments[linear.name].keep}
+    return max(
+        (
+            size
+            for size in GROUP_SIZES
+            if all(count % size == 0 or count % GROUP_SIZES[0] for count in num_inputs)
+        ),
+        default=GROUP_SIZES[0],
+    )
+
+
+def _scheme_of(
+    treatment: Treatment, members: Sequence[LinearInfo], auto_size: int, where: str
+) -> tuple[Scheme | None, str | None]:
+    """The scheme of the linears of one fused group, or None and the reason why they stay."""
+    if treatment.keep:
+        return None, treatment.keep
+    weight = _weight_spec(treatment, members, auto_size, where)
+    scheme = Scheme(weight=weight, activation=_activation_spec(treatment, weight))
+    try:
+        check_scheme(scheme)
+    except SchemeError as error:
+        raise SchemeError(f"{where}: {members[0].name}: {error.problem}", fix=error.fix) from None
+    if weight.granularity == FP8_BLOCK:
+        return _fits_blocks(scheme, members)
+    return scheme, None
+
+
+def _weight_spec(treatment: Treatment, members: Sequence[LinearInfo], auto_size: int, where: str) -> Spec:
+    granularity = _weight_granularity(treatment, members, auto_size, where)
+    if treatment.weights == "fp8":
+        if not treatment.symmetric:
+            raise SchemeError(f"{where}: FP8 has no zero point", fix="remove `symmetric: false`")
+        return FloatSpec(granularity=granularity)
+    return IntSpec(bits=int(treatment.weights[3:]), granularity=granularity, symmetric=treatment.symmetric)
+
+
+def _weight_granularity(
+    treatment: Treatment, members: Sequence[LinearInfo], auto_size: int, where: str
+) -> Granularity:
+    chosen = treatment.granularity
+    if chosen == "auto":
+        chosen = (
+            "group" if treatment.weights in ("int2", "int4") or treatment.group_size != "auto" else "channel"
+        )
+    elif chosen != "group" and treatment.group_size != "auto":
+        raise RecipeError(
+            f"{where}: group_size {treatment.group_size} has no effect with `granularity: {chosen}`",
+            fix="remove one of the two",
+        )
+    match chosen:
+        case "channel":
+            return PerChannel()
+        case "tensor":
+            return PerTensor()
+        case "block":
+            return FP8_BLOCK
+    if treatment.group_size == "auto":
+        is_divisible = all(linear.shape[1] % auto_size == 0 for linear in members)
+        return PerGroup(auto_size) if is_divisible else PerChannel()
+    for linear in members:
+        if linear.shape[1] % treatment.group_size:
+            fitting_sizes = [str(size) for size in GROUP_SIZES if linear.shape[1] % size == 0]
+            raise RecipeError(
+                f"{where}: group_size {treatment.group_size} does not divide the {linear.shape[1]} "
+                f"input features of {linear.name}",
+                fix=f"use {' or '.join([*fitting_sizes, '`auto`'])}, or list the linear under `ignore`",
+            )
+    return PerGroup(treatment.group_size)
+
+
+def _activation_spec(treatment: Treatment, weight: Spec) -> Spec | None:
+    granularity: Granularity = PerGroup(128) if weight.granularity == FP8_BLOCK else PerToken()
+    match treatment.activations:
+        case "none":
+            return None
+        case "int8":
+            return IntSpec(bits=8, granularity=granularity)
+        case "fp8":
+            return FloatSpec(granularity=granularity)
+
+
+def _fits_blocks(scheme: Scheme, members: Sequence[LinearInfo]) -> tuple[Scheme | None, str | None]:
+    """Loaders take 128x128 blocks only where the inputs, and each fused part's outputs, divide by 128."""
+    for linear in members:
+        num_rows, num_cols = linear.shape
+        if num_cols % FP8_BLOCK.cols:
+            return None, f"its {num_cols} input features do not divide by the block's {FP8_BLOCK.cols}"
+        if len(members) > 1 and num_rows % FP8_BLOCK.rows:
+            return (
+                None,
+                f"fused, and the {num_rows} outputs of {linear.name} do not divide by {FP8_BLOCK.rows}",
+            )
+    return scheme, None
+
+
+def _kv_scheme(recipe: Recipe, where: str) -> KVScheme | None:
+    granularity = recipe.kv_granularity
+    if recipe.kv_cache == "none":
+        if granularity != "auto":
+            raise RecipeError(
+                f"{where}: kv_granularity {granularity} has no effect with `kv_cache: none`",
+                fix="remove one of the two",
+            )
+        return None
+    if granularity == "auto":
+        granularity = "tensor" if recipe.kv_cache == "fp8" else "token"
+    kv = KVScheme(dtype=recipe.kv_cache, granularity=granularity)
+    try:
+        check_kv_scheme(kv)
+    except SchemeError as error:
+        raise SchemeError(f"{where}: {error.problem}", fix=error.fix) from None
+    if kv.dtype == "int8" and kv.granularity == "head":
+        raise RecipeError(
+            f"{where}: an INT8 KV cache with one stored scale per head needs scales measured on text",
+            fix="use `kv_granularity: token`, whose scales are computed while running",
+        )
+    return kv
+
+
+def _scale_dtype(checkpoint: Checkpoint, linears: Sequence[LinearInfo]) -> torch.dtype:
+    dtypes = sorted({str(checkpoint.info(f"{linear.name}.weight").dtype) for linear in linears})
+    if len(dtypes) > 1:
+        raise SourceError(
+            f"{checkpoint.path}: linears of several dtypes: {', '.join(dtypes)}",
+            fix="convert the checkpoint to one dtype first",
+        )
+    dtype = checkpoint.info(f"{linears[0].name}.weight").dtype if linears else torch.bfloat16
+    return torch.float32 if dtype == torch.float64 else dtype

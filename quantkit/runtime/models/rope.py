@@ -1,0 +1,87 @@
+"""The rotary part of a config.json, in both of its spellings, to a Rope.
+
+transformers 5 writes `rope_parameters` {rope_type, rope_theta, …}; before it was `rope_theta` beside a
+`rope_scaling` {rope_type or type, factor, …} or null.
+"""
+
+import math
+
+from quantkit.runtime.layers.rotary import DefaultRope, LinearRope, Llama3Rope, Rope, YarnRope
+from quantkit.runtime.models.config import Config
+
+TYPES = {name: name for name in ("default", "linear", "llama3", "yarn")}
+
+
+def read_rope(config: Config, max_positions: int) -> Rope:
+    """The one rotation of a model whose layers all share it. Raises SourceError if there is no theta."""
+    original = config.optional_integer("original_max_position_embeddings")
+    theta = config.optional_number("rope_theta")
+    section = config.section("rope_parameters") or config.section("rope_scaling")
+    config.ignore("rope_scaling")
+    if section is None:
+        if theta is None:
+            raise config.missing("rope_theta (or rope_parameters)")
+        return DefaultRope(theta=theta)
+    return read_rope_section(section, theta=theta, original=original, max_positions=max_positions)
+
+
+def read_rope_section(
+    section: Config, *, theta: float | None, original: int | None, max_positions: int
+) -> Rope:
+    """One rope object. theta, original: what stands outside of it; inside, theta goes first, original last."""
+    theta = section.number("rope_theta", theta)
+    if section.number("partial_rotary_factor", 1.0) != 1.0:
+        raise section.unsupported(
+            "partial_rotary_factor", section.number("partial_rotary_factor"), "supported: 1"
+        )
+    old_name = section.choice("type", TYPES, "default")
+    kind = section.choice("rope_type", TYPES, old_name)
+    rope: Rope
+    if kind == "default":
+        section.ignore("factor")  # some writers leave a factor of 1 here
+        rope = DefaultRope(theta=theta)
+    elif kind == "linear":
+        rope = LinearRope(theta=theta, factor=section.number("factor"))
+    elif kind == "llama3":
+        rope = Llama3Rope(
+            theta=theta,
+            factor=section.number("factor"),
+            low_freq_factor=section.number("low_freq_factor"),
+            high_freq_factor=section.number("high_freq_factor"),
+            original_positions=_original(section, original, max_positions),
+        )
+    else:
+        rope = _yarn(section, theta, _original(section, original, max_positions), max_positions)
+    section.finish_strictly()
+    return rope
+
+
+def _original(section: Config, original: int | None, max_positions: int) -> int:
+    inside = section.integer("original_max_position_embeddings", max_positions)
+    return inside if original is None else original
+
+
+def _yarn(section: Config, theta: float, original: int, max_positions: int) -> YarnRope:
+    factor = section.number("factor", max_positions / original)
+    attention_factor = section.optional_number("attention_factor")
+    mscale, mscale_all = section.optional_number("mscale"), section.optional_number("mscale_all_dim")
+    if attention_factor is None:
+        ratio = mscale is not None and mscale_all is not None
+        attention_factor = (
+            _mscale(factor, mscale or 1.0) / _mscale(factor, mscale_all or 1.0)
+            if ratio
+            else _mscale(factor, 1.0)
+        )
+    return YarnRope(
+        theta=theta,
+        factor=factor,
+        original_positions=original,
+        beta_fast=section.number("beta_fast", 32.0),
+        beta_slow=section.number("beta_slow", 1.0),
+        attention_factor=attention_factor,
+        truncate=section.flag("truncate", True),
+    )
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
