@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from quantkit_kernels.float8 import decode_e4m3
+from quantkit_kernels.float8 import REBIAS, decode_shifted
 from quantkit_kernels.weight import LinearWeight
 
 CHUNK_ELEMENTS = 1 << 20  # weights made dense at a time: 4 MB in float32
@@ -45,8 +45,9 @@ def prepare(weight: LinearWeight, dtype: torch.dtype) -> Dequantized:
     A product of code and scale is rounded once, to `dtype`: the arithmetic is float32 unless the scale is
     exact in `dtype` (codes always are).
     """
+    is_float8 = weight.codes_NK.dtype == torch.float8_e4m3fn
     exact = torch.equal(weight.scale_RG.to(dtype).float(), weight.scale_RG.float())
-    compute_dtype = dtype if exact and weight.codes_NK.dtype == torch.int8 else torch.float32
+    compute_dtype = dtype if exact and not is_float8 else torch.float32
     stored, shift = weight.codes_NK.contiguous(), 0
     if weight.bits in (2, 4):
         stored, shift = pack_planes(stored, weight.bits), 2 ** (weight.bits - 1)
@@ -55,8 +56,8 @@ def prepare(weight: LinearWeight, dtype: torch.dtype) -> Dequantized:
         offset = weight.zero_point_RG.to(compute_dtype) + shift
     elif shift:
         offset = torch.full((1, 1), shift, dtype=compute_dtype)
+    scale = weight.scale_RG.to(compute_dtype) * (REBIAS if is_float8 else 1)
     num_rows, num_cols = weight.codes_NK.shape
-    scale = weight.scale_RG.to(compute_dtype)
     return Dequantized(stored, scale, offset, weight.tile, (num_rows, num_cols), weight.bits, dtype)
 
 
@@ -97,7 +98,7 @@ def _codes(weight: Dequantized, start: int, stop: int) -> Tensor:
     """Codes of some rows (unsigned where packed) in the compute dtype, freshly allocated."""
     stored = weight.stored[start:stop]
     if stored.dtype == torch.float8_e4m3fn:
-        return decode_e4m3(stored)
+        return decode_shifted(stored)
     num_cols, dtype = weight.shape[1], weight.scale_RG.dtype
     if weight.bits not in (2, 4):
         return stored.to(dtype, copy=True)

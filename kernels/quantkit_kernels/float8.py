@@ -3,13 +3,14 @@
     e4m3   s eeee mmm                 value of the same bits as float16: 2^-8 of the e4m3 value, because the
     fp16   s 0eeee mmm0000000         exponent bias is 15 instead of 7; holds for subnormals too
 
-The one NaN pattern (0x7f) would come out as 480; who stores codes has to refuse it first.
+The factor 2^8 is left to the scale, which has to be multiplied anyway. The one NaN pattern (0x7f) would come out
+as a number; who stores codes has to refuse it first.
 """
 
 import torch
 from torch import Tensor
 
-REBIAS = 256.0  # 2^(15 − 7)
+REBIAS = 256.0  # 2^(15 − 7): scale · REBIAS goes with the values of decode_shifted
 
 
 def has_nan(codes: Tensor) -> bool:
@@ -17,8 +18,9 @@ def has_nan(codes: Tensor) -> bool:
     return bool(((codes.view(torch.int8) & 0x7F) == 0x7F).any())
 
 
-def decode_e4m3(codes: Tensor) -> Tensor:
-    """float8_e4m3fn without NaN to float32 of the same shape, exactly."""
-    bits = codes.view(torch.int8).to(torch.int16)  # sign-extended: bit 15 is the sign
-    half = (((bits & 0x7F) << 7) | (bits & -0x8000)).view(torch.float16)
-    return half.to(torch.float32).mul_(REBIAS)
+def decode_shifted(codes: Tensor) -> Tensor:
+    """float8_e4m3fn without NaN to float32 of the same shape: exactly the value divided by REBIAS."""
+    bits = codes.view(torch.int8).to(torch.int16)  # sign-extended: bits 7 to 15 are the sign
+    bits <<= 7
+    bits &= -0x4001  # all but bit 14, the highest of the exponent
+    return bits.view(torch.float16).to(torch.float32)

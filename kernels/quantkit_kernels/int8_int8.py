@@ -3,9 +3,11 @@
     y[m, n] = (Σ_k x[m, k] · w[n, k]  −  z_x · Σ_k w[n, k]) · s_x[m] · s_w[n]
 
 `torch._int_mm` sums in int32; |Σ| ≤ K · 2^14 fits for K < 2^17. Without VNNI instructions the CPU library may
-saturate partial sums at 16 bits, so there the weight is dequantized instead.
+saturate partial sums at 16 bits, so there the weight is dequantized instead. So it is with float32 activations:
+that is the reference computation, whose logits have to be those of transformers, and any other order of summation
+moves some inputs of the next layer across a rounding boundary (amax / 127.5 puts the largest one on such a boundary).
 
-Bound: one byte per weight; in float32 also five times the multiply rate of the dense product.
+Bound: one byte per weight, and several times the multiply rate of the dense product.
 """
 
 from typing import NamedTuple
@@ -27,13 +29,13 @@ class Int8Int8(NamedTuple):
 
 
 def supports(weight: LinearWeight, dtype: torch.dtype) -> bool:
-    """INT8 symmetric with one scale per row, on a CPU whose integer products are exact."""
+    """INT8 symmetric with one scale per row, 16-bit activations, on a CPU whose integer products are exact."""
     is_int8 = weight.bits == 8 and weight.codes_NK.dtype == torch.int8 and weight.zero_point_RG is None
     return (
         is_int8
         and weight.is_per_row
         and weight.codes_NK.shape[1] < MAX_COLS
-        and dtype.is_floating_point
+        and dtype in (torch.bfloat16, torch.float16)
         and torch.cpu._is_vnni_supported()
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.formats.kv_cache import StoredKV
 from quantkit.numerics.affine import E4M3_MAX
-from quantkit_kernels.float8 import decode_e4m3
+from quantkit_kernels.float8 import REBIAS, decode_shifted
 
 FIRST_CAPACITY = 256
 
@@ -82,8 +82,9 @@ class _Part:
         codes = self.codes_HSD[:, :stop]
         scale = self.scale_HS1[:, :stop] if self.is_dynamic else self.scale
         assert scale is not None, "a quantized cache has stored or dynamic scales"
-        wide = decode_e4m3(codes) if self.store == "fp8" else codes
-        return wide.to(self.dtype) * scale
+        if self.store == "fp8":
+            return (decode_shifted(codes) * REBIAS).to(self.dtype) * scale
+        return codes.to(self.dtype) * scale
 
     def _grow(self, num_tokens: int) -> None:
         capacity = self.codes_HSD.shape[1]
