@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from quantkit.dry_run import DryRun
-    from quantkit.quantize import QuantReport, Step
+    from quantkit.quantization import DryRun, QuantReport, Step
     from quantkit.recipe import Recipe
 
 
@@ -39,7 +38,7 @@ def quantize(
     from rich.console import Console
 
     from quantkit.formats.source import resolve_source
-    from quantkit.quantize import quantize_checkpoint
+    from quantkit.quantization import quantize_checkpoint
     from quantkit.recipe import load_recipe
 
     chosen = load_recipe(recipe, tuple(settings or ()))
@@ -63,7 +62,7 @@ def quantize(
 def _print_dry_run(path: Path, recipe: "Recipe", where: str, as_json: bool) -> None:
     from rich.console import Console
 
-    from quantkit.dry_run import dry_run
+    from quantkit.quantization import dry_run
 
     plan = dry_run(path, recipe, where=where)
     if as_json:
@@ -75,6 +74,10 @@ def _print_dry_run(path: Path, recipe: "Recipe", where: str, as_json: bool) -> N
     console.print(f"size    {before:.3f} GB -> {after:.3f} GB ({after / before:.0%})")
     console.print(f"memory  {plan.peak_bytes / 1e9:.2f} GB at the peak (estimated)")
     console.print(f"time    {plan.seconds:.0f} s (estimated from a sample on this machine)")
+
+    for verdict in plan.loaders:
+        why = "; ".join(reason.text for reason in verdict.reasons)
+        console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False)
 
 
 def _plan_table(plan: "DryRun") -> "Table":

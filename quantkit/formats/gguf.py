@@ -38,6 +38,7 @@ CARRIED = {
 }
 
 
+REQUIRED = ("context_length", "embedding_length", "block_count", "attention.head_count")
 NEUTRAL = {
     "rope.scaling.type": "none",
     "rope.scaling.factor": 1.0,
@@ -73,12 +74,16 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _check_convertible(file: Path, header: GgufHeader) -> None:
-    if not isinstance(header.metadata.get("general.architecture"), str):
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
         raise SourceError(f"{file} does not name its architecture", fix=_OTHER_VERSION)
     if header.metadata.get("split.count", 1) != 1:
         raise SourceError(
             f"{file} is one part of several", fix="merge the parts with llama-gguf-split --merge"
         )
+    for key in (f"{architecture}.{name}" for name in REQUIRED):
+        if key not in header.metadata:  # the reader would put in a default
+            raise SourceError(f"{file} does not say {key}", fix=_OTHER_VERSION)
     if "tokenizer.ggml.tokens" not in header.metadata:
         raise SourceError(f"{file} has no vocabulary", fix=_OTHER_VERSION)
     scaling = next((tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")), None)

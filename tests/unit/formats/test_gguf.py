@@ -166,7 +166,7 @@ REFUSED = {
     "another width": ({"feed_forward_length": 256}, r"as \[64, 128\], not \[64, 256\]"),
     "a layer too many": ({"block_count": 3}, "lacks model.layers.2"),
     "a layer too few": ({"block_count": 1}, "weights, but LlamaForCausalLM has"),
-    "no heads": ({"attention.head_count": None}, "tiny.gguf"),
+    "no heads": ({"attention.head_count": None}, "does not say llama.attention.head_count"),
 }
 
 
