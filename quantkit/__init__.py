@@ -9,11 +9,12 @@ Importing this package imports neither torch nor transformers; the functions do 
 
 from typing import TYPE_CHECKING, Any
 
+from quantkit.version import __version__
+
 if TYPE_CHECKING:
     from quantkit.api import quantize
-    from quantkit.evaluation import evaluate
+    from quantkit.evaluation.evaluate import evaluate
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "quantize"]
 
 
@@ -23,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return quantize
     if name == "evaluate":
-        from quantkit.evaluation import evaluate
+        from quantkit.evaluation.evaluate import evaluate
 
         return evaluate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
