@@ -35,6 +35,8 @@ def refuse_unless_decoder(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     if "_class_name" in config:
         raise _refused(checkpoint, f"{config['_class_name']} is part of a diffusion pipeline")
+    if not isinstance(checkpoint.text_config.get("model_type") or config.get("model_type"), str):
+        raise _refused(checkpoint, "config.json names no model_type")
     if config.get("is_encoder_decoder") or checkpoint.text_config.get("is_encoder_decoder"):
         raise _refused(checkpoint, f"{checkpoint.model_type} is an encoder-decoder")
     architectures = config.get("architectures") or []

@@ -12,6 +12,7 @@ from typing import cast
 import typer
 
 from quantkit import __version__
+from quantkit.cli.eval import eval_models
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
 from quantkit.cli.quantize import quantize
@@ -48,6 +49,7 @@ def root(
 
 app.command("inspect")(inspect)
 app.command("quantize")(quantize)
+app.command("eval")(eval_models)
 app.command("generate")(generate)
 app.command("recipes")(recipes)
 

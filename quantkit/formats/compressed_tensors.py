@@ -5,7 +5,8 @@ Layouts, for a linear [N, K] with prefix `<module>.`:
 
     pack-quantized    weight_packed I32 [N, K·b/32], weight_shape I64 [2], weight_scale,
                       asymmetric: weight_zero_point I32 [ceil(N·b/32), G]
-    int-quantized     weight I8 [N, K], weight_scale; static input: input_scale [1] (+ input_zero_point I8 [1])
+    int-quantized     weight I8 [N, K], weight_scale; static input: input_scale [1],
+                      asymmetric: input_zero_point I8 [1]
     float-quantized   weight F8_E4M3 [N, K], weight_scale; static input: input_scale [1]
     naive-quantized   as float-quantized, no input tensors
 """
@@ -19,12 +20,11 @@ from torch import Tensor
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.numerics.packing import pack, packed_width, unpack
-from quantkit.schemes import FloatSpec, IntSpec, QParams, Scheme
+from quantkit.schemes import FloatSpec, IntSpec, PerGroup, QParams, Scheme
 from quantkit.schemes.tiles import scale_shape
 
-Layout = Mapping[
-    str, tuple[torch.dtype, tuple[int, ...]]
-]  # tensor suffix -> dtype and shape, in the order on disk
+# Tensor suffix -> dtype and shape, in the order on disk.
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class StoredLinear(NamedTuple):
@@ -61,10 +61,8 @@ def linear_layout(scheme: Scheme, num_rows: int, num_cols: int, scale_dtype: tor
         if not weight.symmetric:
             layout["weight_zero_point"] = (torch.int32, (packed_width(num_rows, weight.bits), scale[1][1]))
         return layout
-    layout["weight"] = (
-        torch.int8 if isinstance(weight, IntSpec) else torch.float8_e4m3fn,
-        (num_rows, num_cols),
-    )
+    code_dtype = torch.int8 if isinstance(weight, IntSpec) else torch.float8_e4m3fn
+    layout["weight"] = (code_dtype, (num_rows, num_cols))
     layout["weight_scale"] = scale
     if scheme.is_static:
         assert scheme.activation is not None, "static means that there is an input spec"
@@ -86,7 +84,7 @@ def encode_linear(linear: StoredLinear, scheme: Scheme) -> dict[str, Tensor]:
             "weight_shape": torch.tensor(linear.codes_NK.shape, dtype=torch.int64),
         }
         if zero_point is not None:
-            tensors["weight_zero_point"] = pack(zero_point.T.contiguous(), bits).T.contiguous()
+            tensors["weight_zero_point"] = _transposed(pack(_transposed(zero_point), bits))
         return tensors
     tensors = {"weight": linear.codes_NK, "weight_scale": scale}
     if scheme.is_static:
@@ -108,7 +106,7 @@ def decode_linear(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear
     bits = scheme.weight.bits
     zero_point = None
     if "weight_zero_point" in tensors:
-        zero_point = unpack(tensors["weight_zero_point"].T.contiguous(), bits, num_rows).T.contiguous()
+        zero_point = _transposed(unpack(_transposed(tensors["weight_zero_point"]), bits, num_rows))
     codes_NK = unpack(tensors["weight_packed"], bits, num_cols)
     return StoredLinear(codes_NK, QParams(tensors["weight_scale"], zero_point), input_qparams)
 
@@ -131,19 +129,26 @@ def read_linear(checkpoint: Checkpoint, module: str, scheme: Scheme) -> StoredLi
             raise SourceError(
                 f"{checkpoint.path}: {module}.{suffix} is {tensor.dtype} {list(tensor.shape)}, "
                 f"but its scheme in config.json makes it {dtype} {list(shape)}",
-                fix="config.json and the weights are not of one version: fetch or quantize the checkpoint again",
+                fix="config.json and the weights are not of one version: fetch or quantize again",
             )
         tensors[suffix] = tensor
     return decode_linear(tensors, scheme)
 
 
+def _transposed(tensor: Tensor) -> Tensor:
+    # .T.contiguous() keeps odd strides on a single column, and such a tensor cannot be viewed as bytes.
+    return tensor.T.clone(memory_format=torch.contiguous_format)
+
+
 def _stored_shape(checkpoint: Checkpoint, module: str, scheme: Scheme) -> tuple[int, int]:
-    if format_name(scheme) == "pack-quantized":
-        stored = checkpoint.read(f"{module}.weight_shape").tolist()
-    else:
+    if format_name(scheme) != "pack-quantized":
         stored = list(checkpoint.info(f"{module}.weight").shape)
+    elif checkpoint.info(f"{module}.weight_shape").shape == (2,):
+        stored = [int(extent) for extent in checkpoint.read(f"{module}.weight_shape").tolist()]
+    else:
+        stored = []
     granularity = scheme.weight.granularity
-    group = getattr(granularity, "size", 1)
+    group = granularity.size if isinstance(granularity, PerGroup) else 1
     if len(stored) != 2 or min(stored) < 1 or stored[1] % group:
         raise SourceError(
             f"{checkpoint.path}: {module} has the stored shape {stored}, which its scheme cannot have",

@@ -26,8 +26,6 @@ CARRIED = {
     "vocab_size": ("vocab_size",),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads",),
-    "attention.key_length": ("head_dim",),
-    "attention.value_length": ("head_dim",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon"),
     "attention.sliding_window": ("sliding_window",),
@@ -40,6 +38,7 @@ CARRIED = {
 }
 
 
+REQUIRED = ("context_length", "embedding_length", "block_count", "attention.head_count")
 NEUTRAL = {
     "rope.scaling.type": "none",
     "rope.scaling.factor": 1.0,
@@ -47,6 +46,7 @@ NEUTRAL = {
     "expert_used_count": 0,
     "attention.causal": True,
 }
+HEAD_DIMS = {"rope.dimension_count", "attention.key_length", "attention.value_length"}
 WITHOUT_EFFECT = {"tensor_data_layout"}
 
 
@@ -66,6 +66,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
             config=config,
             dtype=torch.bfloat16,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_complete names them
         )
         _check_complete(file, model, loading, header)
         tokenizer = _read(file, transformers.AutoTokenizer)
@@ -73,19 +74,21 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _check_convertible(file: Path, header: GgufHeader) -> None:
-    if not isinstance(header.metadata.get("general.architecture"), str):
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
         raise SourceError(f"{file} does not name its architecture", fix=_OTHER_VERSION)
     if header.metadata.get("split.count", 1) != 1:
         raise SourceError(
             f"{file} is one part of several", fix="merge the parts with llama-gguf-split --merge"
         )
+    for key in (f"{architecture}.{name}" for name in REQUIRED):
+        if key not in header.metadata:  # the reader would put in a default
+            raise SourceError(f"{file} does not say {key}", fix=_OTHER_VERSION)
     if "tokenizer.ggml.tokens" not in header.metadata:
         raise SourceError(f"{file} has no vocabulary", fix=_OTHER_VERSION)
     scaling = next((tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")), None)
     if scaling:
-        raise SourceError(
-            f"{file} scales its rope by {scaling}; the conversion would lose it", fix=_OTHER_VERSION
-        )
+        raise SourceError(f"{file}: {scaling} scales its rope; the conversion loses that", fix=_OTHER_VERSION)
 
 
 _OTHER_VERSION = "use the safetensors version of this model"
@@ -105,25 +108,37 @@ def _read(file: Path, auto_class: Any, **options: Any) -> Any:
 def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
     """The config, with what the file says where the reader leaves a default; refuses what has no place."""
     settings = config.to_dict()
-    architecture = f"{header.metadata['general.architecture']}."
-    head_dim = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
-    for key, value in header.metadata.items():
-        name = key.removeprefix(architecture)
-        if name == key or name in WITHOUT_EFFECT or NEUTRAL.get(name) == value:
-            continue
+    prefix = f"{header.metadata['general.architecture']}."
+    said = {
+        key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)
+    }
+    head_dim = said.get("attention.key_length", settings["hidden_size"] // settings["num_attention_heads"])
+    if "head_dim" in settings:
+        settings["head_dim"] = head_dim
+    for name, value in said.items():
         target = next((target for target in CARRIED.get(name, ()) if target in settings), None)
-        if target and not isinstance(value, GgufArray):
+        if isinstance(value, GgufArray):
+            raise SourceError(
+                f"{file}: {prefix}{name} differs by layer; the conversion loses that", fix=_OTHER_VERSION
+            )
+        if target:
             settings[target] = value
-        elif not _set_rope_base(settings, name, value) and not (name in _HEAD_DIMS and value == head_dim):
-            said = "different per layer" if isinstance(value, GgufArray) else repr(value)
-            raise SourceError(f"{file}: {key} is {said}; the conversion would lose it", fix=_OTHER_VERSION)
+        elif not (
+            name in WITHOUT_EFFECT
+            or NEUTRAL.get(name) == value
+            or (name in HEAD_DIMS and value == head_dim)
+            or _set_rope_base(settings, name, value)
+        ):
+            raise SourceError(
+                f"{file}: {prefix}{name} is {value!r}; the conversion loses that", fix=_OTHER_VERSION
+            )
     return type(config).from_dict(settings)
 
 
 def _set_rope_base(settings: dict[str, Any], name: str, value: Any) -> bool:
     """Put a rope base where the config has it; False if this is none or it has none."""
     rope = settings.get("rope_parameters") or {}
-    if name not in _ROPE_LAYERS or isinstance(value, GgufArray):
+    if name not in _ROPE_LAYERS:
         return False
     if name == "rope.freq_base" and "rope_theta" in rope:
         rope["rope_theta"] = value
@@ -136,15 +151,16 @@ def _set_rope_base(settings: dict[str, Any], name: str, value: Any) -> bool:
 
 
 _ROPE_LAYERS = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
-_HEAD_DIMS = {"rope.dimension_count", "attention.key_length", "attention.value_length"}
 
 
 def _check_complete(file: Path, model: Any, loading: dict[str, Any], header: GgufHeader) -> None:
     """Every parameter came from the file, and every value of the file went into a parameter."""
     name = type(model).__name__
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        missing = min([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
-        raise SourceError(f"{file} lacks {missing} of {name}, or has it in another shape", fix=_OTHER_VERSION)
+    if loading["mismatched_keys"]:
+        key, there, wanted = min(loading["mismatched_keys"])
+        raise SourceError(f"{file} has {key} as {list(there)}, not {list(wanted)}", fix=_OTHER_VERSION)
+    if loading["missing_keys"]:
+        raise SourceError(f"{file} lacks {min(loading['missing_keys'])} of {name}", fix=_OTHER_VERSION)
     taken = sum(parameter.numel() for parameter in model.parameters())
     there = sum(tensor.num_elements for tensor in header.tensors)
     if taken != there:

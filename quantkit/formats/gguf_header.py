@@ -80,7 +80,7 @@ class _Reader:
         num_tensors, num_entries = self.scalar("<Q"), self.scalar("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(num_entries):
-            key = self.string()
+            key = self.name()
             if key in metadata:
                 raise _DamagedError(f"has the metadata key {key} twice")
             metadata[key] = self.value(self.scalar("<I"))
@@ -106,7 +106,7 @@ class _Reader:
 
     def tensor_info(self) -> tuple[str, int, int, int]:
         """Name, number of elements, number of bytes, offset in the data section."""
-        name = self.string()
+        name = self.name()
         num_dims = self.scalar("<I")
         if num_dims > 4:
             raise _DamagedError(f"gives tensor {name} {num_dims} dimensions")
@@ -136,6 +136,12 @@ class _Reader:
             ):  # strings and arrays take at least 8 bytes each, so this ends with the file
                 self.value(kind, depth + 1)
         return GgufArray(length)
+
+    def name(self) -> str:
+        name = self.string()
+        if not name.isprintable():
+            raise _DamagedError(f"has a name in its header that is not printable: {name[:80]!r}")
+        return name
 
     def string(self) -> str:
         try:

@@ -36,7 +36,10 @@ _SCALE = re.compile(r"(?P<module>(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\..
 
 
 class StoredKV(NamedTuple):
-    """A KV scheme and its scales: layer -> (k_scale, v_scale), float32 [1] or [H, 1, 1]; empty for `token`."""
+    """A KV scheme and its scales.
+
+    scales: layer -> (k_scale, v_scale), float32, [1] or [H, 1, 1]; empty for `token`.
+    """
 
     scheme: KVScheme
     scales: dict[int, tuple[Tensor, Tensor]]

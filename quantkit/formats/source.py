@@ -23,21 +23,28 @@ def resolve_source(source: str, *, revision: str | None = None, announce: Announ
     cache. revision: branch, tag or commit, of a hub id only. announce: told, in a line, what will take a
     while. Raises SourceError if there is no such thing.
     """
-    path = Path(source).expanduser()
-    is_hub = source != DEMO and not path.exists() and _looks_like_hub_id(source)
+    path, exists = _local_path(source)
+    is_hub = source != DEMO and not exists and _looks_like_hub_id(source)
     if revision is not None and not is_hub:
         raise SourceError(f"--revision {revision}: {source} is not on the hub", fix="leave out --revision")
     if source == DEMO:
         return demo_checkpoint(announce=announce)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        return _from_file(path, announce)
-    if not is_hub:
-        raise SourceError(f"{source}: no such file or folder", fix=KINDS)
-    from quantkit.formats.hub import download
+    if is_hub:
+        from quantkit.formats.hub import download
 
-    return download(source, revision=revision)
+        return download(source, revision=revision)
+    if not exists:
+        raise SourceError(f"{source}: no such file or folder", fix=KINDS)
+    return path if path.is_dir() else _from_file(path, announce)
+
+
+def _local_path(source: str) -> tuple[Path, bool]:
+    """The path and whether it is there; the empty one is not (pathlib takes it for the current folder)."""
+    try:
+        path = Path(source).expanduser()
+        return path, bool(source) and path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte, no permission
+        raise SourceError(f"{source[:200]}: no such file or folder ({error})", fix=KINDS) from error
 
 
 def _from_file(file: Path, announce: Announce | None) -> Path:

@@ -22,7 +22,7 @@ def choose_symmetric(tiles: Tensor, half_range: float) -> Tensor:
     half_range: (qmax − qmin) / 2 for integers (7.5, 127.5), 448 for e4m3.
     """
     scale = tiles.float().abs().amax(dim=-1, keepdim=True) / half_range
-    return torch.where(scale > 0, scale, TINY)
+    return torch.where(scale == 0, TINY, scale)  # NaN stays NaN, so that nobody writes it unnoticed
 
 
 def choose_asymmetric(tiles: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def choose_asymmetric(tiles: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tens
     low = tiles.float().amin(dim=-1, keepdim=True).clamp(max=0)
     high = tiles.float().amax(dim=-1, keepdim=True).clamp(min=0)
     scale = (high - low) / (qmax - qmin)
-    scale = torch.where(scale > 0, scale, TINY)
+    scale = torch.where(scale == 0, TINY, scale)
     return scale, choose_zero_point(low, scale, qmin, qmax)
 
 

@@ -34,9 +34,9 @@ def pack(codes_NK: Tensor, bits: int) -> Tensor:
 def _pack_rows(codes_NK: Tensor, bits: int) -> Tensor:
     num_rows, num_codes = codes_NK.shape
     per_word = 32 // bits
-    unsigned = codes_NK.to(torch.int32) + 2 ** (bits - 1)
+    unsigned = codes_NK.to(torch.int32) + (1 << (bits - 1))
     unsigned = torch.nn.functional.pad(unsigned, (0, -num_codes % per_word))
-    words = unsigned.view(num_rows, -1, per_word)
+    words = unsigned.reshape(num_rows, packed_width(num_codes, bits), per_word)
     packed: Tensor = words[..., 0].clone()
     for slot in range(1, per_word):
         packed |= words[..., slot] << (slot * bits)  # int32 shifts wrap into the sign bit as intended
@@ -47,7 +47,6 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     """The inverse of `pack`: int32 [N, W] to int8 [N, num_codes]."""
     assert bits in PACKABLE_BITS, f"{bits}-bit codes have no settled layout"
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    unsigned = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    signed = (unsigned - 2 ** (bits - 1)).to(torch.int8)
-    rows: Tensor = signed.view(packed.shape[0], -1)
-    return rows[:, :num_codes]
+    unsigned = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    signed: Tensor = (unsigned - (1 << (bits - 1))).to(torch.int8)
+    return signed.flatten(1)[:, :num_codes].contiguous()

@@ -86,7 +86,8 @@ Spec = IntSpec | FloatSpec
 class QParams(NamedTuple):
     """Scale and zero point of one tensor, in the shape they have on disk.
 
-    scale: float, [1] per tensor, [N, 1] per channel, [N, G] per group, [ceil(N/rows), ceil(K/cols)] per block.
+    scale: float, [1] per tensor, [N, 1] per channel, [N, G] per group, [ceil(N/rows), ceil(K/cols)] per
+    block.
     zero_point: int8 of the scale's shape, or None where the grid is symmetric.
     """
 

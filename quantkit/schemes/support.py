@@ -21,7 +21,7 @@ FP8_BLOCK = PerBlock(128, 128)
 
 
 def check_scheme(scheme: Scheme) -> None:
-    """Raise SchemeError, saying why and what to use instead, unless something can store and run the scheme."""
+    """Raise SchemeError, with the reason and what to use instead, unless something can run the scheme."""
     _check_weight(scheme)
     activation = scheme.activation
     if activation is None:
@@ -40,6 +40,16 @@ def check_scheme(scheme: Scheme) -> None:
         raise SchemeError(
             f"INT{scheme.weight.bits} weights with FP8 activations: no loader has a kernel for them",
             fix="use int4 weights with fp8 activations, or int8 with int8, or fp8 with fp8",
+        )
+    if isinstance(scheme.weight, IntSpec) and scheme.weight.bits == 2:
+        raise SchemeError(
+            "INT2 weights with INT8 activations: no loader has a kernel for them",
+            fix="keep the activations in 16 bits, or use int4 weights",
+        )
+    if isinstance(scheme.weight, IntSpec) and scheme.weight.bits == 4 and scheme.is_static:
+        raise SchemeError(
+            "INT4 weights with static activation scales: no loader has a kernel for them",
+            fix="use dynamic activation scales, one per token",
         )
     if isinstance(scheme.weight, IntSpec) and not scheme.weight.symmetric:
         raise SchemeError(
@@ -85,9 +95,9 @@ def _check_weight(scheme: Scheme) -> None:
     match weight.granularity:
         case PerGroup(size) if size not in GROUP_SIZES:
             raise SchemeError(f"group_size {size}: no kernel has it", fix="use 32, 64 or 128")
-        case PerBlock() | PerToken():
+        case PerBlock() | PerToken() as granularity:
             raise SchemeError(
-                f"INT{weight.bits} weights with {_words(weight.granularity)}: no loader has a kernel for them",
+                f"INT{weight.bits} weights with {_words(granularity)}: no loader has a kernel for them",
                 fix="use groups or channels",
             )
         case PerGroup() if weight.bits == 8 and scheme.activation is not None:
@@ -108,8 +118,8 @@ def _check_activation_granularity(scheme: Scheme) -> None:
     if scheme.weight.granularity == FP8_BLOCK:
         if granularity != PerGroup(128):
             raise SchemeError(
-                "FP8 weights in 128x128 blocks take activations with one dynamic scale per token and 128 channels, "
-                f"not {_words(granularity)}",
+                "FP8 weights in 128x128 blocks take activations with one dynamic scale per token and "
+                f"128 channels, not {_words(granularity)}",
                 fix="leave the activation scales of a block scheme at their default",
             )
     elif not isinstance(granularity, PerToken | PerTensor):

@@ -1,0 +1,28 @@
+"""What a candidate lost against its original: perplexity, KL divergence, top-1 agreement, size, gates, card."""
+
+from quantkit.evaluation.card import fill_card
+from quantkit.evaluation.evaluate import Listener, evaluate
+from quantkit.evaluation.gates import Gates, describe_failure, parse_percent
+from quantkit.evaluation.report import (
+    CandidateReport,
+    Damage,
+    DataInfo,
+    EvalReport,
+    GateResult,
+    ReferenceReport,
+)
+
+__all__ = [
+    "CandidateReport",
+    "Damage",
+    "DataInfo",
+    "EvalReport",
+    "GateResult",
+    "Gates",
+    "Listener",
+    "ReferenceReport",
+    "describe_failure",
+    "evaluate",
+    "fill_card",
+    "parse_percent",
+]

@@ -1,0 +1,109 @@
+"""What an evaluation found, as frozen data, and as the JSON object of `quantkit eval --json`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataInfo:
+    """The text: `tokens` in all of it, SHA-256 of it, and the windows that were read from it."""
+
+    spec: str
+    tokens: int
+    hash: str
+    windows: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """What one candidate's predictions lost; KL in nats over all positions, top1 a fraction.
+
+    ppl_increase: percent over the reference. kl_ci: 95 % bootstrap interval of the mean over whole windows, or
+    None with a single window. kl_noise_floor: the same mean for the original in its own dtype.
+    """
+
+    ppl: float
+    ppl_increase: float
+    kl_mean: float
+    kl_ci: tuple[float, float] | None
+    kl_median: float
+    kl_p99: float
+    kl_noise_floor: float
+    top1: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceReport:
+    """The original: perplexity in float32, and what computing in its own dtype costs."""
+
+    path: str
+    content_hash: str
+    dtype: str
+    ppl: float
+    kl_noise_floor: float
+    bits_per_weight: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateReport:
+    """One candidate: size and damage, or the reason why it has no figures (`failure`)."""
+
+    path: str
+    bits_per_weight: float
+    bytes: int
+    damage: Damage | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """One gate on one candidate; `value` is None where the candidate failed."""
+
+    gate: str
+    candidate: str
+    limit: float
+    value: float | None
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """All of it. notes: what happened on the way that the reader should know."""
+
+    reference: ReferenceReport
+    data: DataInfo
+    candidates: tuple[CandidateReport, ...]
+    gates: tuple[GateResult, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every candidate has figures and meets every gate."""
+        has_figures = all(candidate.failure is None for candidate in self.candidates)
+        return has_figures and all(gate.passed for gate in self.gates)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dumps; the figures of a failed candidate are null."""
+        return {
+            "reference": asdict(self.reference),
+            "data": asdict(self.data),
+            "candidates": [_candidate_json(candidate) for candidate in self.candidates],
+            "gates": [asdict(gate) for gate in self.gates],
+            "passed": self.passed,
+            "notes": list(self.notes),
+        }
+
+
+def _candidate_json(candidate: CandidateReport) -> dict[str, Any]:
+    figures = (
+        dict.fromkeys(Damage.__dataclass_fields__) if candidate.damage is None else asdict(candidate.damage)
+    )
+    return {
+        "path": candidate.path,
+        **figures,
+        "bits_per_weight": candidate.bits_per_weight,
+        "bytes": candidate.bytes,
+        "failure": candidate.failure,
+    }

@@ -1,0 +1,217 @@
+"""Text by SPEC: a file or folder, a hub dataset, or the documentation that ships with Python, as documents.
+
+Documents are streamed, so a text of any size costs no memory. What a token is, is `tokens.py`'s business.
+
+SPEC is one of
+    PATH                         .txt (documents end at blank lines), .jsonl, .parquet, or a folder of those
+    hf:DATASET[/CONFIG][:SPLIT]  a dataset on the Hugging Face hub; DATASET is OWNER/NAME or NAME
+    docs                         the language reference of the running Python
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import TextError
+
+DOCS = "docs"
+HUB_PREFIX = "hf:"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+DEFAULT_SPLIT = "train"
+
+_SPEC_FIX = (
+    f"give a {', '.join(SUFFIXES)} file, a folder of those, `hf:OWNER/NAME[/CONFIG][:SPLIT]`, or `docs`"
+)
+_ROW_FIX = 'each row needs a string "text", or "messages": [{"role": …, "content": …}, …]'
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The documents of one SPEC, in a fixed order; every iteration reads them again from the start."""
+
+    spec: str
+    read: Callable[[], Iterable[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield documents that hold more than blanks. Raises TextError where the text is unreadable or none."""
+        is_empty = True
+        for text in self.read():
+            if text.strip():
+                is_empty = False
+                yield text
+        if is_empty:
+            raise TextError(f"{self.spec}: holds no text", fix="give a text that is not empty")
+
+
+def load_documents(spec: str) -> Documents:
+    """The documents that SPEC names; nothing but file names is read before iterating.
+
+    Raises TextError for a SPEC that names nothing readable.
+    """
+    if spec == DOCS:
+        return Documents(spec, _read_docs)
+    if spec.startswith(HUB_PREFIX):
+        name, config, split = _parse_hub(spec)
+        return Documents(spec, lambda: _read_hub(spec, name, config, split))
+    files = _files(spec)
+    return Documents(spec, lambda: (text for file in files for text in _READERS[file.suffix](file)))
+
+
+def _files(spec: str) -> list[Path]:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise TextError(f"{spec}: no {', '.join(SUFFIXES)} file in this folder", fix=_SPEC_FIX)
+        return files
+    if not path.exists():
+        raise TextError(f"{spec}: no such file or folder", fix=_SPEC_FIX)
+    if path.suffix not in SUFFIXES:
+        found = f"is of kind {path.suffix}" if path.suffix else "has no suffix that says what it is"
+        raise TextError(f"{spec}: {found}, which cannot be read", fix=_SPEC_FIX)
+    return [path]
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    """Paragraph blocks: lines up to the next blank one."""
+    block: list[str] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                if line.strip():
+                    block.append(line)
+                elif block:
+                    yield "".join(block).removesuffix("\n")
+                    block = []
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    if block:
+        yield "".join(block).removesuffix("\n")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _row_text(_parse_line(line, f"{path}:{number}"), f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+
+
+def _parse_line(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TextError(f"{place}: not valid JSON ({error})", fix="write one JSON object per line") from None
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in ("text", "messages") if name in file.schema_arrow.names][:1]
+            if not columns:
+                found = ", ".join(file.schema_arrow.names)
+                raise TextError(f"{path}: no column named text or messages, only {found}", fix=_ROW_FIX)
+            first_row = 0
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for index, row in enumerate(batch.to_pylist(), start=first_row):
+                    yield _row_text(row, f"{path}: row {index}")
+                first_row += batch.num_rows
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise TextError(f"{path}: not readable as parquet ({reason})", fix="write the file again") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _parse_hub(spec: str) -> tuple[str, str | None, str]:
+    path, _, split = spec.removeprefix(HUB_PREFIX).partition(":")
+    parts = path.split("/")
+    if not all(parts) or len(parts) > 3 or (":" in spec.removeprefix(HUB_PREFIX) and not split):
+        raise TextError(
+            f"{spec}: not a dataset", fix="write hf:OWNER/NAME, hf:OWNER/NAME/CONFIG or …:SPLIT after it"
+        )
+    config = parts[2] if len(parts) == 3 else None
+    return "/".join(parts[:2]), config, split or DEFAULT_SPLIT
+
+
+def _read_hub(spec: str, name: str, config: str | None, split: str) -> Iterator[str]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        yield from row_texts(rows, spec)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # its own, and its HTTP client's
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fix = (
+            "check owner, name, config and split on the hub, and the connection; private data needs HF_TOKEN"
+        )
+        raise TextError(f"{spec}: cannot be loaded ({reason})", fix=fix) from error
+
+
+def row_texts(rows: Iterable[Any], place: str) -> Iterator[str]:
+    """The text of each row of a dataset. Raises TextError naming the row that has none."""
+    for index, row in enumerate(rows):
+        yield _row_text(row, f"{place}: row {index}")
+
+
+def _row_text(row: Any, place: str) -> str:
+    """`text` of a row, or the contents of its `messages`, one after another; "" where they are null."""
+    if not isinstance(row, dict):
+        raise TextError(f"{place}: not an object but {type(row).__name__}", fix=_ROW_FIX)
+    if "text" in row:
+        text = row["text"] or ""
+    elif isinstance(row.get("messages"), list):
+        text = "\n\n".join(_message_text(message, place) for message in row["messages"])
+    else:
+        raise TextError(
+            f"{place}: neither text nor messages, only {', '.join(row) or 'nothing'}", fix=_ROW_FIX
+        )
+    if not isinstance(text, str):
+        raise TextError(f"{place}: text is not a string but {type(text).__name__}", fix=_ROW_FIX)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"{place}: not a valid string ({error.reason})", fix="write the row again as UTF-8"
+        ) from None
+    return text
+
+
+def _message_text(message: Any, place: str) -> str:
+    """`content` of one chat message: a string, null (a tool call), or a list of parts of which some are text."""
+    content = message.get("content", "") if isinstance(message, dict) and "role" in message else 0
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = "\n\n".join(part["text"] for part in content if isinstance(part.get("text"), str))
+    if content is not None and not isinstance(content, str):
+        raise TextError(f"{place}: a message is not of the form {{role, content}}", fix=_ROW_FIX)
+    return content or ""
+
+
+def _read_docs() -> Iterable[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        problem = f"{DOCS}: this Python was installed without its documentation (pydoc_data.topics)"
+        raise TextError(problem, fix="give a file with text: --data FILE.txt") from None
+    return dict.fromkeys(text.strip() for _, text in sorted(topics.items()))
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> TextError:
+    byte = error.object[error.start]
+    return TextError(
+        f"{path}: not UTF-8 text (byte 0x{byte:02x} does not fit)",
+        fix=f"convert it: iconv -f ISO-8859-1 -t UTF-8 {path.name} > utf8-{path.name}",
+    )

@@ -1,0 +1,44 @@
+"""Builds the wheel, installs it into a clean environment, and checks that it finds its recipes.
+
+The clean environment sees this one's dependencies through a .pth file, so that nothing is downloaded twice.
+"""
+
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, cwd=cwd).stdout
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, ROOT)
+        (wheel,) = folder.glob("quantkit-*.whl")
+        environment = folder / "env"
+        venv.create(environment, with_pip=True)
+        python = environment / "bin" / "python"
+        run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel)
+        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        quantkit = environment / "bin" / "quantkit"
+        location = run(python, "-c", "import quantkit; print(quantkit.__file__)", cwd=folder).strip()
+        assert location.startswith(str(environment)), f"the installed copy is not the one imported: {location}"
+        assert "int4-all" in run(quantkit, "recipes", cwd=folder), "the wheel does not find its recipes"
+        run(python, "-c", "import quantkit_kernels", cwd=folder)
+        run(quantkit, "--help", cwd=folder)
+        started = time.perf_counter()
+        run(quantkit, "--help", cwd=folder)
+        print(f"{wheel.name}: installs, finds its recipes; --help in {time.perf_counter() - started:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
