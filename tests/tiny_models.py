@@ -60,6 +60,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "llama-linear": LlamaConfig(**COMMON, rope_parameters=LINEAR),
     "llama-one-kv-head": LlamaConfig(**{**COMMON, "num_key_value_heads": 1}),
+    "llama-wide": LlamaConfig(**{**COMMON, "hidden_size": 128, "intermediate_size": 256}),
     "mistral-window": MistralConfig(**COMMON, sliding_window=7),
     "mistral-head-dim": MistralConfig(**COMMON, sliding_window=None, head_dim=32),
     "qwen2-tied": Qwen2Config(**COMMON, tie_word_embeddings=True),

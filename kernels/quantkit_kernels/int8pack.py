@@ -13,7 +13,6 @@ from torch import Tensor
 
 from quantkit_kernels.weight import LinearWeight
 
-
 COL_MULTIPLE = 16
 
 

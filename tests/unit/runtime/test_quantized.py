@@ -63,6 +63,7 @@ SAFE = {  # what transformers loads by default, one of each kind
     "fp8": SCHEMES["fp8-channel-token"],
     "fp8-static": SCHEMES["fp8-tensor-static"],
     "fp8-weight": SCHEMES["fp8-channel-weight"],
+    "fp8-block": SCHEMES["fp8-block"],
     "w4a8-fp8": Scheme(
         weight=IntSpec(bits=4, granularity=PerGroup(32)), activation=FloatSpec(granularity=PerToken())
     ),
@@ -71,7 +72,7 @@ SAFE = {  # what transformers loads by default, one of each kind
 
 @pytest.mark.parametrize("name", SAFE)
 def test_a_quantized_model_gives_the_logits_of_transformers(name, tmp_path):
-    source = save_tiny("llama", tmp_path / "source", dtype=torch.bfloat16)
+    source = save_tiny("llama-wide", tmp_path / "source", dtype=torch.bfloat16)
     folder = quantize_tiny(source, tmp_path / "quantized", SAFE[name])
     ids = tokens(30)
     ours = load_model(folder, dtype=torch.float32).logits(ids)

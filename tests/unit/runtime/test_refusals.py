@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.runtime.load import load_model
-from quantkit.schemes import FloatSpec, IntSpec, PerChannel, PerGroup, Scheme
+from quantkit.schemes import FloatSpec, IntSpec, PerChannel, PerGroup, PerToken, Scheme
+from tests.product_schemes import SCHEMES
 from tests.tiny_models import quantize_tiny, save_tiny
 
 GONE = object()
@@ -225,3 +226,16 @@ def test_a_tied_head_cannot_have_a_scheme(tmp_path):
     edit_config(folder, quantization_config={**quantization, "ignore": []})
     with pytest.raises(UnsupportedModelError, match="lm_head is tied"):
         load_model(folder)
+
+
+def test_blocks_of_activations_that_do_not_divide_the_inputs(tmp_path):
+    folder = _quantized(tmp_path, SCHEMES["fp8-block"])
+    with pytest.raises(SourceError, match="q_proj has 64 inputs, which groups of 128 do not divide"):
+        load_model(folder)
+
+
+def test_a_number_format_that_nothing_runs(tmp_path):
+    asymmetric_tokens = IntSpec(bits=8, granularity=PerToken(), symmetric=False)
+    scheme = Scheme(weight=IntSpec(bits=8, granularity=PerChannel()), activation=asymmetric_tokens)
+    with pytest.raises(SourceError, match="asymmetric activations with dynamic scales"):
+        load_model(_quantized(tmp_path, scheme))
