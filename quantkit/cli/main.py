@@ -17,6 +17,7 @@ from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
 from quantkit.cli.quantize import quantize
 from quantkit.cli.recipes import recipes
+from quantkit.cli.verify import verify
 from quantkit.errors import OutputError, QuantkitError
 
 # click's UsageError, of the copy of click that newer versions of typer carry inside
@@ -49,6 +50,7 @@ def root(
 
 app.command("inspect")(inspect)
 app.command("quantize")(quantize)
+app.command("verify")(verify)
 app.command("eval")(eval_models)
 app.command("generate")(generate)
 app.command("recipes")(recipes)
