@@ -61,7 +61,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         )
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 (of a damaged file, tokenizers raises nothing narrower)
+    except Exception as error:  # of a damaged file, tokenizers raises nothing narrower
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(
             f"{path}: its tokenizer cannot be loaded ({reason})", fix="fetch the tokenizer files again"

@@ -31,7 +31,9 @@ def main() -> None:
         (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
         quantkit = environment / "bin" / "quantkit"
         location = run(python, "-c", "import quantkit; print(quantkit.__file__)", cwd=folder).strip()
-        assert location.startswith(str(environment)), f"the installed copy is not the one imported: {location}"
+        assert location.startswith(str(environment)), (
+            f"the installed copy is not the one imported: {location}"
+        )
         assert "int4-all" in run(quantkit, "recipes", cwd=folder), "the wheel does not find its recipes"
         run(python, "-c", "import quantkit_kernels", cwd=folder)
         run(quantkit, "--help", cwd=folder)

@@ -86,7 +86,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         missing = [name for name in names or () if name not in header]
         if missing:
             raise SourceError(
-                f"{path / INDEX_NAME} says that {missing[0]} is in {shard}, which does not hold it",
+                f"{path / INDEX_NAME} says that {missing[0]!a} is in {shard}, which does not hold it",
                 fix="fetch the shard and the index again; they are not of one version",
             )
         doubled = tensors.keys() & header.keys()
@@ -103,6 +103,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
+    if (path / "model_index.json").is_file():
+        raise SourceError(f"{path}: a diffusion pipeline", fix="give a decoder-only language model")
     if not file.is_file():
         raise SourceError(
             f"{path}: no config.json", fix="give the folder that holds config.json and the weights"
@@ -117,7 +119,7 @@ def read_json(file: Path) -> Any:
     """A JSON file of a checkpoint. Raises SourceError with file, line and column if it is none."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: not valid JSON ({error})", fix="fetch this file again") from None
 
 
@@ -128,14 +130,15 @@ def _shards(path: Path) -> dict[str, list[str] | None]:
         if (path / SINGLE_NAME).is_file():
             return {SINGLE_NAME: None}
         raise _no_weights(path)
-    weight_map = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
+    listed = read_json(index)
+    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: no weight_map", fix="fetch the index again")
     shards: dict[str, list[str] | None] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not _is_file_name(shard):
             raise SourceError(
-                f"{index}: {name} is said to be in {shard!r}, which is not a file of this folder",
+                f"{index}: {name!a} is said to be in {ascii(shard)[:300]}, which is not a file of this folder",
                 fix="fetch the index again",
             )
         names = shards.setdefault(shard, [])
@@ -148,6 +151,16 @@ def _shards(path: Path) -> dict[str, list[str] | None]:
             fix="finish the download: every shard the index names has to be there",
         )
     return dict(sorted(shards.items()))
+
+
+def _is_file_name(name: str) -> bool:
+    """A name a shard can have: in the folder itself, printable, and of a length that file systems take."""
+    return (
+        Path(name).name == name
+        and name.isprintable()
+        and name not in {"", ".."}
+        and len(name.encode()) <= 255
+    )
 
 
 def _no_weights(path: Path) -> SourceError:

@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.errors import SourceError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MAX_VALUE = 2**63 - 1  # of torch, for extents and their product
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -67,11 +68,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _damaged(path, f"announces a header of {length} bytes in a file of {size}")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"has a header that is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "has a header that is not a JSON object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "has a __metadata__ that does not map names to texts")
     infos = [
         _tensor_info(path, name, entry, 8 + length)
         for name, entry in header.items()
@@ -170,16 +174,18 @@ def _fill(tensor: Tensor, info: TensorInfo, position: int) -> None:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    try:
-        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        ok = all(type(value) is int and value >= 0 for value in [*shape, begin, end])
-    except (TypeError, KeyError, ValueError):
-        ok = False
-    if not ok:
+    if not name.isprintable():
+        raise _damaged(path, f"has a tensor of the name {name!a}, which is not printable")
+    match entry:
+        case {"dtype": str(dtype_name), "shape": [*shape], "data_offsets": [begin, end]}:
+            ok = all(type(value) is int and 0 <= value <= _MAX_VALUE for value in (*shape, begin, end))
+        case _:
+            ok = False
+    if not ok or tensor_bytes(torch.float64, tuple(extent or 1 for extent in shape)) > _MAX_VALUE:
         raise _damaged(path, f"describes tensor {name} in a way that is not safetensors")
     if dtype_name not in DTYPES:
         raise SourceError(
-            f"{path}: tensor {name} has dtype {dtype_name}, which is not supported",
+            f"{path}: tensor {name} has dtype {dtype_name!a}, which is not supported",
             fix=f"convert the checkpoint to one of {', '.join(DTYPES)}",
         )
     dtype = DTYPES[dtype_name]

@@ -32,10 +32,14 @@ from quantkit.schemes.support import FP8_BLOCK, GROUP_SIZES, check_kv_scheme, ch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearPlan:
-    """What happens to one linear: a scheme, or (scheme None) the reason why it stays in 16 bits."""
+    """What happens to one linear: a scheme, or (scheme None) the reason why it stays in 16 bits.
+
+    group: linears that run as one matmul in serving engines.
+    """
 
     name: str
     role: Role
+    group: str
     shape: tuple[int, int]
     scheme: Scheme | None
     scales: Scales
@@ -86,6 +90,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe") 
             plans[linear.name] = LinearPlan(
                 name=linear.name,
                 role=linear.role,
+                group=linear.group,
                 shape=linear.shape,
                 scheme=scheme,
                 scales=treatments[linear.name].scales,

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from quantkit.algorithms.rtn import rtn
+from quantkit.arch import Role
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
+from quantkit.formats.loaders import LinearFacts, LoaderVerdict, loader_verdicts
 from quantkit.numerics.sqnr import signal_and_noise
-from quantkit.quantize import CHUNK_ELEMENTS, Entry, plan_entries
+from quantkit.quantization.linear import CHUNK_ELEMENTS
+from quantkit.quantization.run import Entry, plan_entries
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
 from quantkit.recipe.model import Scales
 from quantkit.schemes import PerTensor, Scheme
@@ -43,6 +46,7 @@ class DryRun:
     after_bytes: int
     peak_bytes: int
     seconds: float
+    loaders: tuple[LoaderVerdict, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -61,7 +65,12 @@ def dry_run(source: Path, recipe: Recipe, *, where: str = "recipe") -> DryRun:
         after_bytes=sum(row.after_bytes for row in rows),
         peak_bytes=_peak_bytes(plan),
         seconds=_seconds(checkpoint, plan, sum(row.after_bytes for row in rows)),
+        loaders=tuple(loader_verdicts([_facts(linear) for linear in plan.linears], plan.kv)),
     )
+
+
+def _facts(linear: LinearPlan) -> LinearFacts:
+    return LinearFacts(linear.name, linear.group, linear.scheme, linear.shape, linear.role is Role.EXPERT)
 
 
 def _rows(checkpoint: Checkpoint, plan: QuantPlan, entries: list[Entry]) -> Iterator[Row]:

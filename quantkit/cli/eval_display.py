@@ -1,0 +1,119 @@
+"""What `quantkit eval` shows: how far it is, on stderr, and the table at the end."""
+
+import time
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from quantkit.evaluation import CandidateReport, EvalReport
+
+LINE_SECONDS = 30.0
+PIPE_WIDTH = 120
+
+
+class Display:
+    """Progress and remarks: a bar on a terminal; elsewhere a line per model and every half minute."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("windows, left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=120,
+        )
+        self._task: TaskID | None = None
+        self._label = ""
+        self._first = (0.0, 0)
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, line: str, /) -> None:
+        """Print a remark."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, label: str, done: int, total: int, /) -> None:
+        """Move the bar, or print a line if one is due."""
+        now = time.monotonic()
+        if self._task is None:
+            self._task = self._bar.add_task(label, total=total)
+            self._first = (now, done)
+        self._bar.update(self._task, description=label, completed=done, total=total)
+        is_due = label != self._label or now - self._last_line > LINE_SECONDS
+        if is_due and not self._console.is_terminal:
+            self._last_line = now
+            self.say(f"{label}: {done} of {total} windows{self._time_left(now, done, total)}")
+        self._label = label
+
+    def _time_left(self, now: float, done: int, total: int) -> str:
+        start, done_then = self._first
+        if done <= done_then or done == total:
+            return ""
+        return f", about {(now - start) / (done - done_then) * (total - done):.0f} s left"
+
+
+def show(report: EvalReport, console: Console | None = None) -> None:
+    """Print the table, and how it was measured, on stdout; a file or a pipe gets room for long names."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_WIDTH)
+    console.print(_table(report))
+    data = report.data
+    console.print(
+        f"{data.windows} windows of {data.length} tokens, from {data.spec} ({data.tokens:,} tokens). KL in nats "
+        "against the original in float32, ± half of the 95 % interval of the mean (bootstrap over whole windows); "
+        f"noise: what computing the original in {report.reference.dtype} costs by itself. bpw: bits per weight of "
+        "the decoder layers' linears, scales included.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _table(report: EvalReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", overflow="fold", min_width=10)
+    for column in ("ppl", "Δppl", "KL mean", "median", "p99", "top-1", "bpw", "size"):
+        table.add_column(column, justify="right", no_wrap=True)
+    original = report.reference
+    noise = f"noise {original.kl_noise_floor:.4f}"
+    size = (f"{original.bits_per_weight:.2f}", _size(original.bytes))
+    table.add_row(Text(original.path), f"{original.ppl:.2f}", "", noise, "", "", "", *size)
+    for candidate in report.candidates:
+        table.add_row(Text(candidate.path), *_figures(candidate))
+    return table
+
+
+def _figures(candidate: CandidateReport) -> tuple[str, ...]:
+    size = (f"{candidate.bits_per_weight:.2f}", _size(candidate.bytes))
+    damage = candidate.damage
+    if damage is None:
+        return ("broken", *[""] * 5, *size)
+    interval = "" if damage.kl_ci is None else f" ±{(damage.kl_ci[1] - damage.kl_ci[0]) / 2:.4f}"
+    return (
+        f"{damage.ppl:.2f}",
+        f"{damage.ppl_increase:+.1f}%",
+        f"{damage.kl_mean:.4f}{interval}",
+        f"{damage.kl_median:.4f}",
+        f"{damage.kl_p99:.2f}",
+        f"{damage.top1:.3f}",
+        *size,
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"

@@ -1,0 +1,67 @@
+"""One linear at a time: rows from disk to codes and scales."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quantkit.algorithms.rtn import rtn
+from quantkit.errors import SourceError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.compressed_tensors import StoredLinear
+from quantkit.numerics.sqnr import decibels, signal_and_noise
+from quantkit.recipe import LinearPlan
+from quantkit.schemes import PerBlock, PerTensor, QParams
+from quantkit.schemes.tiles import dequantize_weight
+
+CHUNK_ELEMENTS = 1 << 23  # weights in float32 at a time
+
+
+def quantize_linear(
+    checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: torch.dtype
+) -> tuple[StoredLinear, float]:
+    """Codes and scales of one linear, and its signal-to-noise ratio in dB (float64 sums, inf if exact).
+
+    Raises SourceError if a weight is NaN or infinite.
+    """
+    assert linear.scheme is not None, "the plan quantizes it"
+    spec = linear.scheme.weight
+    codes, parts = [], []
+    signal = noise = 0.0
+    for start, stop in _row_chunks(linear):
+        w_NK = checkpoint.read_rows(f"{linear.name}.weight", start, stop).float()
+        _check_finite(checkpoint, linear, w_NK)
+        result = rtn(w_NK, spec, scale_dtype, scales=linear.scales)
+        sums = signal_and_noise(w_NK, dequantize_weight(result.codes_NK, spec.granularity, result.qparams))
+        signal, noise = signal + sums[0], noise + sums[1]
+        codes.append(result.codes_NK)
+        parts.append(result.qparams)
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    qparams = QParams(
+        torch.cat([part.scale for part in parts]), torch.cat(zero_points) if zero_points else None
+    )
+    return StoredLinear(torch.cat(codes), qparams), decibels(signal, noise)
+
+
+def _row_chunks(linear: LinearPlan) -> Iterator[tuple[int, int]]:
+    """Row ranges that can be quantized apart: all rows at once where they share a scale."""
+    assert linear.scheme is not None, "the plan quantizes it"
+    num_rows, num_cols = linear.shape
+    step = max(1, CHUNK_ELEMENTS // num_cols)
+    match linear.scheme.weight.granularity:
+        case PerTensor():
+            step = num_rows
+        case PerBlock(rows, _):
+            step = -(-step // rows) * rows
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def _check_finite(checkpoint: Checkpoint, linear: LinearPlan, w_NK: Tensor) -> None:
+    if not torch.isfinite(w_NK).all():
+        kind = "NaN" if w_NK.isnan().any() else "infinite"
+        info = checkpoint.info(f"{linear.name}.weight")
+        raise SourceError(
+            f"{info.file}: {info.name} has {int((~torch.isfinite(w_NK)).sum())} {kind} weights or more",
+            fix="the checkpoint is damaged: fetch it again, or list the linear under `ignore`",
+        )

@@ -1,0 +1,136 @@
+"""What a run says about itself: the resolved plan (quantkit.json), its identity, and the rest of the folder."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit.arch import Role, place_of
+from quantkit.card import first_card
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.compressed_tensors import linear_layout
+from quantkit.formats.folder import CARD_NAME, LOG_NAME, PLAN_NAME, copy_companions, write_json
+from quantkit.formats.kv_cache import StoredKV, write_kv_sidecar
+from quantkit.formats.quantization_config import write_quantization
+from quantkit.formats.safetensors_file import tensor_bytes
+from quantkit.formats.shards import write_atomically
+from quantkit.recipe import LinearPlan, QuantPlan
+from quantkit.schemes.labels import kv_label, scheme_label
+from quantkit.version import __version__
+
+
+class QuantReport(NamedTuple):
+    """What a run left: `was_finished` if it found the work done already."""
+
+    folder: Path
+    before_bytes: int
+    after_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    was_finished: bool
+
+
+def plan_summary(checkpoint: Checkpoint, plan: QuantPlan, base: str) -> dict[str, Any]:
+    """What quantkit.json says before any tensor is quantized: the resolved plan."""
+    headers = {name: [str(info.dtype), info.shape] for name, info in checkpoint.tensors.items()}
+    digest = hashlib.sha256(json.dumps([checkpoint.config, headers], sort_keys=True).encode()).hexdigest()
+    return {
+        "quantkit": __version__,
+        "versions": {"torch": torch.__version__},
+        "source": {"name": base, "headers_sha256": digest},
+        "recipe": plan.recipe.model_dump(),
+        "kv_cache": None if plan.kv is None else kv_label(plan.kv),
+        "linears": linear_notes(plan, {}),
+        "kept": {stays.name: stays.reason for stays in plan.stays},
+    }
+
+
+def linear_notes(plan: QuantPlan, notes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    result: dict[str, dict[str, Any]] = {}
+    for linear in plan.linears:
+        entry: dict[str, Any] = {"role": linear.role.value, "shape": list(linear.shape)}
+        if linear.scheme is None:
+            entry |= {"scheme": None, "reason": linear.reason}
+        else:
+            entry |= {
+                "scheme": scheme_label(linear.scheme),
+                "algorithm": plan.recipe.algorithm,
+                "scales": linear.scales,
+                "bits_per_weight": round(bits_per_weight(linear, plan.scale_dtype), 4),
+            } | notes.get(linear.name, {})
+        result[linear.name] = entry
+    return result
+
+
+def bits_per_weight(linear: LinearPlan, scale_dtype: torch.dtype) -> float:
+    """Stored bits of a quantized linear, scales and zero points included, over its number of weights."""
+    assert linear.scheme is not None, "the plan quantizes it"
+    layout = linear_layout(linear.scheme, *linear.shape, scale_dtype)
+    return 8 * sum(tensor_bytes(*kind) for kind in layout.values()) / (linear.shape[0] * linear.shape[1])
+
+
+def is_same_plan(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return all(found.get(key) == wanted[key] for key in ("quantkit", "recipe", "source"))
+
+
+def run_key(checkpoint: Checkpoint, summary: dict[str, Any]) -> str:
+    """Identifies a run: its plan, and the source files as they are now."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([summary, stamps], sort_keys=True).encode()).hexdigest()
+
+
+def write_companions(
+    checkpoint: Checkpoint, plan: QuantPlan, summary: dict[str, Any], folder: Path, report: QuantReport
+) -> None:
+    """Everything but the shards; quantkit.json last, because it says that the folder is complete."""
+    copy_companions(checkpoint.path, folder)
+    config = dict(checkpoint.config)
+    kv = None if plan.kv is None or plan.kv.dtype != "fp8" else plan.kv
+    config["quantization_config"] = write_quantization(plan.schemes, kv, extra_ignore=_other_modules(plan))
+    if plan.kv is not None and plan.kv.dtype == "int8":
+        write_kv_sidecar(folder, StoredKV(plan.kv, {}), attention_modules(plan))
+    write_json(folder / "config.json", config)
+    card = first_card(
+        base=summary["source"]["name"],
+        description=plan.recipe.description,
+        treatments={
+            name: entry["scheme"] or f"16 bits: {entry['reason']}"
+            for name, entry in summary["linears"].items()
+        },
+        before_bytes=report.before_bytes,
+        after_bytes=report.after_bytes,
+        version=__version__,
+    )
+    write_atomically(folder / CARD_NAME, card.encode())
+    log = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds_of_last_run": round(report.seconds, 3),
+        "peak_rss_bytes": report.peak_rss_bytes,
+    }
+    write_json(folder / LOG_NAME, log)
+    write_json(folder / PLAN_NAME, summary)
+
+
+def attention_modules(plan: QuantPlan) -> dict[int, str]:
+    """Full name of each layer's attention module."""
+    modules = {}
+    for linear in plan.linears:
+        place = place_of(linear.name)
+        if linear.role is Role.ATTENTION and place is not None:
+            modules[place.layer] = linear.name.rpartition(".")[0]
+    return modules
+
+
+def _other_modules(plan: QuantPlan) -> list[str]:
+    """Modules that are no decoder linears but that a loader could take for one: head, routers, vision parts.
+
+    A tied head has no tensor of its own, but loaders make it a module called lm_head all the same.
+    """
+    names = [stays.name.removesuffix(".weight") for stays in plan.stays if stays.role is not Role.EMBEDDING]
+    has_head = any(stays.role is Role.HEAD for stays in plan.stays)
+    return names if has_head else [*names, "lm_head"]

@@ -1,0 +1,181 @@
+"""The story of a quantization run: read, plan, quantize, write; a tensor at a time, resumable.
+
+Peak memory is a few tensors: weights are read in row chunks, the codes of one linear are held until they are
+packed. Killed at any instant and started again, a run continues, and ends with the same bytes.
+"""
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit.arch import place_of
+from quantkit.errors import OutputError, SourceError
+from quantkit.formats.checkpoint import Checkpoint, open_checkpoint, read_json
+from quantkit.formats.compressed_tensors import encode_linear, linear_layout
+from quantkit.formats.folder import PLAN_NAME, FolderState, folder_state, remove_run
+from quantkit.formats.kv_cache import kv_layout, num_kv_heads
+from quantkit.formats.safetensors_file import iter_bytes
+from quantkit.formats.shards import OutputTensor, ShardWriter
+from quantkit.quantization.linear import quantize_linear
+from quantkit.quantization.record import (
+    QuantReport,
+    attention_modules,
+    is_same_plan,
+    linear_notes,
+    plan_summary,
+    run_key,
+    write_companions,
+)
+from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
+
+
+class Step(NamedTuple):
+    """One tensor done. linear: the plan if it was quantized; note: what quantkit.json says of it."""
+
+    name: str
+    done_bytes: int
+    total_bytes: int
+    linear: LinearPlan | None
+    note: Mapping[str, Any]
+
+
+class Entry(NamedTuple):
+    """What one tensor of the source (source None: a constant of ours) becomes in the output."""
+
+    source: str | None
+    linear: LinearPlan | None
+    tensors: tuple[OutputTensor, ...]
+
+
+def quantize_checkpoint(
+    source: Path,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    base: str | None = None,
+    where: str = "recipe",
+    overwrite: bool = False,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> QuantReport:
+    """Quantize a checkpoint folder into another, or continue an interrupted run of the same plan.
+
+    base: the source's name on the card. where: the recipe's name in errors. Raises QuantkitError before
+    anything is written, except for weights that are not finite, which are met on the way: then what was
+    written is removed, since it cannot be continued.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, recipe, where=where)
+    entries = plan_entries(checkpoint, plan)
+    summary = plan_summary(checkpoint, plan, base or source.name)
+    state = _claim(folder, summary, overwrite)
+    if state is FolderState.FINISHED:
+        return _report(checkpoint, folder, started, was_finished=True)
+    try:
+        with ShardWriter(
+            folder, [entry.tensors for entry in entries], run_key(checkpoint, summary)
+        ) as writer:
+            _write_tensors(checkpoint, plan, entries, writer, on_step)
+            writer.finish()
+            report = _report(checkpoint, folder, started, was_finished=False)
+            write_companions(
+                checkpoint, plan, summary | {"linears": linear_notes(plan, writer.notes)}, folder, report
+            )
+            writer.remove_journal()
+    except SourceError:
+        remove_run(folder)
+        raise
+    return report
+
+
+def plan_entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:
+    """What every source tensor becomes, in the order of writing: outside the layers first, then by layer."""
+    by_weight = {f"{linear.name}.weight": linear for linear in plan.linears if linear.scheme}
+    entries = []
+    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: _position(item[0])):
+        linear = by_weight.get(name)
+        if linear is None:
+            entries.append(Entry(name, None, (OutputTensor(name, info.dtype, info.shape),)))
+            continue
+        assert linear.scheme is not None, "selected above"
+        layout = linear_layout(linear.scheme, *linear.shape, plan.scale_dtype)
+        tensors = (OutputTensor(f"{linear.name}.{suffix}", *kind) for suffix, kind in layout.items())
+        entries.append(Entry(name, linear, tuple(tensors)))
+    if plan.kv is not None:
+        heads = num_kv_heads(checkpoint)
+        for name, kind in kv_layout(plan.kv, attention_modules(plan), heads, plan.scale_dtype).items():
+            entries.append(Entry(None, None, (OutputTensor(name, *kind),)))
+    return entries
+
+
+def _write_tensors(
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    entries: Sequence[Entry],
+    writer: ShardWriter,
+    on_step: Callable[[Step], None],
+) -> None:
+    """Read, quantize and write what the journal does not have yet."""
+    total = checkpoint.num_bytes
+    done = sum(
+        checkpoint.info(entry.source).num_bytes for entry in entries[: writer.num_done] if entry.source
+    )
+    for entry in entries[writer.num_done :]:
+        note: dict[str, Any] = {}
+        if entry.source is None:
+            for tensor in entry.tensors:  # an FP8 KV cache nobody calibrated: e4m3 holds K and V as they are
+                writer.write(tensor.name, torch.ones(tensor.shape, dtype=tensor.dtype))
+        elif entry.linear is None:
+            writer.write(entry.source, iter_bytes(checkpoint.info(entry.source)))
+        else:
+            assert entry.linear.scheme is not None, "only quantized linears have an entry of their own"
+            stored, sqnr = quantize_linear(checkpoint, entry.linear, plan.scale_dtype)
+            for suffix, data in encode_linear(stored, entry.linear.scheme).items():
+                writer.write(f"{entry.linear.name}.{suffix}", data)
+            note = {"sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None}
+        writer.finish_entry({entry.linear.name: note} if entry.linear else {})
+        if entry.source:
+            done += checkpoint.info(entry.source).num_bytes
+            on_step(Step(entry.source, done, total, entry.linear, note))
+
+
+def _claim(folder: Path, summary: dict[str, Any], overwrite: bool) -> FolderState:
+    """Decide whether the folder may be written; a finished run of the same plan is left as it is."""
+    state = folder_state(folder)
+    if state is FolderState.FOREIGN:
+        raise OutputError(
+            f"{folder}: not empty, and not a run of quantkit", fix="give a folder that does not exist yet"
+        )
+    if state is FolderState.EMPTY:
+        return state
+    if overwrite:
+        remove_run(folder)
+        return FolderState.EMPTY
+    if state is FolderState.FINISHED and not is_same_plan(read_json(folder / PLAN_NAME), summary):
+        raise OutputError(
+            f"{folder}: holds a finished run of another plan or source",
+            fix="give another folder, or --overwrite",
+        )
+    return state
+
+
+def _report(checkpoint: Checkpoint, folder: Path, started: float, *, was_finished: bool) -> QuantReport:
+    after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return QuantReport(
+        folder=folder,
+        before_bytes=checkpoint.num_bytes,
+        after_bytes=after,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        was_finished=was_finished,
+    )
+
+
+def _position(name: str) -> tuple[int, str]:
+    place = place_of(name)
+    return (-1, name) if place is None else (place.layer, name)

@@ -1,0 +1,150 @@
+"""The verb: one JSON object or a table on stdout, the rest on stderr, and the exit code."""
+
+import json
+
+import pytest
+import torch
+
+from quantkit.cli.main import run
+from tests.tiny_llama import tiny_tensors, write_tiny_llama
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Original and candidate that the real runtime runs, and a text."""
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_tiny_llama(tmp_path / "original")
+    tensors = tiny_tensors()
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if "proj" in name:
+            tensors[name] = tensor + 0.02 * torch.randn(tensor.shape, generator=generator).bfloat16()
+    write_tiny_llama(tmp_path / "candidate", tensors)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. Why?\n\n" * 30)
+    return tmp_path
+
+
+def quantkit_eval(*arguments, candidate="candidate"):
+    options = ["--data", "text.txt", "--windows", "4", "--length", "16"]
+    return run(["eval", "original", candidate, *options, *arguments])
+
+
+def test_json_is_one_object_with_the_promised_keys(world, capsys):
+    assert quantkit_eval("--json", "--max-kl", "10") == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report.keys() == {"reference", "data", "candidates", "gates", "passed", "notes"}
+    assert {"path", "ppl", "bytes", "bits_per_weight", "kl_noise_floor"} <= report["reference"].keys()
+    assert report["data"].keys() == {"spec", "tokens", "hash", "windows", "length"}
+    (candidate,) = report["candidates"]
+    assert {
+        *("path", "ppl", "kl_mean", "kl_ci", "kl_median", "kl_p99", "kl_noise_floor"),
+        *("top1", "bits_per_weight", "bytes", "failure"),
+    } <= candidate.keys()
+    assert (
+        candidate["path"] == "candidate"
+        and candidate["kl_ci"][0] <= candidate["kl_mean"] <= candidate["kl_ci"][1]
+    )
+    assert report["gates"] == [
+        {
+            "gate": "max_kl",
+            "candidate": "candidate",
+            "limit": 10.0,
+            "value": candidate["kl_mean"],
+            "passed": True,
+        }
+    ]
+    assert "windows" in err
+
+
+def test_table_has_a_row_for_each(world, capsys):
+    assert quantkit_eval() == 0
+    out = capsys.readouterr().out
+    assert "original" in out and "candidate" in out and "noise" in out and "±" in out
+
+
+def test_failed_gates_exit_with_1_and_say_by_how_much(world, capsys):
+    assert quantkit_eval("--max-kl", "0.000001", "--max-ppl-increase", "-50%", "--min-top1", "1") == 1
+    err = capsys.readouterr().err
+    for option in ("--max-kl 1e-06", "--max-ppl-increase -50%", "--min-top1 1"):
+        assert f"candidate: {option} not met" in err
+
+
+def test_one_window_has_no_interval(world, capsys):
+    assert (
+        run(
+            [
+                "eval",
+                "original",
+                "candidate",
+                "--data",
+                "text.txt",
+                "--windows",
+                "1",
+                "--length",
+                "16",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["candidates"][0]["kl_ci"] is None
+
+
+def test_nan_weights_are_a_verdict_not_a_crash(world, capsys):
+    tensors = tiny_tensors()
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    write_tiny_llama(world / "broken", tensors)
+    code = run(
+        [
+            "eval",
+            "original",
+            "broken",
+            "candidate",
+            "--data",
+            "text.txt",
+            "--windows",
+            "2",
+            "--length",
+            "16",
+            "--json",
+        ]
+    )
+    out, err = capsys.readouterr()
+    broken, fine = json.loads(out)["candidates"]
+    assert code == 1
+    assert "NaN logits" in broken["failure"] and broken["ppl"] is None and fine["ppl"] > 0
+    assert "broken produces NaN logits" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finding"),
+    [
+        (["--max-ppl-increase", "few"], "--max-ppl-increase few"),
+        (["--min-top1", "90"], "--min-top1 90"),
+        (["--max-kl", "nan"], "--max-kl nan"),
+        (["--windows", "0"], "--windows 0"),
+        (["--windows", "100000"], "100000 windows of 16"),
+        (["--data", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_mistakes_are_two_lines_and_exit_with_2(world, capsys, arguments, finding):
+    assert quantkit_eval(*arguments) == 2
+    out, err = capsys.readouterr()
+    problem, fix = err.strip().splitlines()
+    assert problem.startswith("error: ") and finding in problem and fix.startswith("  fix: ")
+    assert out == ""
+
+
+def test_card_of_a_folder_of_ours_is_filled_and_a_locked_one_is_no_failure(world, capsys):
+    from quantkit.card import EVALUATION_END, EVALUATION_START
+
+    card = world / "candidate" / "README.md"
+    card.write_text(f"# x\n{EVALUATION_START}\nNot evaluated yet\n{EVALUATION_END}\n")
+    (world / "candidate" / "quantkit.json").write_text("{}")
+    assert quantkit_eval() == 0
+    assert "KL divergence" in card.read_text()
+    card.write_bytes(EVALUATION_START.encode() + b"\xff" + EVALUATION_END.encode())
+    assert quantkit_eval() == 0
+    assert "candidate: the figures are not in its README.md" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""The evaluation section of a model card, and everything that must stay as it is."""
+
+import dataclasses
+
+import pytest
+
+from quantkit.card import EVALUATION_END, EVALUATION_START, first_card
+from quantkit.evaluation.card import fill_card
+from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
+
+DAMAGE = Damage(
+    ppl=62.9,
+    ppl_increase=35.5,
+    kl_mean=0.3851,
+    kl_ci=(0.37, 0.40),
+    kl_median=0.25,
+    kl_p99=2.1,
+    kl_noise_floor=0.00099,
+    top1=0.642,
+)
+
+
+def report_on(path, damage=DAMAGE, failure=None):
+    candidate = CandidateReport(
+        path=str(path), bits_per_weight=4.25, bytes=113_000_000, damage=damage, failure=failure
+    )
+    reference = ReferenceReport(
+        path="org/model",
+        content_hash="ab" * 32,
+        dtype="bfloat16",
+        ppl=46.47,
+        kl_noise_floor=0.00099,
+        bits_per_weight=16.0,
+        bytes=269_000_000,
+    )
+    data = DataInfo(spec="docs", tokens=112_965, hash="9b" * 32, windows=24, length=512)
+    report = EvalReport(reference=reference, data=data, candidates=(candidate,), gates=(), notes=())
+    return report, candidate
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "quantkit.json").write_text("{}")
+    card = first_card(
+        base="org/model",
+        description="",
+        treatments={"a": "INT4"},
+        before_bytes=2,
+        after_bytes=1,
+        version="0.1.0",
+    )
+    (tmp_path / "README.md").write_text(card + "\n## Added by hand\n\nKept.\n")
+    return tmp_path
+
+
+def test_figures_replace_the_section_and_nothing_else(folder):
+    card = folder / "README.md"
+    card.chmod(0o640)
+    before = card.read_text()
+    assert fill_card(*report_on(folder))
+    after = card.read_text()
+    assert before.partition(EVALUATION_START)[0] == after.partition(EVALUATION_START)[0]
+    assert before.partition(EVALUATION_END)[2] == after.partition(EVALUATION_END)[2]
+    assert "ot evaluated yet" not in after
+    for figure in ("0.3851", "0.3700 to 0.4000", "+35.50 %", "64.2 %", "4.25", "0.00099", "`org/model`"):
+        assert figure in after
+    assert card.stat().st_mode & 0o777 == 0o640
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "quantkit.json"]
+
+
+def test_filling_again_replaces_the_figures(folder):
+    fill_card(*report_on(folder))
+    once = (folder / "README.md").read_text()
+    fill_card(*report_on(folder, dataclasses.replace(DAMAGE, kl_mean=0.5, kl_ci=None)))
+    fill_card(*report_on(folder))
+    assert (folder / "README.md").read_text() == once
+
+
+def test_a_broken_candidate_says_so_on_its_card(folder):
+    fill_card(*report_on(folder, None, "produces NaN logits at position 3 of window 0"))
+    assert "**Broken**: produces NaN logits at position 3" in (folder / "README.md").read_text()
+
+
+def test_folders_of_others_are_left_alone(folder):
+    card = folder / "README.md"
+    (folder / "quantkit.json").unlink()
+    before = card.read_text()
+    assert not fill_card(*report_on(folder))
+    assert card.read_text() == before
+
+
+@pytest.mark.parametrize("cut", [EVALUATION_START, EVALUATION_END])
+def test_a_card_without_both_markers_is_left_alone(folder, cut):
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace(cut, ""))
+    before = card.read_text()
+    assert not fill_card(*report_on(folder))
+    assert card.read_text() == before
+
+
+def test_a_card_that_is_a_link_is_left_alone(folder):
+    card = folder / "README.md"
+    card.rename(folder / "blob")
+    card.symlink_to(folder / "blob")
+    assert not fill_card(*report_on(folder))
+    assert card.is_symlink()
+
+
+def test_what_is_no_folder_has_no_card(tmp_path):
+    assert not fill_card(*report_on(tmp_path / "absent"))
+    assert not fill_card(*report_on("org/model"))
