@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from quantkit.formats.loaders import LinearFacts, loader_verdicts
 from quantkit.numerics import affine
+from quantkit.runtime.load import load_model
 from quantkit.schemes import FloatSpec, KVScheme, PerGroup, PerTensor, Scheme
 from tests.product_schemes import KV_SCHEMES, SCHEMES
 from tests.quantized_folders import CONFIG, LINEARS, write_quantized
@@ -36,6 +37,11 @@ def load(folder, **kwargs):
 @torch.no_grad()
 def logits(model):
     return model(TOKENS).logits
+
+
+def runtime_logits(folder):
+    model = load_model(folder.path, dtype=torch.float32)
+    return torch.stack([model.logits(sequence) for sequence in TOKENS])
 
 
 def reference(folder, scheme_of=lambda name: None):
@@ -90,6 +96,7 @@ def test_every_symmetric_scheme_loads_with_our_weights_and_logits(tmp_path, name
     assert_weights_are_ours(model, folder)
     expected = logits(reference(folder, lambda _: scheme))
     torch.testing.assert_close(theirs, expected, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(runtime_logits(folder), theirs, atol=2e-4, rtol=2e-4)
     if scheme.activation is not None:  # or else the comparison would not see that inputs are quantized
         assert (theirs - logits(reference(folder))).abs().max() > 1e-3
 
@@ -129,6 +136,7 @@ def test_one_scheme_for_the_mlp_and_another_for_attention(tmp_path, schemes):
     theirs = logits(model)
     assert_weights_are_ours(model, folder)
     torch.testing.assert_close(theirs, logits(reference(folder, scheme_of)), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(runtime_logits(folder), theirs, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["kv-fp8-tensor", "kv-fp8-head"])
@@ -142,6 +150,7 @@ def test_an_fp8_cache_loads_with_our_scales(tmp_path, name):
         assert 0.02 < layer.self_attn.k_scale.min() <= layer.self_attn.k_scale.max() < 0.03
     plain = logits(reference(folder))
     assert 1e-4 < (theirs - plain).abs().max() < 0.5  # quantized, but no garbage
+    torch.testing.assert_close(runtime_logits(folder), theirs, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["kv-int8-token", "kv-int8-head"])
