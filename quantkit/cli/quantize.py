@@ -80,7 +80,7 @@ def _print_dry_run(
 
     for verdict in plan.loaders:
         why = "; ".join(reason.text for reason in verdict.reasons)
-        console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False)
+        console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False, soft_wrap=True)
 
 
 def _plan_table(plan: "DryRun") -> "Table":
@@ -122,7 +122,7 @@ class _Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(line, highlight=False)
+        self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def show(self, step: "Step") -> None:
         """Take one finished tensor into account."""
