@@ -151,3 +151,14 @@ def test_a_long_prompt_is_run_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.runtime.model.CHUNK_TOKENS", 8)
     assert relative(model.forward(ids, model.new_cache()), whole[-1]) < 1e-5
     assert relative(model.logits(ids), whole) < 1e-5
+
+
+def test_an_original_length_outside_of_the_rope_object_goes_first(tmp_path):
+    save_tiny("llama-yarn", tmp_path)
+    ids = tokens(LENGTH)
+    inside = load_model(tmp_path).logits(ids)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "original_max_position_embeddings": 32}))
+    outside = load_model(tmp_path).logits(ids)
+    assert relative(outside, inside) > 1e-3
+    assert relative(outside, reference_logits(tmp_path, ids, torch.float32)) < 1e-5

@@ -46,6 +46,7 @@ UNSUPPORTED = [
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         ["partial_rotary_factor", "0.5"],
     ),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, ["factor", "8.0"]),
     ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     ("llama", {"rope_interleaved": True}, ["rope_interleaved"]),
     ("llama", {"pretraining_tp": 4}, ["pretraining_tp", "4"]),
