@@ -14,8 +14,8 @@ demo: $(READY)  ## quantize, evaluate and generate with a real small model, on t
 	$(QUANTKIT) quantize demo -r int8 -o demo/int8
 	$(QUANTKIT) quantize demo -r int4 -o demo/int4
 	$(QUANTKIT) verify demo/int4
-	$(QUANTKIT) eval demo demo/fp8 demo/int8 demo/int4
-	$(QUANTKIT) generate demo/int4 "What is the capital of France?"
+	$(QUANTKIT) eval demo demo/fp8 demo/int8 demo/int4 --windows 12
+	$(QUANTKIT) generate demo/int4 "What is water made of?"
 
 test: check  ## what CI runs: check, then the end-to-end tests
 	$(BIN)/python -m pytest tests/e2e -m "not long"

@@ -1,3 +1,30 @@
-"""quantkit: quantize a language model, measure what it cost, and run the result."""
+"""quantkit: quantize a language model, measure what it cost, and run the result.
 
-__version__ = "0.1.0"
+    import quantkit
+    quantkit.quantize("demo", "int4", "demo-int4")
+    quantkit.evaluate("demo", ["demo-int4"]).candidates[0].damage
+
+Importing this package imports neither torch nor transformers; the functions do when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from quantkit.version import __version__
+
+if TYPE_CHECKING:
+    from quantkit.api import quantize
+    from quantkit.evaluation.evaluate import evaluate
+
+__all__ = ["__version__", "evaluate", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize":
+        from quantkit.api import quantize
+
+        return quantize
+    if name == "evaluate":
+        from quantkit.evaluation.evaluate import evaluate
+
+        return evaluate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

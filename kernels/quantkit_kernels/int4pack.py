@@ -50,7 +50,7 @@ def prepare(weight: LinearWeight, dtype: torch.dtype) -> Int4Packed:
     assert dtype == torch.bfloat16, "supports() refused it"
     num_rows = weight.codes_NK.shape[0]
     extra = -num_rows % ROW_MULTIPLE
-    unsigned = pad(weight.codes_NK.to(torch.int32) + 8, (0, 0, 0, extra))
+    unsigned = pad(weight.codes_NK + 8, (0, 0, 0, extra)).to(torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
     scale_GN = pad(weight.scale_RG.float(), (0, 0, 0, extra)).T
     zero_GN, residual_GN = torch.zeros_like(scale_GN), None

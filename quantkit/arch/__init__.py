@@ -1,6 +1,6 @@
 """Facts per architecture as data: which tensors are linears, which of them are fused, what is refused."""
 
-from quantkit.arch.families import FAMILIES, RUNTIME_FAMILIES, Family, Part, Role
+from quantkit.arch.families import FAMILIES, Family, Part, Role
 from quantkit.arch.inspection import Inspection, inspect_checkpoint
 from quantkit.arch.linears import LinearInfo, Stays, Survey, find_linears, find_stays, survey
 from quantkit.arch.names import layer_of, place_of
@@ -8,7 +8,6 @@ from quantkit.arch.refusals import already_quantized
 
 __all__ = [
     "FAMILIES",
-    "RUNTIME_FAMILIES",
     "Family",
     "Inspection",
     "LinearInfo",

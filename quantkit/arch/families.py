@@ -97,5 +97,3 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "qwen2_moe": QWEN2_MOE,
 }
-
-RUNTIME_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text"})

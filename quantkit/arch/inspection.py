@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from quantkit.arch.families import RUNTIME_FAMILIES, Role
+from quantkit.arch.families import Role
 from quantkit.arch.linears import LinearInfo, find_linears, survey
 from quantkit.arch.names import layer_of
 from quantkit.arch.refusals import already_quantized
@@ -55,7 +55,6 @@ class Inspection:
     tied_head: bool
     chat_template: bool
     quantized: str | None
-    runs_here: bool
     dtypes: tuple[Count, ...]
     roles: tuple[Count, ...]
     quantizable: tuple[Quantizable, ...]
@@ -86,7 +85,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         tied_head=Role.HEAD not in found.roles.values(),
         chat_template=_has_chat_template(checkpoint.path),
         quantized=quantized,
-        runs_here=checkpoint.model_type in RUNTIME_FAMILIES and checkpoint.text_config is config,
         dtypes=_counts((str(info.dtype).removeprefix("torch."), info) for info in tensors),
         roles=_counts((found.roles[info.name].value, info) for info in tensors),
         quantizable=_quantizable(linears),

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.errors import QuantkitError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from quantkit.arch import Inspection
+    from quantkit.formats.checkpoint import Checkpoint
 
 
 def inspect(
@@ -24,30 +27,42 @@ def inspect(
     from quantkit.formats.checkpoint import open_checkpoint
     from quantkit.formats.source import resolve_source
 
-    inspection = inspect_checkpoint(
-        open_checkpoint(resolve_source(source, revision=revision, announce=_to_stderr))
-    )
+    checkpoint = open_checkpoint(resolve_source(source, revision=revision, announce=_to_stderr))
+    inspection = inspect_checkpoint(checkpoint)
+    refusal = _runtime_refusal(checkpoint)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(inspection), indent=2))
+        runtime = {"runs": refusal is None, "why_not": refusal}
+        typer.echo(json.dumps({**dataclasses.asdict(inspection), "runtime": runtime}, indent=2))
         return
     from rich.console import Console
 
-    show(inspection, Console())
+    show(inspection, refusal, Console())
+
+
+def _runtime_refusal(checkpoint: "Checkpoint") -> str | None:
+    """Why quantkit's own runtime does not run this model, or None if it does."""
+    from quantkit.runtime.models.families import read_spec
+
+    try:
+        read_spec(checkpoint)
+    except QuantkitError as error:
+        return error.problem
+    return None
 
 
 def _to_stderr(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def show(inspection: "Inspection", console: "Console") -> None:
+def show(inspection: "Inspection", runtime_refusal: str | None, console: "Console") -> None:
     """Print the tables."""
-    console.print(_table(inspection.path, ("", ""), _facts(inspection)))
+    runtime = ("quantkit's runtime", runtime_refusal or "runs it")
+    console.print(_table(inspection.path, ("", ""), [*_facts(inspection), runtime]))
     roles = [(c.name, f"{c.tensors:,}", f"{c.values:,}", human_bytes(c.bytes)) for c in inspection.roles]
     console.print(_table("Tensors by role", ("role", "tensors", "values", "size"), roles))
     if inspection.quantized:
-        console.print(
-            f"Nothing can be quantized: this checkpoint is quantized already ({inspection.quantized})."
-        )
+        said = f"Nothing can be quantized: this checkpoint is quantized already ({inspection.quantized})."
+        console.print(said, markup=False)
         return
     linears = [
         (
@@ -68,12 +83,13 @@ def show(inspection: "Inspection", console: "Console") -> None:
 def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> "Table":
     """A table whose first column is text, on the left, and whose others are on the right."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_header=any(columns))
+    table = Table(title=Text(title), title_justify="left", show_header=any(columns))
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index and any(columns) else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # no markup: names come from files
     return table
 
 
@@ -94,10 +110,6 @@ def _facts(inspection: "Inspection") -> list[tuple[str, ...]]:
         ("output head", "tied to the embedding" if inspection.tied_head else "of its own"),
         ("chat template", "yes" if inspection.chat_template else "no"),
         ("quantized", inspection.quantized or "no"),
-        (
-            "quantkit's runtime",
-            "runs it" if inspection.runs_here else "has no definition of this architecture",
-        ),
     ]
 
 

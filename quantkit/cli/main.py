@@ -11,7 +11,6 @@ from typing import cast
 
 import typer
 
-from quantkit import __version__
 from quantkit.cli.eval import eval_models
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
@@ -19,6 +18,7 @@ from quantkit.cli.quantize import quantize
 from quantkit.cli.recipes import recipes
 from quantkit.cli.verify import verify
 from quantkit.errors import OutputError, QuantkitError
+from quantkit.version import __version__
 
 # click's UsageError, of the copy of click that newer versions of typer carry inside
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from quantkit.quantization import DryRun, QuantReport, Step
-    from quantkit.recipe import Recipe
 
 
 def quantize(
@@ -35,36 +35,39 @@ def quantize(
 
     Killed or interrupted, the same command continues where it stopped.
     """
+    if dry_run:
+        _print_dry_run(source, recipe, settings or [], revision, as_json)
+        return
     from rich.console import Console
 
-    from quantkit.formats.source import resolve_source
-    from quantkit.quantization import quantize_checkpoint
-    from quantkit.recipe import load_recipe
+    from quantkit.api import quantize as run
 
-    chosen = load_recipe(recipe, tuple(settings or ()))
-    path = resolve_source(source, revision=revision, announce=lambda line: typer.echo(line, err=True))
-    if dry_run:
-        _print_dry_run(path, chosen, recipe, as_json)
-        return
     with _Progress(Console(stderr=True)) as progress:
-        report = quantize_checkpoint(
-            path,
-            chosen,
+        report = run(
+            source,
+            recipe,
             output,
-            base=_base_name(source),
-            where=recipe,
+            settings=settings or (),
+            revision=revision,
             overwrite=overwrite,
             on_step=progress.show,
+            announce=progress.say,
         )
     _print_report(report, as_json)
 
 
-def _print_dry_run(path: Path, recipe: "Recipe", where: str, as_json: bool) -> None:
+def _print_dry_run(
+    source: str, recipe: str, settings: Sequence[str], revision: str | None, as_json: bool
+) -> None:
     from rich.console import Console
 
+    from quantkit.formats.source import resolve_source
     from quantkit.quantization import dry_run
+    from quantkit.recipe import load_recipe
 
-    plan = dry_run(path, recipe, where=where)
+    chosen = load_recipe(recipe, tuple(settings))
+    path = resolve_source(source, revision=revision, announce=lambda line: typer.echo(line, err=True))
+    plan = dry_run(path, chosen, where=recipe)
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2))
         return
@@ -77,7 +80,7 @@ def _print_dry_run(path: Path, recipe: "Recipe", where: str, as_json: bool) -> N
 
     for verdict in plan.loaders:
         why = "; ".join(reason.text for reason in verdict.reasons)
-        console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False)
+        console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False, soft_wrap=True)
 
 
 def _plan_table(plan: "DryRun") -> "Table":
@@ -117,6 +120,10 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(line, highlight=False, soft_wrap=True)
+
     def show(self, step: "Step") -> None:
         """Take one finished tensor into account."""
         from quantkit.schemes.labels import scheme_label
@@ -126,9 +133,7 @@ class _Progress:
         if step.linear is not None and step.linear.scheme is not None:
             sqnr = "exact" if step.note["sqnr_db"] is None else f"{step.note['sqnr_db']:.1f} dB"
             label = scheme_label(step.linear.scheme)
-            self._bar.console.print(
-                f"{step.linear.name}  {label}  rtn  {sqnr}  {now - self._last:.2f} s", highlight=False
-            )
+            self.say(f"{step.linear.name}  {label}  rtn  {sqnr}  {now - self._last:.2f} s")
         self._last = now
 
 
@@ -144,10 +149,3 @@ def _print_report(report: "QuantReport", as_json: bool) -> None:
         f"{report.folder}: {report.before_bytes / 1e9:.3f} GB -> {report.after_bytes / 1e9:.3f} GB ({ratio:.0%}) "
         f"in {report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 1e9:.2f} GB"
     )
-
-
-def _base_name(source: str) -> str:
-    """The source's name on the card: a hub id as it is, a path's last part, the demo's real name."""
-    if source == "demo":
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return Path(source).resolve().name if Path(source).exists() else source

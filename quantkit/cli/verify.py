@@ -25,7 +25,9 @@ def verify(
     from quantkit.verify import verify_checkpoint
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress("linears", *columns, console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    bar = Progress("linears", *columns, console=terminal, transient=True, disable=not terminal.is_terminal)
+    with bar as progress:
         task = progress.add_task("", total=None)
         report = verify_checkpoint(
             folder, on_linear=lambda done, total: progress.update(task, completed=done, total=total)

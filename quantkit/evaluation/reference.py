@@ -11,13 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit import __version__
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.cache import DamagedEntryError, TensorCache, Tensors
 from quantkit.evaluation.scores import NotFiniteError, ReferenceWindow, reference_window, score_window
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.numerics.logit_codes import LogitCodes
 from quantkit.runtime.load import model_dtype
+from quantkit.version import __version__
 
 CACHE_VERSION = 1  # raise it when the runtime's float32 logits or the stored tensors change
 

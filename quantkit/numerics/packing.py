@@ -46,7 +46,8 @@ def _pack_rows(codes_NK: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     """The inverse of `pack`: int32 [N, W] to int8 [N, num_codes]."""
     assert bits in PACKABLE_BITS, f"{bits}-bit codes have no settled layout"
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    unsigned = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    signed: Tensor = (unsigned - (1 << (bits - 1))).to(torch.int8)
-    return signed.flatten(1)[:, :num_codes].contiguous()
+    in_bytes = packed.contiguous().view(torch.uint8)  # a word's lowest bits are in its first byte
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes = (in_bytes.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    codes -= 1 << (bits - 1)  # wraps into two's complement
+    return codes.view(torch.int8).flatten(1)[:, :num_codes].contiguous()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit import __version__
 from quantkit.arch import Role, place_of
 from quantkit.card import first_card
 from quantkit.formats.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from quantkit.formats.safetensors_file import tensor_bytes
 from quantkit.formats.shards import write_atomically
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.labels import kv_label, scheme_label
+from quantkit.version import __version__
 
 
 class QuantReport(NamedTuple):

@@ -2,7 +2,8 @@
 
 A quantized cache holds codes; attention always gets their round trip, for the tokens of the current step too.
 The arithmetic is in the model's dtype: code = round(clamp(x / scale)), value = code · scale, with stored scales
-(FP8; INT8 per head) or amax / 127.5 over one token of one head (INT8 per token).
+(FP8; INT8 per head) or amax / 127 over one token of one head (INT8 per token). Not amax / 127.5, as for linears:
+that puts the largest value on a rounding boundary, where the last bit of it decides about a whole step.
 
 Shape suffixes: T new tokens, S all tokens, H KV heads, D head_dim.
 """
@@ -67,7 +68,7 @@ class _Part:
             return self.codes_HSD[:, :stop]
         scale = self.scale
         if self.is_dynamic:
-            scale = x_HTD.abs().amax(dim=-1, keepdim=True) / 127.5
+            scale = x_HTD.abs().amax(dim=-1, keepdim=True) / 127
             scale = scale.masked_fill(scale == 0, torch.finfo(self.dtype).eps)
             self.scale_HS1[:, start:stop] = scale
         assert scale is not None, "a quantized cache has stored or dynamic scales"

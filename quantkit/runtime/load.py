@@ -22,7 +22,7 @@ def load_model(source: Path | Checkpoint, *, dtype: torch.dtype | None = None) -
     dtype: of activations, norms and 16-bit weights; None: the one config.json names. Peak memory: the model as
     stored, plus one tensor (INT4 in bf16: twice its codes, since decode and prefill want different layouts).
     Raises UnsupportedModelError for an architecture or feature that the runtime does not have; SourceError for
-    tensors that are missing, damaged, or do not fit the config.
+    tensors that are missing, damaged, or do not fit the config, or a number format that nothing runs.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     spec = read_spec(checkpoint)

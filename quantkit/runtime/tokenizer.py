@@ -1,10 +1,10 @@
 """A checkpoint's tokenizer as generation needs it: prompts to ids, ids to text that grows by whole characters."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from quantkit import tokens
 from quantkit.errors import GenerationError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, read_json
 
@@ -53,25 +53,8 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; code that a checkpoint brings is never run.
-
-    Raises SourceError if the folder holds none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-    if not any((path / name).is_file() for name in names):
-        raise SourceError(
-            f"{path}: no tokenizer", fix="copy the tokenizer files of the original into this folder"
-        )
-    try:
-        backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError(
-            f"{path}: its tokenizer cannot be loaded ({reason})", fix="fetch the tokenizer files again"
-        ) from error
-    return Tokenizer(path, backend)
+    """The tokenizer of a checkpoint folder. Raises SourceError if it holds none that can be read."""
+    return Tokenizer(path, tokens.load_tokenizer(path).backend)
 
 
 def stop_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.compressed_tensors import linear_layout, read_linear
+from quantkit.formats.compressed_tensors import StoredLinear, linear_layout, read_linear
 from quantkit.formats.quantization_config import QuantizedModules
 from quantkit.runtime.layers.linear import Linear, QuantLinear
+from quantkit.schemes import PerGroup, Scheme
 from quantkit_kernels.float8 import has_nan
 
 # Where the language model lies: its layers, its head. A text-only model; Gemma 3 as published; as transformers 5
@@ -51,14 +52,21 @@ class Weights:
             raise self._wrong(
                 module, f"has shape {list(stored.codes_NK.shape)}", f"makes it {[num_rows, num_cols]}"
             )
+        self._check_numbers(module, stored, scheme)
+        layout = linear_layout(scheme, num_rows, num_cols, torch.bfloat16)
+        self._used.update(f"{module}.{suffix}" for suffix in layout)
+        return QuantLinear(stored, scheme, bias, dtype=self._dtype)
+
+    def _check_numbers(self, module: str, stored: StoredLinear, scheme: Scheme) -> None:
         for values in (stored.qparams, stored.input_qparams):
             if values is not None and not bool(torch.isfinite(values.scale.float()).all()):
                 raise self._damaged(module, "a scale that is not a finite number")
         if stored.codes_NK.dtype == torch.float8_e4m3fn and has_nan(stored.codes_NK):
             raise self._damaged(module, "NaN among its FP8 codes")
-        layout = linear_layout(scheme, num_rows, num_cols, torch.bfloat16)
-        self._used.update(f"{module}.{suffix}" for suffix in layout)
-        return QuantLinear(stored, scheme, bias, dtype=self._dtype)
+        if scheme.activation is not None and isinstance(scheme.activation.granularity, PerGroup):
+            num_cols, size = stored.codes_NK.shape[1], scheme.activation.granularity.size
+            if num_cols % size:
+                raise self._damaged(module, f"{num_cols} inputs, which groups of {size} do not divide")
 
     def skip_tied_head(self) -> None:
         """The head is the embedding; a copy stored under its name is not read."""
@@ -93,7 +101,7 @@ class Weights:
     def _damaged(self, module: str, finding: str) -> SourceError:
         return SourceError(
             f"{self._checkpoint.path}: {module} has {finding}",
-            fix="the weights are damaged: quantize or fetch them again",
+            fix="quantize the checkpoint again, or fetch it again",
         )
 
 

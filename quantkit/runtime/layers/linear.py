@@ -79,7 +79,7 @@ class QuantLinear(nn.Module):
         """Bytes of everything this layer keeps."""
         tensors = [value for operand in self.operands for value in operand if isinstance(value, Tensor)]
         unique = {tensor.data_ptr(): tensor for tensor in tensors}  # two kernels may share the codes
-        return sum(tensor.nbytes for tensor in unique.values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in unique.values())
 
     def extra_repr(self) -> str:
         """Shape and kernels, for print(model)."""

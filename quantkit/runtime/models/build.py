@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from quantkit.runtime.heap import release_freed_memory
 from quantkit.runtime.layers.attention import Attention
 from quantkit.runtime.layers.embedding import Embedding
 from quantkit.runtime.layers.linear import Linear
@@ -28,12 +29,14 @@ def build_decoder(spec: DecoderSpec, weights: Weights) -> Decoder:
     else:
         head = weights.linear(weights.head, spec.vocab_size, spec.hidden_size, has_bias=False)
     weights.finish()
+    release_freed_memory()
     return Decoder(embedding, layers, norm, head, logit_softcap=spec.logit_softcap)
 
 
 def _layer(spec: DecoderSpec, weights: Weights, number: int) -> DecoderLayer:
     name = f"{weights.base}layers.{number}"
     size = spec.hidden_size
+    release_freed_memory()  # of the layer before
     sandwich = spec.has_sandwich_norms
     before_mlp = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
     return DecoderLayer(

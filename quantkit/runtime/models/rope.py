@@ -38,7 +38,10 @@ def read_rope_section(
     kind = section.choice("rope_type", TYPES, old_name)
     rope: Rope
     if kind == "default":
-        section.ignore("factor")  # some writers leave a factor of 1 here
+        if section.number("factor", 1.0) != 1.0:
+            raise section.unsupported(
+                "factor", section.number("factor"), "supported with rope_type default: 1"
+            )
         rope = DefaultRope(theta=theta)
     elif kind == "linear":
         rope = LinearRope(theta=theta, factor=section.number("factor"))

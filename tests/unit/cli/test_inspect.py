@@ -38,8 +38,25 @@ def test_json_counts_everything_once(capsys, llama):
         "vocabulary": 96,
         "tied_head": False,
     }
-    assert found["runs_here"] is True
     assert found["quantized"] is None
+
+
+def test_whether_the_runtime_runs_it_is_what_the_runtime_says(capsys, tmp_path):
+    config = {**LLAMA_CONFIG, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "rope_theta": 10000.0}
+    folder = write_checkpoint(tmp_path / "llama", llama_tensors(), config | {"hidden_act": "silu"})
+    assert inspected(capsys, folder)["runtime"] == {"runs": True, "why_not": None}
+    folder = write_checkpoint(tmp_path / "olmo2", llama_tensors(), config | {"model_type": "olmo2"})
+    runtime = inspected(capsys, folder)["runtime"]
+    assert runtime["runs"] is False
+    assert "olmo2" in runtime["why_not"]
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys, tmp_path):
+    folder = write_checkpoint(
+        tmp_path / "a[bold]b[/x]", llama_tensors(), LLAMA_CONFIG | {"model_type": "llama"}
+    )
+    assert run(["inspect", str(folder)]) == 0
+    assert "[bold]b[/x]" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_group_sizes_divide_the_width(capsys, llama):

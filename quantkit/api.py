@@ -1,0 +1,45 @@
+"""The command line's verbs as Python functions, where they are not functions already."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from quantkit.formats.source import DEMO, resolve_source
+from quantkit.quantization import QuantReport, Step, quantize_checkpoint
+from quantkit.recipe import load_recipe
+
+
+def quantize(
+    source: str | Path,
+    recipe: str | Path,
+    output: str | Path,
+    *,
+    settings: Sequence[str] = (),
+    revision: str | None = None,
+    overwrite: bool = False,
+    on_step: Callable[[Step], None] = lambda step: None,
+    announce: Callable[[str], None] | None = None,
+) -> QuantReport:
+    """Quantize a checkpoint into a folder; an interrupted run of the same plan continues.
+
+    source: a folder, hub id, .gguf file or "demo". recipe: a shipped recipe's name or a YAML file. settings:
+    "KEY=VALUE" changes of the recipe. on_step: told of every tensor that is done. announce: told, in a line,
+    what will take a while. Raises QuantkitError.
+    """
+    chosen = load_recipe(str(recipe), tuple(settings))
+    path = resolve_source(str(source), revision=revision, announce=announce)
+    return quantize_checkpoint(
+        path,
+        chosen,
+        Path(output),
+        base=_base_name(str(source)),
+        where=str(recipe),
+        overwrite=overwrite,
+        on_step=on_step,
+    )
+
+
+def _base_name(source: str) -> str:
+    """The source's name on the card: a hub id as it is, a path's last part, the demo's real name."""
+    if source == DEMO:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return Path(source).resolve().name if Path(source).exists() else source

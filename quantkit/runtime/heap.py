@@ -1,0 +1,15 @@
+"""Freed memory, given back to the operating system.
+
+glibc keeps what is freed in blocks below 32 MB, and while a model is loaded the blocks kept (weights in their final
+layout) lie between those freed (weights on the way there): without this, a 408 MB checkpoint loaded into 1.5 GB, of
+which 0.7 GB were in use.
+"""
+
+import ctypes
+
+
+def release_freed_memory() -> None:
+    """Return free pages of the heap; does nothing where the C library is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
