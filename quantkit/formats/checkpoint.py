@@ -117,7 +117,7 @@ def read_json(file: Path) -> Any:
     """A JSON file of a checkpoint. Raises SourceError with file, line and column if it is none."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: not valid JSON ({error})", fix="fetch this file again") from None
 
 
@@ -128,7 +128,8 @@ def _shards(path: Path) -> dict[str, list[str] | None]:
         if (path / SINGLE_NAME).is_file():
             return {SINGLE_NAME: None}
         raise _no_weights(path)
-    weight_map = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index}: no weight_map", fix="fetch the index again")
     shards: dict[str, list[str] | None] = {}

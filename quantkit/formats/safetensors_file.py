@@ -173,10 +173,11 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         ok = all(type(value) is int and value >= 0 for value in [*shape, begin, end])
+        ok = ok and isinstance(dtype_name, str) and name.isprintable()
     except (TypeError, KeyError, ValueError):
         ok = False
     if not ok:
-        raise _damaged(path, f"describes tensor {name} in a way that is not safetensors")
+        raise _damaged(path, f"describes tensor {name!r} in a way that is not safetensors")
     if dtype_name not in DTYPES:
         raise SourceError(
             f"{path}: tensor {name} has dtype {dtype_name}, which is not supported",
