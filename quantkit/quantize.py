@@ -9,6 +9,7 @@ import json
 import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,11 +25,14 @@ from quantkit.card import first_card
 from quantkit.errors import OutputError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint, read_json
 from quantkit.formats.compressed_tensors import StoredLinear, encode_linear, linear_layout
+from quantkit.formats.durable import write_atomically
 from quantkit.formats.folder import (
     CARD_NAME,
     LOG_NAME,
     PLAN_NAME,
     FolderState,
+    check_apart,
+    check_companions,
     copy_companions,
     folder_state,
     remove_run,
@@ -37,14 +41,14 @@ from quantkit.formats.folder import (
 from quantkit.formats.kv_cache import StoredKV, kv_layout, num_kv_heads, write_kv_sidecar
 from quantkit.formats.quantization_config import write_quantization
 from quantkit.formats.safetensors_file import iter_bytes, tensor_bytes
-from quantkit.formats.shards import OutputTensor, ShardWriter, write_atomically
+from quantkit.formats.shards import DEFAULT_LIMITS, Limits, OutputTensor, ShardWriter
 from quantkit.numerics.sqnr import decibels, signal_and_noise
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
 from quantkit.schemes import PerBlock, PerTensor, QParams
 from quantkit.schemes.labels import kv_label, scheme_label
 from quantkit.schemes.tiles import dequantize_weight
 
-CHUNK_ELEMENTS = 1 << 23  # weights in float32 at a time
+CHUNK_ELEMENTS = 1 << 23
 
 
 class Step(NamedTuple):
@@ -85,6 +89,7 @@ def quantize_checkpoint(
     where: str = "recipe",
     overwrite: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> QuantReport:
     """Quantize a checkpoint folder into another, or continue an interrupted run of the same plan.
 
@@ -96,18 +101,21 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, recipe, where=where)
     entries = plan_entries(checkpoint, plan)
+    check_apart(source, folder)
+    check_companions(source)
     summary = _summary(checkpoint, plan, base or source.name)
-    state = _claim(folder, summary, overwrite)
-    if state is FolderState.FINISHED:
-        return _report(checkpoint, folder, started, was_finished=True)
+    stamps = _stamps(checkpoint)
+    if _claim(folder, summary, stamps, overwrite) is FolderState.FINISHED:
+        after_bytes = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+        return _report(checkpoint, folder, after_bytes, started, was_finished=True)
+    key = json.dumps([summary, stamps], sort_keys=True)
     try:
-        with ShardWriter(folder, [entry.tensors for entry in entries], _key(checkpoint, summary)) as writer:
+        with ShardWriter(folder, [entry.tensors for entry in entries], key, limits) as writer:
             _write_tensors(checkpoint, plan, entries, writer, on_step)
             writer.finish()
-            report = _report(checkpoint, folder, started, was_finished=False)
-            _write_companions(
-                checkpoint, plan, summary | {"linears": _linears(plan, writer.notes)}, folder, report
-            )
+            report = _report(checkpoint, folder, writer.num_bytes, started, was_finished=False)
+            summary["linears"] = _linears(plan, writer.notes)
+            _write_companions(checkpoint, plan, summary, stamps, report)
             writer.remove_journal()
     except SourceError:
         remove_run(folder)
@@ -132,6 +140,13 @@ def plan_entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:
         heads = num_kv_heads(checkpoint)
         for name, kind in kv_layout(plan.kv, attention_modules(plan), heads, plan.scale_dtype).items():
             entries.append(Entry(None, None, (OutputTensor(name, *kind),)))
+    counts = Counter(tensor.name for entry in entries for tensor in entry.tensors)
+    doubled = [name for name, count in counts.items() if count > 1]
+    if doubled:
+        raise SourceError(
+            f"{checkpoint.path}: holds {doubled[0]}, which is the name of a tensor of the quantized checkpoint",
+            fix="start from the original 16-bit checkpoint: this one has leftovers of a quantization",
+        )
     return entries
 
 
@@ -146,17 +161,21 @@ def attention_modules(plan: QuantPlan) -> dict[int, str]:
 
 
 def quantize_linear(
-    checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: torch.dtype
+    checkpoint: Checkpoint,
+    linear: LinearPlan,
+    scale_dtype: torch.dtype,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[StoredLinear, float]:
     """Codes and scales of one linear, and its signal-to-noise ratio in dB (float64 sums, inf if exact).
 
+    chunk_elements: weights in float32 at a time, in whole rows; codes and scales do not depend on it.
     Raises SourceError if a weight is NaN or infinite.
     """
     assert linear.scheme is not None, "the plan quantizes it"
     spec = linear.scheme.weight
     codes, parts = [], []
     signal = noise = 0.0
-    for start, stop in _row_chunks(linear):
+    for start, stop in _row_chunks(linear, chunk_elements):
         w_NK = checkpoint.read_rows(f"{linear.name}.weight", start, stop).float()
         _check_finite(checkpoint, linear, w_NK)
         result = rtn(w_NK, spec, scale_dtype, scales=linear.scales)
@@ -171,11 +190,11 @@ def quantize_linear(
     return StoredLinear(torch.cat(codes), qparams), decibels(signal, noise)
 
 
-def _row_chunks(linear: LinearPlan) -> Iterator[tuple[int, int]]:
+def _row_chunks(linear: LinearPlan, chunk_elements: int) -> Iterator[tuple[int, int]]:
     """Row ranges that can be quantized apart: all rows at once where they share a scale."""
     assert linear.scheme is not None, "the plan quantizes it"
     num_rows, num_cols = linear.shape
-    step = max(1, CHUNK_ELEMENTS // num_cols)
+    step = max(1, chunk_elements // num_cols)
     match linear.scheme.weight.granularity:
         case PerTensor():
             step = num_rows
@@ -190,8 +209,8 @@ def _check_finite(checkpoint: Checkpoint, linear: LinearPlan, w_NK: Tensor) -> N
         kind = "NaN" if w_NK.isnan().any() else "infinite"
         info = checkpoint.info(f"{linear.name}.weight")
         raise SourceError(
-            f"{info.file}: {info.name} has {int((~torch.isfinite(w_NK)).sum())} {kind} weights or more",
-            fix="the checkpoint is damaged: fetch it again, or list the linear under `ignore`",
+            f"{info.file}: {info.name} has {kind} weights",
+            fix="fetch the checkpoint again: it is damaged; or list the linear under `ignore`",
         )
 
 
@@ -227,9 +246,14 @@ def _write_tensors(
 
 
 def _write_companions(
-    checkpoint: Checkpoint, plan: QuantPlan, summary: dict[str, Any], folder: Path, report: QuantReport
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    summary: dict[str, Any],
+    stamps: list[list[Any]],
+    report: QuantReport,
 ) -> None:
     """Everything but the shards; quantkit.json last, because it says that the folder is complete."""
+    folder = report.folder
     copy_companions(checkpoint.path, folder)
     config = dict(checkpoint.config)
     kv = None if plan.kv is None or plan.kv.dtype != "fp8" else plan.kv
@@ -253,6 +277,7 @@ def _write_companions(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds_of_last_run": round(report.seconds, 3),
         "peak_rss_bytes": report.peak_rss_bytes,
+        "source_files": stamps,
     }
     write_json(folder / LOG_NAME, log)
     write_json(folder / PLAN_NAME, summary)
@@ -307,7 +332,7 @@ def bits_per_weight(linear: LinearPlan, scale_dtype: torch.dtype) -> float:
     return 8 * sum(tensor_bytes(*kind) for kind in layout.values()) / (linear.shape[0] * linear.shape[1])
 
 
-def _claim(folder: Path, summary: dict[str, Any], overwrite: bool) -> FolderState:
+def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:
     """Decide whether the folder may be written; a finished run of the same plan is left as it is."""
     state = folder_state(folder)
     if state is FolderState.FOREIGN:
@@ -316,34 +341,39 @@ def _claim(folder: Path, summary: dict[str, Any], overwrite: bool) -> FolderStat
         )
     if state is FolderState.EMPTY:
         return state
-    if overwrite:
+    if overwrite or state is FolderState.HALF_REMOVED:
         remove_run(folder)
         return FolderState.EMPTY
-    if state is FolderState.FINISHED and not _same_plan(read_json(folder / PLAN_NAME), summary):
+    if state is FolderState.FINISHED and not _is_same_run(folder, summary, stamps):
         raise OutputError(
-            f"{folder}: holds a finished run of another plan or source",
+            f"{folder}: holds a finished run of another plan or source, or its source has changed since",
             fix="give another folder, or --overwrite",
         )
     return state
 
 
-def _same_plan(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return all(found.get(key) == wanted[key] for key in ("quantkit", "recipe", "source"))
+def _is_same_run(folder: Path, summary: dict[str, Any], stamps: list[list[Any]]) -> bool:
+    if not (folder / LOG_NAME).is_file():
+        return False
+    plan, log = read_json(folder / PLAN_NAME), read_json(folder / LOG_NAME)
+    if not isinstance(plan, dict) or not isinstance(log, dict) or log.get("source_files") != stamps:
+        return False
+    return all(plan.get(key) == summary[key] for key in ("quantkit", "recipe", "source"))
 
 
-def _key(checkpoint: Checkpoint, summary: dict[str, Any]) -> str:
-    """Identifies a run: its plan, and the source files as they are now."""
+def _stamps(checkpoint: Checkpoint) -> list[list[Any]]:
+    """The source's weights as they are now: name, size and time of change of each file."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([summary, stamps], sort_keys=True).encode()).hexdigest()
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _report(checkpoint: Checkpoint, folder: Path, started: float, *, was_finished: bool) -> QuantReport:
-    after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _report(
+    checkpoint: Checkpoint, folder: Path, after_bytes: int, started: float, *, was_finished: bool
+) -> QuantReport:
     return QuantReport(
         folder=folder,
         before_bytes=checkpoint.num_bytes,
-        after_bytes=after,
+        after_bytes=after_bytes,
         seconds=time.monotonic() - started,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         was_finished=was_finished,
