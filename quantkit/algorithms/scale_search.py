@@ -83,6 +83,8 @@ def _search_slice(
     """Best scale in scale_dtype and zero point of tiles [n, size]; both [n, 1]."""
     low = tiles.amin(dim=-1, keepdim=True).clamp_(max=0)
     base = _minmax_scale(tiles, spec)
+    unit = (base / base.frexp().mantissa).abs()  # a power of two, so that dividing by it is exact
+    tiles = tiles / unit  # errors in units of the scale: as they are, they leave float32 from 1e15 on
     best = _Best(base)
     buffers = torch.empty_like(tiles), torch.empty_like(tiles)
 
@@ -91,7 +93,8 @@ def _search_slice(
         zero_point = torch.zeros_like(scale)
         if isinstance(spec, IntSpec) and not spec.symmetric:
             zero_point = affine.choose_zero_point(low * ratio, scale, spec.qmin, spec.qmax)
-        best.offer(_error(tiles, spec, scale, zero_point, importance, buffers), ratio, scale, zero_point)
+        error = _error(tiles, spec, scale / unit, zero_point, importance, buffers)
+        best.offer(error, ratio, scale, zero_point)
 
     is_few_bit = spec.bits <= 4
     for ratio in FEW_BIT_RATIOS if is_few_bit else EIGHT_BIT_RATIOS:

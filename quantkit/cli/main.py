@@ -87,12 +87,21 @@ def run(arguments: list[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_DISK_ERRORS = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "free some space, then run the same command again: finished work is kept",
+    ),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM), "give a folder that you may write to (or read from)"
+    ),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "give a path that can exist"
+    ),
+    errno.EIO: "check the disk, then run the same command again: finished work is kept",
+}
 
 
 def _disk_error(error: OSError) -> OutputError:
     place = f"{error.filename}: " if error.filename else ""
-    fix = "free some space, then run the same command again: finished work is kept"
-    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
-        fix = "give a folder that you may write to (or read from)"
-    return OutputError(f"{place}{error.strerror}", fix=fix)
+    return OutputError(f"{place}{error.strerror}", fix=_DISK_ERRORS[error.errno or 0])

@@ -5,14 +5,16 @@ Owns which files belong to a run; does not know what is in them.
 
 import enum
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantkit.errors import OutputError
-from quantkit.formats.shards import JOURNAL_NAME, write_atomically
+from quantkit.errors import OutputError, SourceError
+from quantkit.formats.durable import copy_atomically, write_atomically
+from quantkit.formats.journal import JOURNAL_NAME, Journal, has_lines
 
-PLAN_NAME = "quantkit.json"  # written last but the journal's removal: a folder that has it is complete
+PLAN_NAME = "quantkit.json"  # written last; with it, and without a journal, a folder is complete
 LOG_NAME = "quantkit.log.json"
 CARD_NAME = "README.md"
 
@@ -25,6 +27,7 @@ class FolderState(enum.Enum):
 
     EMPTY = "empty or absent"
     UNFINISHED = "a run that was interrupted"
+    HALF_REMOVED = "a run whose removal was interrupted"
     FINISHED = "a finished run"
     FOREIGN = "something else"
 
@@ -36,16 +39,47 @@ def folder_state(folder: Path) -> FolderState:
     if not folder.exists() or not any(folder.iterdir()):
         return FolderState.EMPTY
     if (folder / JOURNAL_NAME).exists():
-        return FolderState.UNFINISHED
+        return FolderState.UNFINISHED if has_lines(folder) else FolderState.HALF_REMOVED
     return FolderState.FINISHED if (folder / PLAN_NAME).exists() else FolderState.FOREIGN
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a finished or unfinished run of ours, folder included."""
-    assert folder_state(folder) in {FolderState.UNFINISHED, FolderState.FINISHED}, (
+    """Remove a finished or unfinished run of ours, folder included; interrupted, the next run completes it.
+
+    Raises OutputError if another process is writing there.
+    """
+    assert folder_state(folder) not in {FolderState.EMPTY, FolderState.FOREIGN}, (
         "only what we wrote is removed"
     )
-    shutil.rmtree(folder)
+    with Journal(folder) as journal:
+        journal.clear()
+        for path in list(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != JOURNAL_NAME:
+                path.unlink()
+        journal.remove()
+    if not folder.is_symlink():
+        folder.rmdir()
+
+
+def check_apart(source: Path, folder: Path) -> None:
+    """Raise OutputError if one of the two folders is inside the other: each run would read what it writes."""
+    inner, outer = folder.resolve(), source.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise OutputError(
+            f"{folder}: the output and its source {source} are the same folder, or one is inside the other",
+            fix="give an output folder beside the source",
+        )
+
+
+def check_companions(source: Path) -> None:
+    """Raise SourceError if a file that `copy_companions` will copy cannot be read: better now than at the end."""
+    for file in _companions(source):
+        if not os.access(file, os.R_OK):
+            raise SourceError(
+                f"{file}: cannot be read: permission denied", fix="change its permissions, or remove the file"
+            )
 
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
@@ -58,7 +92,7 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
         name = file.relative_to(source)
         target = folder / ("README.source.md" if str(name) == CARD_NAME else name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, file.read_bytes())
+        copy_atomically(file, target)
         copied.append(str(target.relative_to(folder)))
     return copied
 

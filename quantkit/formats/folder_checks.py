@@ -12,10 +12,10 @@ import torch
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json
 from quantkit.formats.folder import PLAN_NAME
+from quantkit.formats.journal import JOURNAL_NAME
 from quantkit.formats.kv_cache import SIDECAR_NAME, StoredKV, read_kv_cache
 from quantkit.formats.linear_checks import Finding
 from quantkit.formats.safetensors_file import iter_bytes, read_header
-from quantkit.formats.shards import JOURNAL_NAME
 from quantkit.schemes import Scheme
 from quantkit.schemes.labels import kv_label, scheme_label
 

@@ -8,7 +8,6 @@ its own, because vLLM refuses a config that names it: `quantkit_kv.safetensors`,
 Knows nothing of how a cache is laid out in memory. H: number of KV heads.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.durable import write_atomically
 from quantkit.formats.quantization_config import read_quantization
 from quantkit.formats.safetensors_file import (
     TensorInfo,
@@ -86,12 +86,7 @@ def encode_kv_sidecar(kv: StoredKV, attention_modules: Mapping[int, str]) -> byt
 def write_kv_sidecar(folder: Path, kv: StoredKV, attention_modules: Mapping[int, str]) -> Path:
     """Write the sidecar into a checkpoint folder: whole, or not at all. Returns its path."""
     target = folder / SIDECAR_NAME
-    partial = folder / f"{SIDECAR_NAME}.partial"
-    with partial.open("wb") as file:
-        file.write(encode_kv_sidecar(kv, attention_modules))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+    write_atomically(target, encode_kv_sidecar(kv, attention_modules))
     return target
 
 

@@ -9,14 +9,14 @@ is done is on disk, so a run killed at any instant continues, and the result is 
     DIR/.quantkit-progress.jsonl                    the journal; gone when the folder is complete
 """
 
-import fcntl
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
@@ -24,12 +24,21 @@ from torch import Tensor
 
 from quantkit.errors import OutputError
 from quantkit.formats.checkpoint import INDEX_NAME, SINGLE_NAME
+from quantkit.formats.durable import named, pwrite_all, sync_folder, write_atomically
+from quantkit.formats.journal import Journal
 from quantkit.formats.safetensors_file import as_bytes, encode_header, tensor_bytes
 
-MAX_SHARD_BYTES = 4 << 30
-JOURNAL_NAME = ".quantkit-progress.jsonl"
-COMMIT_BYTES = 64 << 20
-COMMIT_SECONDS = 2.0
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Tensor bytes of one shard (a larger tensor gets one for itself), and how much work a kill may cost."""
+
+    shard_bytes: int = 4 << 30
+    commit_bytes: int = 64 << 20
+    commit_seconds: float = 2.0
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class OutputTensor(NamedTuple):
@@ -55,17 +64,26 @@ class ShardWriter:
     """Writes entries (tensors that stay together in one shard) in order, resuming where a journal ends.
 
     Use as a context manager. `num_done` entries are on disk already; `notes` are what was journalled with
-    them. Owns DIR's shards, index and journal, and locks the journal against a second writer.
+    them. Owns DIR's shards, index and journal. key: what the output depends on; a journal with another key or
+    another layout is refused.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[Sequence[OutputTensor]], key: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: Sequence[Sequence[OutputTensor]],
+        key: str,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         self._folder = folder
         self._entries = entries
-        self._key = key
-        self._shards = _split(entries)
+        self._limits = limits
+        self._shards = _split(entries, limits.shard_bytes)
         self._names = _shard_names(len(self._shards))
         self._places, self._headers = _lay_out(self._shards, entries)
         self._last_entry = [members[-1] for members in self._shards]
+        self._key = hashlib.sha256(b"\0".join([key.encode(), *self._headers])).hexdigest()
+        self._journal = Journal(folder)
         self._pending: dict[str, Any] = {}
         self._uncommitted_bytes, self._committed_at = 0, time.monotonic()
         self._shard: int | None = None
@@ -79,29 +97,20 @@ class ShardWriter:
         return sum(map(len, self._headers)) + sum(place.num_bytes for place in self._places.values())
 
     def __enter__(self) -> Self:
+        self._check_space()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._journal = (self._folder / JOURNAL_NAME).open("a+b", buffering=0)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._journal.close()
-            raise OutputError(
-                f"{self._folder}: another process is writing here", fix="wait for it, or give another folder"
-            ) from None
+        self._journal.__enter__()
         try:
             self._resume()
-            self._check_space()
         except BaseException:
-            self._journal.close()
+            self._journal.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-        self._journal.close()
+        self._journal.__exit__()
 
     def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
         """Put one tensor's bytes in their place; a tensor must have the planned size."""
@@ -110,7 +119,8 @@ class ShardWriter:
         position = place.offset
         for chunk in [as_bytes(data)] if isinstance(data, Tensor) else data:
             assert position + len(chunk) <= place.offset + place.num_bytes, f"{name} is larger than planned"
-            _pwrite_all(file.fileno(), chunk, position)
+            with named(self._partial(place.shard)):
+                pwrite_all(file.fileno(), chunk, position)
             position += len(chunk)
         assert position == place.offset + place.num_bytes, f"{name} is smaller than planned"
         self._uncommitted_bytes += place.num_bytes
@@ -122,8 +132,8 @@ class ShardWriter:
         shard_is_full = self._shard is not None and self.num_done > self._last_entry[self._shard]
         if (
             shard_is_full
-            or self._uncommitted_bytes >= COMMIT_BYTES
-            or time.monotonic() - self._committed_at >= COMMIT_SECONDS
+            or self._uncommitted_bytes >= self._limits.commit_bytes
+            or time.monotonic() - self._committed_at >= self._limits.commit_seconds
         ):
             self._commit()
         if shard_is_full:
@@ -140,37 +150,48 @@ class ShardWriter:
 
     def remove_journal(self) -> None:
         """Call when everything else of the folder is in place: it is complete from now on."""
-        (self._folder / JOURNAL_NAME).unlink()
-        sync_folder(self._folder)
+        self._journal.remove()
 
     def _resume(self) -> None:
-        self._journal.seek(0)
-        lines = self._journal.read().split(b"\n")
-        complete = [json.loads(line) for line in lines[:-1]]  # the last line is torn, or empty
-        if not complete:
-            self._journal.truncate(0)
-            self._append({"key": self._key})
+        lines = self._journal.read()
+        if not lines:
+            self._journal.append({"key": self._key})
             return
-        self._journal.truncate(sum(len(line) + 1 for line in lines[:-1]))
-        if complete[0]["key"] != self._key:
+        if lines[0].get("key") != self._key:
             raise OutputError(
-                f"{self._folder}: holds an unfinished run of another plan or source",
+                f"{self._folder}: holds an unfinished run of another plan, source or version",
                 fix="give the same command as before to continue it, another folder, or --overwrite to start again",
             )
-        for line in complete[1:]:
+        for line in lines[1:]:
             self.num_done = line["done"]
             self.notes |= line["notes"]
-        for shard, last in enumerate(self._last_entry):
-            if last < self.num_done and not (self._folder / self._names[shard]).exists():
-                self._partial(shard).replace(self._folder / self._names[shard])
+        for shard in range(len(self._shards)):
+            self._check_shard(shard)
+
+    def _check_shard(self, shard: int) -> None:
+        """What the journal says is in a shard has to be there; a full one gets its final name."""
+        done = [number for number in self._shards[shard] if number < self.num_done]
+        if not done:
+            return
+        final, partial = self._folder / self._names[shard], self._partial(shard)
+        if done[-1] == self._last_entry[shard] and not final.exists() and partial.exists():
+            partial.replace(final)
+        file = final if done[-1] == self._last_entry[shard] else partial
+        last = self._places[self._entries[done[-1]][-1].name]
+        if not file.exists() or file.stat().st_size < last.offset + last.num_bytes:
+            raise OutputError(
+                f"{file}: missing or shorter than the journal beside it says, so the run cannot be continued",
+                fix="give another folder, or --overwrite to start again",
+            )
 
     def _check_space(self) -> None:
         written = sum(file.stat().st_blocks * 512 for file in self._folder.glob("model*.safetensors*"))
         needed = self.num_bytes - written
-        free = shutil.disk_usage(self._folder).free
+        folder = self._folder.absolute()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if needed > free:
             raise OutputError(
-                f"{self._folder}: {needed / 1e9:.2f} GB are still to be written, but the disk has {free / 1e9:.2f} GB left",
+                f"{self._folder}: {_gigabytes(needed)} are still to be written, but {_gigabytes(free)} are left there",
                 fix="free some space, then run the same command again: finished work is kept",
             )
 
@@ -179,16 +200,18 @@ class ShardWriter:
             assert self._file is None, "entries arrive in order"
             path = self._partial(shard)
             self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-            header = self._headers[shard]
-            _pwrite_all(self._file.fileno(), header, 0)
+            with named(path):
+                pwrite_all(self._file.fileno(), self._headers[shard], 0)
+            sync_folder(self._folder)
             self._shard = shard
         assert self._file is not None, "opened above"
         return self._file
 
     def _commit(self) -> None:
-        if self._file is not None:
-            os.fdatasync(self._file.fileno())
-        self._append({"done": self.num_done, "notes": self._pending})
+        if self._file is not None and self._shard is not None:
+            with named(self._partial(self._shard)):
+                os.fdatasync(self._file.fileno())
+        self._journal.append({"done": self.num_done, "notes": self._pending})
         self.notes |= self._pending
         self._pending = {}
         self._uncommitted_bytes, self._committed_at = 0, time.monotonic()
@@ -200,45 +223,26 @@ class ShardWriter:
         sync_folder(self._folder)
         self._file = self._shard = None
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        self._journal.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        os.fsync(self._journal.fileno())
-
     def _partial(self, shard: int) -> Path:
         return self._folder / f"{self._names[shard]}.partial"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file has its old content or all of the new, whenever the process dies."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _split(entries: Sequence[Sequence[OutputTensor]]) -> list[list[int]]:
-    """Entry numbers of each shard: filled in order up to MAX_SHARD_BYTES, an entry never divided."""
+def _split(entries: Sequence[Sequence[OutputTensor]], max_bytes: int) -> list[list[int]]:
+    """Entry numbers of each shard: filled in order up to max_bytes, an entry never divided."""
     shards: list[list[int]] = [[]]
     size = 0
     for number, entry in enumerate(entries):
         entry_bytes = sum(tensor.num_bytes for tensor in entry)
-        if shards[-1] and size + entry_bytes > MAX_SHARD_BYTES:
+        if shards[-1] and size + entry_bytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(number)
         size += entry_bytes
     return shards
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3f} GB"
 
 
 def _shard_names(count: int) -> list[str]:
@@ -260,10 +264,3 @@ def _lay_out(
             places[tensor.name] = _Place(shard, offset, tensor.num_bytes)
             offset += tensor.num_bytes
     return places, headers
-
-
-def _pwrite_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + (1 << 30)], position + done)

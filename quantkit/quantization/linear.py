@@ -18,17 +18,21 @@ CHUNK_ELEMENTS = 1 << 23  # weights in float32 at a time
 
 
 def quantize_linear(
-    checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: torch.dtype
+    checkpoint: Checkpoint,
+    linear: LinearPlan,
+    scale_dtype: torch.dtype,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[StoredLinear, float]:
     """Codes and scales of one linear, and its signal-to-noise ratio in dB (float64 sums, inf if exact).
 
+    chunk_elements: weights in float32 at a time, in whole rows; codes and scales do not depend on it.
     Raises SourceError if a weight is NaN or infinite.
     """
     assert linear.scheme is not None, "the plan quantizes it"
     spec = linear.scheme.weight
     codes, parts = [], []
     signal = noise = 0.0
-    for start, stop in _row_chunks(linear):
+    for start, stop in _row_chunks(linear, chunk_elements):
         w_NK = checkpoint.read_rows(f"{linear.name}.weight", start, stop).float()
         _check_finite(checkpoint, linear, w_NK)
         result = rtn(w_NK, spec, scale_dtype, scales=linear.scales)
@@ -43,11 +47,11 @@ def quantize_linear(
     return StoredLinear(torch.cat(codes), qparams), decibels(signal, noise)
 
 
-def _row_chunks(linear: LinearPlan) -> Iterator[tuple[int, int]]:
+def _row_chunks(linear: LinearPlan, chunk_elements: int) -> Iterator[tuple[int, int]]:
     """Row ranges that can be quantized apart: all rows at once where they share a scale."""
     assert linear.scheme is not None, "the plan quantizes it"
     num_rows, num_cols = linear.shape
-    step = max(1, CHUNK_ELEMENTS // num_cols)
+    step = max(1, chunk_elements // num_cols)
     match linear.scheme.weight.granularity:
         case PerTensor():
             step = num_rows
@@ -62,6 +66,6 @@ def _check_finite(checkpoint: Checkpoint, linear: LinearPlan, w_NK: Tensor) -> N
         kind = "NaN" if w_NK.isnan().any() else "infinite"
         info = checkpoint.info(f"{linear.name}.weight")
         raise SourceError(
-            f"{info.file}: {info.name} has {int((~torch.isfinite(w_NK)).sum())} {kind} weights or more",
-            fix="the checkpoint is damaged: fetch it again, or list the linear under `ignore`",
+            f"{info.file}: {info.name} has {kind} weights",
+            fix="fetch the checkpoint again: it is damaged; or list the linear under `ignore`",
         )

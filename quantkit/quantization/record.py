@@ -11,13 +11,13 @@ import torch
 
 from quantkit.arch import Role, place_of
 from quantkit.card import first_card
-from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.compressed_tensors import linear_layout
+from quantkit.formats.durable import write_atomically
 from quantkit.formats.folder import CARD_NAME, LOG_NAME, PLAN_NAME, copy_companions, write_json
 from quantkit.formats.kv_cache import StoredKV, write_kv_sidecar
 from quantkit.formats.quantization_config import write_quantization
 from quantkit.formats.safetensors_file import tensor_bytes
-from quantkit.formats.shards import write_atomically
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.labels import kv_label, scheme_label
 from quantkit.version import __version__
@@ -73,21 +73,31 @@ def bits_per_weight(linear: LinearPlan, scale_dtype: torch.dtype) -> float:
     return 8 * sum(tensor_bytes(*kind) for kind in layout.values()) / (linear.shape[0] * linear.shape[1])
 
 
-def is_same_plan(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return all(found.get(key) == wanted[key] for key in ("quantkit", "recipe", "source"))
+def is_same_run(folder: Path, summary: dict[str, Any], stamps: list[list[Any]]) -> bool:
+    """Whether a finished folder came of this plan, from the source files as they are now."""
+    if not (folder / LOG_NAME).is_file():
+        return False
+    plan, log = read_json(folder / PLAN_NAME), read_json(folder / LOG_NAME)
+    if not isinstance(plan, dict) or not isinstance(log, dict) or log.get("source_files") != stamps:
+        return False
+    return all(plan.get(key) == summary[key] for key in ("quantkit", "recipe", "source"))
 
 
-def run_key(checkpoint: Checkpoint, summary: dict[str, Any]) -> str:
-    """Identifies a run: its plan, and the source files as they are now."""
+def source_stamps(checkpoint: Checkpoint) -> list[list[Any]]:
+    """The source's weights as they are now: name, size and time of change of each file."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([summary, stamps], sort_keys=True).encode()).hexdigest()
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def write_companions(
-    checkpoint: Checkpoint, plan: QuantPlan, summary: dict[str, Any], folder: Path, report: QuantReport
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    summary: dict[str, Any],
+    stamps: list[list[Any]],
+    report: QuantReport,
 ) -> None:
     """Everything but the shards; quantkit.json last, because it says that the folder is complete."""
+    folder = report.folder
     copy_companions(checkpoint.path, folder)
     config = dict(checkpoint.config)
     kv = None if plan.kv is None or plan.kv.dtype != "fp8" else plan.kv
@@ -111,6 +121,7 @@ def write_companions(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds_of_last_run": round(report.seconds, 3),
         "peak_rss_bytes": report.peak_rss_bytes,
+        "source_files": stamps,
     }
     write_json(folder / LOG_NAME, log)
     write_json(folder / PLAN_NAME, summary)

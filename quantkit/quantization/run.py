@@ -4,9 +4,11 @@ Peak memory is a few tensors: weights are read in row chunks, the codes of one l
 packed. Killed at any instant and started again, a run continues, and ends with the same bytes.
 """
 
+import json
 import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,20 +17,20 @@ import torch
 
 from quantkit.arch import place_of
 from quantkit.errors import OutputError, SourceError
-from quantkit.formats.checkpoint import Checkpoint, open_checkpoint, read_json
+from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.compressed_tensors import encode_linear, linear_layout
-from quantkit.formats.folder import PLAN_NAME, FolderState, folder_state, remove_run
+from quantkit.formats.folder import FolderState, check_apart, check_companions, folder_state, remove_run
 from quantkit.formats.kv_cache import kv_layout, num_kv_heads
 from quantkit.formats.safetensors_file import iter_bytes
-from quantkit.formats.shards import OutputTensor, ShardWriter
+from quantkit.formats.shards import DEFAULT_LIMITS, Limits, OutputTensor, ShardWriter
 from quantkit.quantization.linear import quantize_linear
 from quantkit.quantization.record import (
     QuantReport,
     attention_modules,
-    is_same_plan,
+    is_same_run,
     linear_notes,
     plan_summary,
-    run_key,
+    source_stamps,
     write_companions,
 )
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
@@ -61,6 +63,7 @@ def quantize_checkpoint(
     where: str = "recipe",
     overwrite: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> QuantReport:
     """Quantize a checkpoint folder into another, or continue an interrupted run of the same plan.
 
@@ -72,20 +75,21 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, recipe, where=where)
     entries = plan_entries(checkpoint, plan)
+    check_apart(source, folder)
+    check_companions(source)
     summary = plan_summary(checkpoint, plan, base or source.name)
-    state = _claim(folder, summary, overwrite)
-    if state is FolderState.FINISHED:
-        return _report(checkpoint, folder, started, was_finished=True)
+    stamps = source_stamps(checkpoint)
+    if _claim(folder, summary, stamps, overwrite) is FolderState.FINISHED:
+        after_bytes = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+        return _report(checkpoint, folder, after_bytes, started, was_finished=True)
+    key = json.dumps([summary, stamps], sort_keys=True)
     try:
-        with ShardWriter(
-            folder, [entry.tensors for entry in entries], run_key(checkpoint, summary)
-        ) as writer:
+        with ShardWriter(folder, [entry.tensors for entry in entries], key, limits) as writer:
             _write_tensors(checkpoint, plan, entries, writer, on_step)
             writer.finish()
-            report = _report(checkpoint, folder, started, was_finished=False)
-            write_companions(
-                checkpoint, plan, summary | {"linears": linear_notes(plan, writer.notes)}, folder, report
-            )
+            report = _report(checkpoint, folder, writer.num_bytes, started, was_finished=False)
+            summary["linears"] = linear_notes(plan, writer.notes)
+            write_companions(checkpoint, plan, summary, stamps, report)
             writer.remove_journal()
     except SourceError:
         remove_run(folder)
@@ -110,6 +114,13 @@ def plan_entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:
         heads = num_kv_heads(checkpoint)
         for name, kind in kv_layout(plan.kv, attention_modules(plan), heads, plan.scale_dtype).items():
             entries.append(Entry(None, None, (OutputTensor(name, *kind),)))
+    counts = Counter(tensor.name for entry in entries for tensor in entry.tensors)
+    doubled = [name for name, count in counts.items() if count > 1]
+    if doubled:
+        raise SourceError(
+            f"{checkpoint.path}: holds {doubled[0]}, which is the name of a tensor of the quantized checkpoint",
+            fix="start from the original 16-bit checkpoint: this one has leftovers of a quantization",
+        )
     return entries
 
 
@@ -144,7 +155,7 @@ def _write_tensors(
             on_step(Step(entry.source, done, total, entry.linear, note))
 
 
-def _claim(folder: Path, summary: dict[str, Any], overwrite: bool) -> FolderState:
+def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:
     """Decide whether the folder may be written; a finished run of the same plan is left as it is."""
     state = folder_state(folder)
     if state is FolderState.FOREIGN:
@@ -153,23 +164,24 @@ def _claim(folder: Path, summary: dict[str, Any], overwrite: bool) -> FolderStat
         )
     if state is FolderState.EMPTY:
         return state
-    if overwrite:
+    if overwrite or state is FolderState.HALF_REMOVED:
         remove_run(folder)
         return FolderState.EMPTY
-    if state is FolderState.FINISHED and not is_same_plan(read_json(folder / PLAN_NAME), summary):
+    if state is FolderState.FINISHED and not is_same_run(folder, summary, stamps):
         raise OutputError(
-            f"{folder}: holds a finished run of another plan or source",
+            f"{folder}: holds a finished run of another plan or source, or its source has changed since",
             fix="give another folder, or --overwrite",
         )
     return state
 
 
-def _report(checkpoint: Checkpoint, folder: Path, started: float, *, was_finished: bool) -> QuantReport:
-    after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _report(
+    checkpoint: Checkpoint, folder: Path, after_bytes: int, started: float, *, was_finished: bool
+) -> QuantReport:
     return QuantReport(
         folder=folder,
         before_bytes=checkpoint.num_bytes,
-        after_bytes=after,
+        after_bytes=after_bytes,
         seconds=time.monotonic() - started,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         was_finished=was_finished,

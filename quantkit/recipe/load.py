@@ -1,15 +1,20 @@
 """Recipes from YAML: shipped ones by name, others by path, changed by `--set`; errors name file and line."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from quantkit.errors import RecipeError
 from quantkit.recipe.model import Override, Recipe
 from quantkit.resources import data_dir
+
+_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+_VALUE_FIX = "correct it; `quantkit recipes --schema` explains every key"
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -54,12 +59,14 @@ def _parse(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         place = f"{file}:{mark.line + 1}" if mark else str(file)
         raise RecipeError(f"{place}: not valid YAML ({_first_line(error)})", fix="correct the file") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{file}: not a list of `key: value` lines", fix="see `quantkit recipes int4`")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise RecipeError(f"{file}: uses a YAML alias (*name)", fix="write the value out")
     lines: dict[str, int] = {}
     _collect_lines(root, "", lines, file)
     return content, lines
@@ -122,30 +129,52 @@ def _invalid(
     error: ValidationError, file: Path, lines: dict[str, int], settings: tuple[str, ...]
 ) -> RecipeError:
     first = error.errors()[0]
-    names = [str(part) for part in first["loc"]]
-    known = {*Recipe.model_fields, *Override.model_fields}
-    path = ".".join(name for name in names if name in known or name.isdecimal() or name == names[0])
-    from_setting = next((setting for setting in settings if setting.partition("=")[0].strip() == path), None)
-    place = (
-        f"--set {from_setting}" if from_setting else f"{file}:{lines[path]}" if path in lines else str(file)
-    )
-    if first["type"] == "extra_forbidden":
-        fields = Override.model_fields if names[0] == "overrides" else Recipe.model_fields
-        unknown = names[-1]
+    path = _dotted(first)
+    place = _place(path, file, lines, settings)
+    if first["type"] in _UNKNOWN_KEY:
+        unknown = str(first["loc"][-1])
+        fields = Override.model_fields if "." in path else Recipe.model_fields
         near = difflib.get_close_matches(unknown, fields, n=1)
         return RecipeError(
-            f"{place}: unknown key {unknown}", fix=f"did you mean `{near[0]}`?" if near else _keys_hint()
+            f"{place}: unknown key {unknown}",
+            fix=f"did you mean `{near[0]}`?" if near else _keys_hint(fields),
         )
     if first["type"] == "missing":
         return RecipeError(f"{place}: `{path}` is missing", fix=_keys_hint())
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return RecipeError(f"{place}: {path}: {first['msg'].removeprefix('Value error, ')}", fix=_VALUE_FIX)
+    # a value that may be of several kinds fails once for each
+    wanted = [
+        other["msg"].removeprefix("Input should be ") for other in error.errors() if _dotted(other) == path
+    ]
     return RecipeError(
-        f"{place}: {path} = {first['input']!r}: {message[0].lower()}{message[1:]}", fix=_keys_hint()
+        f"{place}: {path} is {first['input']!r}, but should be {' or '.join(wanted)}", fix=_VALUE_FIX
     )
 
 
-def _keys_hint() -> str:
-    return f"keys are {', '.join(Recipe.model_fields)}; `quantkit recipes --schema` explains them"
+def _dotted(detail: ErrorDetails) -> str:
+    """The path of what is wrong as `lines` has it, without the names that pydantic gives the parts of a union."""
+    head, *rest = map(str, detail["loc"])
+    known = {*Recipe.model_fields, *Override.model_fields}
+    if detail["type"] in _UNKNOWN_KEY:
+        known |= {str(detail["loc"][-1])}
+    return ".".join([head, *(name for name in rest if name in known or name.isdecimal())])
+
+
+def _place(path: str, file: Path, lines: dict[str, int], settings: tuple[str, ...]) -> str:
+    """The setting that the value at this path came from, else file and line."""
+    for setting in reversed(settings):
+        key = setting.partition("=")[0].strip()
+        if path == key or path.startswith(f"{key}."):
+            return f"--set {setting}"
+    parts = path.split(".")
+    known = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    line = next((lines[name] for name in known if name in lines), None)
+    return str(file) if line is None else f"{file}:{line}"
+
+
+def _keys_hint(fields: Iterable[str] = Recipe.model_fields) -> str:
+    return f"keys are {', '.join(fields)}; `quantkit recipes --schema` explains them"
 
 
 def _first_line(error: Exception) -> str:

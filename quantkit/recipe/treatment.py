@@ -66,7 +66,14 @@ def _overridden(base: Treatment, override: Override, recipe: Recipe) -> Treatmen
     if base.keep:  # a named linear is quantized even where its role stays; start from the recipe's own keys
         base = _by_role(recipe, Role.MLP)
     given = {key: getattr(override, key) for key in override.model_fields_set - {"match", "keep"}}
+    if given.get("granularity", "group") not in ("group", "auto") and "group_size" not in given:
+        given["group_size"] = "auto"  # the recipe's belongs to its groups, which this override leaves
     return dataclasses.replace(base, **given)
+
+
+def _differ(first: Treatment, second: Treatment) -> bool:
+    """Whether two linears end up differently; why they stay in 16 bits does not matter."""
+    return not (first.keep and second.keep) and first != second
 
 
 def _matching(pattern: str, names: dict[str, Treatment], where: str) -> list[str]:
@@ -96,7 +103,7 @@ def _check_fused(linears: Sequence[LinearInfo], treatments: dict[str, Treatment]
     for linear in linears:
         groups[linear.group].append(linear.name)
     for group, names in groups.items():
-        different = next((name for name in names if treatments[name] != treatments[names[0]]), None)
+        different = next((name for name in names if _differ(treatments[name], treatments[names[0]])), None)
         if different:
             raise RecipeError(
                 f"{where}: {names[0]} and {different} are treated differently, but serving engines run {group} "
