@@ -170,7 +170,8 @@ class ShardWriter:
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise OutputError(
-                f"{self._folder}: {needed / 1e9:.2f} GB are still to be written, but the disk has {free / 1e9:.2f} GB left",
+                f"{self._folder}: {needed / 1e9:.2f} GB are still to be written, "
+                f"but the disk has {free / 1e9:.2f} GB left",
                 fix="free some space, then run the same command again: finished work is kept",
             )
 
