@@ -91,7 +91,8 @@ class TensorCache:
             limit = f"its limit of {self.limit_bytes / 1e9:.1f} GB is reached"
             raise OSError(errno.EFBIG, limit, str(self.folder))
         if free - needed_bytes < self.free_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+            left = f"less than {self.free_bytes / 1e9:.1f} GB of its disk would be left"
+            raise OSError(errno.ENOSPC, left, str(self.folder))
 
 
 def _statuses(folder: Path) -> list[tuple[Path, os.stat_result]]:

@@ -32,7 +32,7 @@ class LogitCodes(NamedTuple):
 
 
 def encode_logits(logits_TV: Tensor) -> LogitCodes:
-    """Codes of finite logits, any float dtype; temporaries of about 50 MB."""
+    """Codes of finite logits, any float dtype; temporaries of about 15 MB."""
     codes_TV = torch.empty(logits_TV.shape, dtype=torch.int16)
     step_T = torch.empty(len(logits_TV), dtype=torch.float32)
     for rows in row_chunks(*logits_TV.shape):

@@ -351,7 +351,7 @@ def lie(folder):
     [
         (truncate, "model.safetensors should be"),
         (lie, "model.safetensors announces a header"),
-        (promise, "says that .?model.extra.weight.? is in model.safetensors"),
+        (promise, "says that 'model.extra.weight' is in model.safetensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors weights"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
