@@ -86,3 +86,11 @@ def test_packing_does_not_change_its_input():
 def test_widths_without_a_settled_layout_are_not_offered(bits):
     with pytest.raises(AssertionError, match="no settled layout"):
         pack(torch.zeros(1, 1, dtype=torch.int8), bits)
+
+
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_a_single_word_per_row_may_have_any_stride(bits):
+    codes = every_code(bits, 5, 32 // bits, 2)
+    column = pack(codes, bits).reshape(1, 5).T
+    assert column.stride() == (1, 5) and column.is_contiguous()  # as torch has it for one column
+    assert torch.equal(unpack(column, bits, 32 // bits), codes)
