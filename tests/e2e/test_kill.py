@@ -1,0 +1,98 @@
+"""A run killed with SIGKILL at random instants, restarted each time, ends with the bytes of an undisturbed one."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.formats.shards import OutputTensor, ShardWriter
+
+ROOT = Path(__file__).parents[2]
+HIDDEN, INNER, VOCAB = 512, 2048, 4096
+
+
+def write_model(folder: Path, layers: int) -> Path:
+    """A random Llama whose weights take about 8.4 MB a layer."""
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for layer in range(layers):
+        for name, rows, cols in (
+            ("self_attn.q_proj", HIDDEN, HIDDEN),
+            ("self_attn.k_proj", HIDDEN // 2, HIDDEN),
+            ("self_attn.v_proj", HIDDEN // 2, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, HIDDEN),
+            ("mlp.gate_proj", INNER, HIDDEN),
+            ("mlp.up_proj", INNER, HIDDEN),
+            ("mlp.down_proj", HIDDEN, INNER),
+        ):
+            shapes[f"model.layers.{layer}.{name}.weight"] = (rows, cols)
+    entries = [(OutputTensor(name, torch.bfloat16, shape),) for name, shape in shapes.items()]
+    generator = torch.Generator().manual_seed(layers)
+    with ShardWriter(folder, entries, "random weights") as writer:
+        for (tensor,) in entries:
+            writer.write(tensor.name, torch.randn(tensor.shape, generator=generator).bfloat16())
+            writer.finish_entry({})
+        writer.finish()
+        writer.remove_journal()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "quantkit", "quantize", source, "-r", "int4-all", "-o", output]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a result but the log, which has dates."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "quantkit.log.json"}
+
+
+def kill_at_random(source: Path, folder: Path, kills: int, seed: int) -> int:
+    """Quantize undisturbed, then under kills; compare; returns how often a kill met a run at work."""
+    started = time.monotonic()
+    assert start(source, folder / "undisturbed").wait() == 0
+    whole = time.monotonic() - started
+    instants = random.Random(seed)
+    output, landed = folder / "killed", 0
+    for _ in range(kills):
+        process = start(source, output)
+        time.sleep(instants.uniform(0, whole))
+        landed += process.poll() is None
+        process.kill()
+        process.wait()
+    assert start(source, output).wait() == 0
+    assert content(output) == content(folder / "undisturbed")
+    return landed
+
+
+def test_three_kills(tmp_path):
+    landed = kill_at_random(write_model(tmp_path / "source", layers=4), tmp_path, kills=3, seed=1)
+    assert landed >= 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_twenty_five_kills(tmp_path):
+    landed = kill_at_random(write_model(tmp_path / "source", layers=40), tmp_path, kills=25, seed=2)
+    print(f"{landed} of 25 kills met a run at work; the result is byte-identical")
+    assert landed >= 5
