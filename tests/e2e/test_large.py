@@ -93,8 +93,7 @@ def test_three_billion_parameters_in_little_memory(tmp_path):
     bound = read_and_write(source, tmp_path / "copy", after)
     shutil.rmtree(source)
     shutil.rmtree(tmp_path / "out")
-    print(
-        f"{before / 1e9:.2f} GB -> {after / 1e9:.2f} GB in {seconds:.0f} s ({seconds / before * 1e9:.1f} s/GB), peak "
-        f"{peak / 1e9:.2f} GB; reading and writing the same bytes alone {bound:.1f} s: {bound / seconds:.0%} of the time"
-    )
+    speed = f"in {seconds:.0f} s ({seconds / before * 1e9:.1f} s/GB), peak {peak / 1e9:.2f} GB"
+    share = f"reading and writing the same bytes alone {bound:.1f} s: {bound / seconds:.0%} of the time"
+    print(f"{before / 1e9:.2f} GB -> {after / 1e9:.2f} GB {speed}; {share}")
     assert peak < 1.5e9
