@@ -25,7 +25,7 @@ from torch import Tensor
 from quantkit.errors import OutputError
 from quantkit.formats.checkpoint import INDEX_NAME, SINGLE_NAME
 from quantkit.formats.durable import named, pwrite_all, sync_folder, write_atomically
-from quantkit.formats.journal import Journal
+from quantkit.formats.journal import JOURNAL_NAME, Journal
 from quantkit.formats.safetensors_file import as_bytes, encode_header, tensor_bytes
 
 
@@ -155,7 +155,7 @@ class ShardWriter:
     def _resume(self) -> None:
         lines = self._journal.read()
         if not lines:
-            self._journal.append({"key": self._key})
+            self._begin()
             return
         if lines[0].get("key") != self._key:
             raise OutputError(
@@ -167,6 +167,15 @@ class ShardWriter:
             self.notes |= line["notes"]
         for shard in range(len(self._shards)):
             self._check_shard(shard)
+
+    def _begin(self) -> None:
+        """Start the journal of a folder that holds nothing else."""
+        if any(path.name != JOURNAL_NAME for path in self._folder.iterdir()):
+            self._journal.remove()
+            raise OutputError(
+                f"{self._folder}: another process has just written here", fix="run the same command again"
+            )
+        self._journal.append({"key": self._key})
 
     def _check_shard(self, shard: int) -> None:
         """What the journal says is in a shard has to be there; a full one gets its final name."""
