@@ -33,6 +33,7 @@ class Journal:
             with named(self._path):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_current = self._path.exists() and self._path.samefile(f"/proc/self/fd/{self._file.fileno()}")
+            sync_folder(self._folder)
         except BlockingIOError:
             is_current = False
         except BaseException:
@@ -43,7 +44,6 @@ class Journal:
             raise OutputError(
                 f"{self._folder}: another process is writing here", fix="wait for it, or give another folder"
             )
-        sync_folder(self._folder)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -118,6 +118,12 @@ def _transformers(linears: Sequence[LinearFacts], kv: KVScheme | None) -> Iterat
 
 def _transformers_scheme(kind: _Kind) -> Reason:
     weight = kind.scheme.weight
+    if kind.is_expert and isinstance(kind.scheme.activation, IntSpec):
+        return Reason(
+            "no", f"{kind}: it unpacks experts, and these codes are not packed; fails to load", LOADED
+        )
+    if kind.is_expert and isinstance(weight.granularity, PerBlock):
+        return Reason("no", f"{kind}: it has no block scales for experts; fails to load", LOADED)
     if not weight.symmetric:
         return Reason(
             "no",

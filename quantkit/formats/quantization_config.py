@@ -86,18 +86,19 @@ def write_quantization(
 
     One scheme for all targets the class `Linear`, with every other linear named under `ignore`; several are
     told apart by naming their modules. extra_ignore: further modules that a loader may take for linears.
+    The experts' scheme is the first group: transformers takes the first one for all experts.
     """
     modules: dict[Scheme, list[str]] = {}
-    for module, scheme in schemes.items():
+    for module, scheme in sorted(schemes.items(), key=lambda item: ".experts." not in item[0]):
         if scheme is not None:
-            modules.setdefault(scheme, []).append(module)
+            modules.setdefault(scheme, []).append(_target(module))
     groups = {
         f"group_{number}": group_json(scheme, names if len(modules) > 1 else ["Linear"])
         for number, (scheme, names) in enumerate(modules.items())
     }
     formats = sorted({format_name(scheme) for scheme in modules})
     model_format = formats[0] if len(formats) == 1 else "mixed-precision" if formats else "dense"
-    ignore = [*(module for module, scheme in schemes.items() if scheme is None), *extra_ignore]
+    ignore = [*(_target(module) for module, scheme in schemes.items() if scheme is None), *extra_ignore]
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",  # without it transformers takes the codes for weights
@@ -110,6 +111,15 @@ def write_quantization(
         "transform_config": {},
         "version": PACKAGE_VERSION,
     }
+
+
+def _target(module: str) -> str:
+    """A linear's name, or for one of a nested language model a pattern that holds under every loader's naming.
+
+    language_model.model.layers.0… on disk and in vLLM is model.language_model.layers.0… in transformers.
+    """
+    nested = re.fullmatch(r"(?:model\.)?language_model\.(?:.+\.)?(layers\..+)", module)
+    return rf"re:.*\blanguage_model\.(.*\.)?{re.escape(nested[1])}$" if nested else module
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizedModules:

@@ -9,6 +9,7 @@ is done is on disk, so a run killed at any instant continues, and the result is 
     DIR/.quantkit-progress.jsonl                    the journal; gone when the folder is complete
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -88,6 +89,7 @@ class ShardWriter:
         self._uncommitted_bytes, self._committed_at = 0, time.monotonic()
         self._shard: int | None = None
         self._file: BinaryIO | None = None
+        self._is_sound = True
         self.num_done = 0
         self.notes: dict[str, Any] = {}
 
@@ -107,7 +109,10 @@ class ShardWriter:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | KeyboardInterrupt) and self._is_sound:
+            with contextlib.suppress(OSError):  # on a full disk there is often room for a line of the journal
+                self._commit()
         if self._file is not None:
             self._file.close()
         self._journal.__exit__()
@@ -218,8 +223,12 @@ class ShardWriter:
 
     def _commit(self) -> None:
         if self._file is not None and self._shard is not None:
+            self._is_sound = (
+                False  # the system reports lost data once: after a failure, success means nothing
+            )
             with named(self._partial(self._shard)):
                 os.fdatasync(self._file.fileno())
+            self._is_sound = True
         self._journal.append({"done": self.num_done, "notes": self._pending})
         self.notes |= self._pending
         self._pending = {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.arch import Role, place_of
+from quantkit.arch import Role, Stays, place_of
 from quantkit.card import first_card
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.compressed_tensors import linear_layout
@@ -140,8 +141,19 @@ def attention_modules(plan: QuantPlan) -> dict[int, str]:
 def _other_modules(plan: QuantPlan) -> list[str]:
     """Modules that are no decoder linears but that a loader could take for one: head, routers, vision parts.
 
-    A tied head has no tensor of its own, but loaders make it a module called lm_head all the same.
+    A tied head has no tensor of its own, and one of a nested model another name on disk, but loaders make it a
+    module called lm_head all the same.
     """
-    names = [stays.name.removesuffix(".weight") for stays in plan.stays if stays.role is not Role.EMBEDDING]
-    has_head = any(stays.role is Role.HEAD for stays in plan.stays)
-    return names if has_head else [*names, "lm_head"]
+    modules = [stays for stays in plan.stays if stays.role is not Role.EMBEDDING]
+    is_nested = any("language_model." in linear.name for linear in plan.linears)
+    head = r"re:(.*\.)?lm_head$" if is_nested else "lm_head"
+    has_head = any(stays.role is Role.HEAD for stays in plan.stays) and not is_nested
+    return list(dict.fromkeys([*map(_ignored, modules), *([] if has_head else [head])]))
+
+
+def _ignored(stays: Stays) -> str:
+    """A module's name; of a part beside the language model all of it, wherever a loader hangs it."""
+    if stays.role is Role.OTHER and place_of(stays.name) is None:
+        part = stays.name.removeprefix("model.").split(".")[0]
+        return rf"re:(.*\.)?{re.escape(part)}(\.|$)"
+    return stays.name.removesuffix(".weight")

@@ -46,7 +46,7 @@ def unfinished(folder: Path) -> None:
 
 def finished(folder: Path) -> None:
     """A finished run of another recipe is in `out`."""
-    assert run([part.format(folder) for part in RUN]) == 0
+    assert run([part.replace("{}", str(folder)) for part in RUN]) == 0
 
 
 def with_candidate(vocab_size: int) -> Callable[[Path], None]:
@@ -105,6 +105,8 @@ SOURCES = (
     Bad("no model_type", broken.config(model_type=None), QUANTIZE, "model_type", "decoder-only"),
     Bad("unknown architecture", broken.config(model_type="nonesuch", architectures=["NonesuchForCausalLM"]), QUANTIZE,
         "does not know nonesuch", "transformers"),
+    Bad("remote code only", broken.config(model_type="x", architectures=None, auto_map={"AutoModel": "x.Y"}), QUANTIZE,
+        "its own code, which is never run", "transformers"),
     Bad(
         "encoder-decoder",
         broken.config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True),
@@ -172,6 +174,7 @@ RECIPES = (
     Bad("no weights key", recipe("group_size: 64\n"), WITH, "`weights` is missing", "keys are"),
     Bad("not YAML", recipe("weights: [int4\n"), WITH, "recipe.yaml:2: not valid YAML", "correct"),
     Bad("a list", recipe("- weights: int4\n"), WITH, "not a list of `key: value`", "quantkit recipes"),
+    Bad("empty recipe", recipe(""), WITH, "not a list of `key: value`", "quantkit recipes"),
     Bad("binary recipe", broken.text("recipe.yaml", b"\xff\xfe\x00"), WITH, "not valid YAML", "correct"),
     Bad("duplicate key", recipe("weights: int4\nweights: int8\n"), WITH,
         "recipe.yaml:2: weights is given twice", "remove"),
@@ -181,6 +184,7 @@ RECIPES = (
         "FP8 weights with INT8", "fp8 activations"),
     Bad("group does not divide", broken.nothing, setting("group_size=64"), "does not divide the 32", "32"),
     Bad("group 96", broken.nothing, setting("group_size=96"), "group_size 96: no kernel", "32, 64 or 128"),
+    Bad("group 16", broken.nothing, setting("group_size=16"), "group_size 16: no kernel", "32, 64 or 128"),
     Bad("group 0", broken.nothing, setting("group_size=0"), "--set group_size=0: group_size is 0", "correct"),
     Bad("group -1", broken.nothing, setting("group_size=-1"), "group_size is -1", "correct"),
     Bad("group in words", broken.nothing, setting("group_size=big"), "group_size is 'big'", "correct"),
@@ -191,6 +195,8 @@ RECIPES = (
     Bad("--set below nothing", broken.nothing, setting("overrides.0.keep=true"), "no overrides", "keys are"),
     Bad("ignored name unknown", broken.nothing, setting("ignore=[lm_heed]"), "'lm_heed' matches no linear", "inspect"),
     Bad("bad regex", broken.nothing, setting("ignore=['re:(']"), "not a regular expression", "correct"),
+    Bad("override without match", broken.nothing, setting("overrides=[{match: nobody, keep: true}]"),
+        "'nobody' matches no linear", "inspect"),
     Bad("fused linears split", recipe(OVERRIDE), WITH, "treated differently", "one pattern"),
     Bad("empty override", recipe("weights: int4\noverrides:\n- match: '*'\n"), WITH, "recipe.yaml:3", "correct"),
     Bad("nothing to do", broken.nothing, setting("ignore=['*']"), "leaves every linear", "inspect"),
@@ -203,6 +209,7 @@ RECIPES = (
     Bad("INT4 blocks", broken.nothing, setting("granularity=block"), "128x128 block", "groups"),
     Bad("KV granularity alone", broken.nothing, setting("kv_granularity=head"), "no effect", "remove"),
     Bad("KV FP8 per token", broken.nothing, setting("kv_cache=fp8", "kv_granularity=token"), "FP8 KV cache", "kv_"),
+    Bad("KV INT8 per head", broken.nothing, setting("kv_cache=int8", "kv_granularity=head"), "measured", "token"),
 )
 
 OUTPUTS = (
@@ -249,6 +256,7 @@ MODELS = (
     Bad("rope of no kind", broken.config(rope_parameters={"rope_type": "x", "rope_theta": 1e4}), (*GENERATE, "hi"),
         "rope_type 'x'", "supported: default"),
     Bad("no hidden size", broken.config(hidden_size=None), (*GENERATE, "hi"), "no hidden_size", "fetch"),
+    Bad("unknown activation", broken.config(hidden_act="sinus"), (*GENERATE, "hi"), "hidden_act 'sinus'", "supported"),
     Bad("not for the runtime", broken.config(model_type="phi3"), (*GENERATE, "hi"), "model_type 'phi3'", "llama"),
     Bad("weights of another size", broken.config(intermediate_size=96), (*GENERATE, "hi"),
         "gate_proj.weight has shape", "fetch"),
@@ -261,6 +269,7 @@ MODELS = (
     Bad("cold", broken.nothing, (*GENERATE, "hi", "--temperature", "-1"), "temperature -1", "from 0"),
     Bad("temperature NaN", broken.nothing, (*GENERATE, "hi", "--temperature", "nan"), "temperature nan", "from 0"),
     Bad("top-p 0", broken.nothing, (*GENERATE, "hi", "--top-p", "0"), "top_p 0", "up to 1"),
+    Bad("top-p 2", broken.nothing, (*GENERATE, "hi", "--top-p", "2"), "top_p 2", "up to 1"),
     Bad("no such dtype", broken.nothing, (*GENERATE, "hi", "--dtype", "int8"), "int8", "--help"),
 )
 
@@ -309,7 +318,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def test_the_good_inputs_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (QUANTIZE, EVAL, (*GENERATE, "hi", "--max-tokens", "2"), INSPECT, ("verify", "{}/out")):
-        assert run([part.format(folder) for part in command]) == 0, capsys.readouterr().err
+        assert run([part.replace("{}", str(folder)) for part in command]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=[bad.name for bad in TABLE])
@@ -318,7 +327,7 @@ def test_bad_input(bad: Bad, folder: Path, capsys: pytest.CaptureFixture[str]) -
     before = contents(folder)
     capsys.readouterr()
 
-    code = run([part.format(folder) for part in bad.command])
+    code = run([part.replace("{}", str(folder)) for part in bad.command])
 
     out, err = capsys.readouterr()
     *_, problem, fix = err.splitlines()

@@ -1,8 +1,6 @@
 """Killed at any instant and started again, a run ends with the bytes of an undisturbed one."""
 
-import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import ENVIRONMENT, ROOT, contents, finish, quantize_command
 from tests.random_llama import Sizes, write_random_llama
 
-ROOT = Path(__file__).parents[2]
 SMALL = Sizes(hidden=512, inner=1536, layers=4, vocab=2000, kv_heads=2)
 LARGER = Sizes(hidden=1024, inner=4096, layers=10, vocab=4000, kv_heads=4)
 TIMEOUT = 120
@@ -76,8 +74,7 @@ def kill_at(instant: Instant, source: Path, folder: Path, shard_bytes: int) -> N
 def quantizing(source: Path, folder: Path, shard_bytes: int) -> "Iterator[subprocess.Popen[bytes]]":
     """The process; killed if the test fails."""
     command = [sys.executable, "-m", "tests.quantize_process", str(source), str(folder), str(shard_bytes)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) as process:
         try:
             yield process
         finally:
@@ -104,20 +101,11 @@ def folder_state(folder: Path) -> str:
     return "unfinished" if (folder / ".quantkit-progress.jsonl").exists() else "finished"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the log, which holds times."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "quantkit.log.json"
-    }
-
-
 def test_interrupted_from_the_keyboard(tmp_path: Path) -> None:
     source = write_random_llama(tmp_path / "source", SMALL, shard_weights=8 << 20)
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "quantkit", "quantize", str(source), "-r", "int4-all", "-o", str(folder)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    command = quantize_command(source, folder)
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         while stored_bytes(folder) == 0:
             assert process.poll() is None
             time.sleep(0.001)
@@ -126,5 +114,4 @@ def test_interrupted_from_the_keyboard(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
     assert folder_state(folder) == "unfinished"
-    assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
-    shutil.rmtree(source)
+    assert finish(command).returncode == 0

@@ -57,7 +57,7 @@ def test_one_scheme(name, expected):
     [
         ("int4-g128-sym", ("yes", "yes", "yes")),
         ("int4-g128-asym", ("no", "unknown", "unknown")),
-        ("int8-w8a8-dynamic", ("yes", "unknown", "no")),
+        ("int8-w8a8-dynamic", ("no", "unknown", "no")),
         ("fp8-channel-token", ("yes", "unknown", "yes")),
         ("fp8-channel-weight", ("yes", "unknown", "no")),
         ("w4a8-fp8-g128", ("yes", "unknown", "yes")),
