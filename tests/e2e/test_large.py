@@ -1,0 +1,100 @@
+"""A checkpoint of 3B parameters goes through in less than 1.5 GB of memory."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.formats.shards import OutputTensor, ShardWriter
+
+ROOT = Path(__file__).parents[2]
+HIDDEN, INNER, VOCAB, KV, LAYERS = 3072, 8192, 128256, 1024, 28
+
+
+def write_model(folder: Path) -> Path:
+    """A random Llama of 3.2B parameters, written a tensor at a time."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
+    for layer in range(LAYERS):
+        for name, shape in (
+            ("input_layernorm", (HIDDEN,)),
+            ("post_attention_layernorm", (HIDDEN,)),
+            ("self_attn.q_proj", (HIDDEN, HIDDEN)),
+            ("self_attn.k_proj", (KV, HIDDEN)),
+            ("self_attn.v_proj", (KV, HIDDEN)),
+            ("self_attn.o_proj", (HIDDEN, HIDDEN)),
+            ("mlp.gate_proj", (INNER, HIDDEN)),
+            ("mlp.up_proj", (INNER, HIDDEN)),
+            ("mlp.down_proj", (HIDDEN, INNER)),
+        ):
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    entries = [(OutputTensor(name, torch.bfloat16, shape),) for name, shape in shapes.items()]
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter(folder, entries, "random weights") as writer:
+        for (tensor,) in entries:
+            writer.write(tensor.name, (0.02 * torch.randn(tensor.shape, generator=generator)).bfloat16())
+            writer.finish_entry({})
+        writer.finish()
+        writer.remove_journal()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def read_and_write(source: Path, target: Path, written: int) -> float:
+    """Seconds to read every byte of a folder and to write so many bytes to disk."""
+    started = time.monotonic()
+    piece = b""
+    for file in sorted(source.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as opened:
+            while chunk := opened.read(16 << 20):
+                piece = chunk if len(chunk) == 16 << 20 else piece
+    with target.open("wb", buffering=0) as opened:
+        for _ in range(written // len(piece)):
+            opened.write(piece)
+        os.fsync(opened.fileno())
+    target.unlink()
+    return time.monotonic() - started
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_three_billion_parameters_in_little_memory(tmp_path):
+    if shutil.disk_usage(tmp_path).free < 12e9:
+        pytest.skip("needs 12 GB of free disk")
+    source = write_model(tmp_path / "source")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "quantkit", "quantize", source, "-r", "int4-all", "-o", tmp_path / "out"]
+    started = time.monotonic()
+    subprocess.run([*command, "--json"], env=environment, check=True, capture_output=True)
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    after = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    bound = read_and_write(source, tmp_path / "copy", after)
+    shutil.rmtree(source)
+    shutil.rmtree(tmp_path / "out")
+    print(
+        f"{before / 1e9:.2f} GB -> {after / 1e9:.2f} GB in {seconds:.0f} s ({seconds / before * 1e9:.1f} s/GB), peak "
+        f"{peak / 1e9:.2f} GB; reading and writing the same bytes alone {bound:.1f} s: {bound / seconds:.0%} of the time"
+    )
+    assert peak < 1.5e9
