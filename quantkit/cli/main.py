@@ -5,7 +5,6 @@ Importing this imports neither torch nor transformers; each verb imports what it
 """
 
 import errno
-import os
 import sys
 from typing import cast
 
@@ -22,6 +21,8 @@ from quantkit.version import __version__
 
 # click's UsageError, of the copy of click that newer versions of typer carry inside
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="quantkit",
@@ -70,20 +71,18 @@ def run(arguments: list[str] | None = None) -> int:
             command = error.ctx.command_path if error.ctx else "quantkit"
             print(f"error: {error.format_message()}\n  fix: see `{command} --help`", file=sys.stderr)
         return 2
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
     except QuantkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+    except SystemExit:  # of typer, when the reader of our output has left: nothing more to say
         return 0
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         print(f"error: {_disk_error(error)}", file=sys.stderr)
         return 2
+    if result == INTERRUPTED:  # typer makes this number of a KeyboardInterrupt, without a word
+        print("interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

@@ -76,7 +76,7 @@ def check_apart(source: Path, folder: Path) -> None:
 def check_companions(source: Path) -> None:
     """Raise SourceError if a file that `copy_companions` will copy cannot be read: better now than at the end."""
     for file in _companions(source):
-        if not os.access(file, os.R_OK):
+        if not os.access(file, os.R_OK, effective_ids=True):
             raise SourceError(
                 f"{file}: cannot be read: permission denied", fix="change its permissions, or remove the file"
             )

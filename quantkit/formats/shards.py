@@ -9,6 +9,7 @@ is done is on disk, so a run killed at any instant continues, and the result is 
     DIR/.quantkit-progress.jsonl                    the journal; gone when the folder is complete
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from torch import Tensor
 from quantkit.errors import OutputError
 from quantkit.formats.checkpoint import INDEX_NAME, SINGLE_NAME
 from quantkit.formats.durable import named, pwrite_all, sync_folder, write_atomically
-from quantkit.formats.journal import Journal
+from quantkit.formats.journal import JOURNAL_NAME, Journal
 from quantkit.formats.safetensors_file import as_bytes, encode_header, tensor_bytes
 
 
@@ -88,6 +89,7 @@ class ShardWriter:
         self._uncommitted_bytes, self._committed_at = 0, time.monotonic()
         self._shard: int | None = None
         self._file: BinaryIO | None = None
+        self._is_sound = True
         self.num_done = 0
         self.notes: dict[str, Any] = {}
 
@@ -107,7 +109,10 @@ class ShardWriter:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | KeyboardInterrupt) and self._is_sound:
+            with contextlib.suppress(OSError):  # on a full disk there is often room for a line of the journal
+                self._commit()
         if self._file is not None:
             self._file.close()
         self._journal.__exit__()
@@ -155,7 +160,7 @@ class ShardWriter:
     def _resume(self) -> None:
         lines = self._journal.read()
         if not lines:
-            self._journal.append({"key": self._key})
+            self._begin()
             return
         if lines[0].get("key") != self._key:
             raise OutputError(
@@ -167,6 +172,15 @@ class ShardWriter:
             self.notes |= line["notes"]
         for shard in range(len(self._shards)):
             self._check_shard(shard)
+
+    def _begin(self) -> None:
+        """Start the journal of a folder that holds nothing else."""
+        if any(path.name != JOURNAL_NAME for path in self._folder.iterdir()):
+            self._journal.remove()
+            raise OutputError(
+                f"{self._folder}: another process has just written here", fix="run the same command again"
+            )
+        self._journal.append({"key": self._key})
 
     def _check_shard(self, shard: int) -> None:
         """What the journal says is in a shard has to be there; a full one gets its final name."""
@@ -209,8 +223,12 @@ class ShardWriter:
 
     def _commit(self) -> None:
         if self._file is not None and self._shard is not None:
+            self._is_sound = (
+                False  # the system reports lost data once: after a failure, success means nothing
+            )
             with named(self._partial(self._shard)):
                 os.fdatasync(self._file.fileno())
+            self._is_sound = True
         self._journal.append({"done": self.num_done, "notes": self._pending})
         self.notes |= self._pending
         self._pending = {}

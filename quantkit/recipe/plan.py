@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.arch import LinearInfo, Role, Stays, already_quantized, find_linears, find_stays
+from quantkit.arch.linears import WEIGHT_DTYPES
 from quantkit.errors import RecipeError, SchemeError, SourceError
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.safetensors_file import DTYPE_NAMES
 from quantkit.recipe.model import Recipe, Scales
 from quantkit.recipe.treatment import Treatment, find_treatments
 from quantkit.schemes import (
@@ -28,6 +30,8 @@ from quantkit.schemes import (
     Spec,
 )
 from quantkit.schemes.support import FP8_BLOCK, GROUP_SIZES, check_kv_scheme, check_scheme
+
+_LINEAR_ROLES = (Role.ATTENTION, Role.MLP, Role.EXPERT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe") 
             fix="start from the original 16-bit checkpoint: quantizing twice adds the errors up",
         )
     linears = find_linears(checkpoint)
+    stays = find_stays(checkpoint)
+    _refuse_quantized_weights(checkpoint, stays)
     treatments = find_treatments(recipe, linears, where)
     groups: dict[str, list[LinearInfo]] = defaultdict(list)
     for linear in linears:
@@ -106,10 +112,21 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe") 
     return QuantPlan(
         recipe=recipe,
         linears=tuple(plans[linear.name] for linear in linears),
-        stays=tuple(find_stays(checkpoint)),
+        stays=tuple(stays),
         kv=kv,
         scale_dtype=_scale_dtype(checkpoint, linears),
     )
+
+
+def _refuse_quantized_weights(checkpoint: Checkpoint, stays: Sequence[Stays]) -> None:
+    """A linear among the others whose weight is no 16-bit one: what config.json says is not all."""
+    for stay in stays:
+        dtype = checkpoint.info(stay.name).dtype
+        if stay.role in _LINEAR_ROLES and dtype not in WEIGHT_DTYPES:
+            raise SourceError(
+                f"{checkpoint.path}: {stay.name} is stored as {DTYPE_NAMES[dtype]}, so it is quantized already",
+                fix="start from the original 16-bit checkpoint",
+            )
 
 
 def _auto_group_size(linears: Sequence[LinearInfo], treatments: dict[str, Treatment]) -> int:
@@ -178,7 +195,7 @@ def _weight_granularity(
         is_divisible = all(linear.shape[1] % auto_size == 0 for linear in members)
         return PerGroup(auto_size) if is_divisible else PerChannel()
     for linear in members:
-        if linear.shape[1] % treatment.group_size:
+        if treatment.group_size in GROUP_SIZES and linear.shape[1] % treatment.group_size:
             fitting_sizes = [str(size) for size in GROUP_SIZES if linear.shape[1] % size == 0]
             raise RecipeError(
                 f"{where}: group_size {treatment.group_size} does not divide the {linear.shape[1]} "

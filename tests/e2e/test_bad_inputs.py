@@ -1,460 +1,355 @@
-"""Every way to get it wrong that we could think of: exit 2, one line of problem, one of fix, nothing half-written."""
+"""Bad inputs through the command line: exit code 2, one line of problem, one of fix, and nothing left behind."""
 
 import json
-import struct
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub.constants
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from quantkit.cli.main import run
+from tests import broken
 from tests.gguf_files import write_gguf
 from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
-QUANTIZE = ["quantize", "model", "-r", "int4-all", "-o", "out"]
-INFERENCE = ["generate", "model", "The quick"]
-EVALUATE = ["eval", "model", "model", "--data", "text.txt", "--windows", "2", "--length", "16"]
+QUANTIZE = ("quantize", "{}/model", "-r", "int4", "-o", "{}/out")
+EVAL = ("eval", "{}/model", "{}/model", "--windows", "2", "--length", "16", "--data", "{}/text.txt")
+GENERATE = ("generate", "{}/model")
+INSPECT = ("inspect", "{}/model")
+OVERRIDE = "weights: int4\noverrides:\n- match: '*.gate_proj'\n  weights: int8\n"
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+RUN = ("quantize", "{}/model", "-r", "int8-weight", "-o", "{}/out")
+PROMPT = "a quick brown fox " * 100
 
 
 class Bad(NamedTuple):
-    """What is wrong, the command that meets it, and words that its two lines have to hold."""
+    """One bad input. command: {} stands for the test's folder; problem, fix: what the two lines have to contain."""
 
     name: str
-    command: list[str]
+    damage: Callable[[Path], object]
+    command: tuple[str, ...]
     problem: str
     fix: str
-    prepare: Callable[[Path], object] = lambda folder: None
 
 
-def setting(value: str) -> list[str]:
-    """Quantize with one `--set`."""
-    return [*QUANTIZE, "--set", value]
+def recipe(text: str) -> Callable[[Path], None]:
+    return broken.text("recipe.yaml", text)
 
 
-def recipe(text: str) -> Callable[[Path], object]:
-    """Write recipe.yaml."""
-    return lambda folder: (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+def unfinished(folder: Path) -> None:
+    """An interrupted run of another recipe is in `out`: its journal says so."""
+    broken.text("out/.quantkit-progress.jsonl", '{"key":"of another plan"}\n')(folder)
 
 
-def config(**changes: object) -> Callable[[Path], object]:
-    """Change keys of the model's config.json; None removes a key."""
-
-    def change(folder: Path) -> None:
-        file = folder / "model" / "config.json"
-        content = json.loads(file.read_text(encoding="utf-8")) | changes
-        file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-    return change
+def finished(folder: Path) -> None:
+    """A finished run of another recipe is in `out`."""
+    assert run([part.replace("{}", str(folder)) for part in RUN]) == 0
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
-    """Rewrite the model's tensors."""
-
-    def rewrite(folder: Path) -> None:
+def with_candidate(vocab_size: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
         tensors = tiny_tensors()
-        change(tensors)
-        save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:vocab_size].clone()
+        write_tiny_llama(folder / "other", tensors, vocab_size=vocab_size)
 
-    return rewrite
-
-
-def file(name: str, content: str | bytes) -> Callable[[Path], object]:
-    """Write a file below the working folder."""
-
-    def write(folder: Path) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return write
+    return apply
 
 
-def damaged_header(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """Replace the bytes of the weights."""
-
-    def write(folder: Path) -> None:
-        path = folder / "model" / "model.safetensors"
-        path.write_bytes(change(path.read_bytes()))
-
-    return write
-
-
-def sharded(
-    weight_map: dict[str, str], shards: dict[str, dict[str, torch.Tensor]]
-) -> Callable[[Path], object]:
-    """Replace the weights by shards and an index."""
-
-    def write(folder: Path) -> None:
-        (folder / "model" / "model.safetensors").unlink()
-        for name, tensors in shards.items():
-            save_file(tensors, folder / "model" / name)
-        index = folder / "model" / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": weight_map}))
-
-    return write
+def renumbered(folder: Path) -> None:
+    """A candidate whose tokenizer gives two tokens each other's number."""
+    shutil.copytree(folder / "model", folder / "other")
+    file = folder / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
 
 
-def poisoned(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    """Put one bad value into the last linear."""
-
-    def poison(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
-
-    return poison
+def pickled(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
 
 
-def lying_size(raw: bytes) -> bytes:
-    """Make the header say that a tensor is larger than it is."""
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    entry = next(value for key, value in header.items() if key != "__metadata__")
-    entry["shape"] = [size * 2 for size in entry["shape"]]
-    encoded = json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :]
+def gguf(damage: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = write_gguf(folder / "model.gguf")
+        file.write_bytes(damage(file.read_bytes()))
+
+    return apply
 
 
-def gguf_then(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """A tiny GGUF file, damaged."""
-
-    def write(folder: Path) -> None:
-        write_gguf(folder / "model.gguf")
-        (folder / "model.gguf").write_bytes(change((folder / "model.gguf").read_bytes()))
-
-    return write
+FROM_GGUF = ("quantize", "{}/model.gguf", "-r", "int4", "-o", "{}/out")
+WITH = ("quantize", "{}/model", "-r", "{}/recipe.yaml", "-o", "{}/out")
 
 
-def finished(*command: str) -> Callable[[Path], object]:
-    """Run a command that has to succeed first."""
-
-    def prepare(folder: Path) -> None:
-        assert run(list(command)) == 0
-
-    return prepare
+def setting(*settings: str) -> tuple[str, ...]:
+    return (*QUANTIZE, *(part for one in settings for part in ("--set", one)))
 
 
-GGUF = ["quantize", "model.gguf", "-r", "int4-all", "-o", "out"]
-OWN = ["quantize", "model", "-r", "recipe.yaml", "-o", "out"]
-ONE = {"a.weight": torch.ones(2, 2)}
-
-TABLE = [
-    # the checkpoint
-    Bad("no such folder", ["quantize", "./nothing", "-r", "int4", "-o", "out"], "nothing", "hub id"),
+# fmt: off
+# A table: a row per line.
+SOURCES = (
+    Bad("no such source", broken.nothing, ("inspect", "{}/nowhere"), "nowhere: no such file or folder", "hub id"),
+    Bad("empty folder", lambda f: (f / "e").mkdir(), ("inspect", "{}/e"), "no config.json", "the folder that holds"),
+    Bad("a file of the folder", broken.nothing, ("inspect", "{}/model/config.json"), "no checkpoint", "/model"),
+    Bad("config missing", broken.removed("model/config.json"), QUANTIZE, "no config.json", "config.json"),
+    Bad("config not JSON", broken.text("model/config.json", "{'a': 1}"), QUANTIZE, "not valid JSON", "fetch"),
+    Bad("config too deep", broken.text("model/config.json", "[" * 100_000), QUANTIZE, "not valid JSON", "fetch"),
+    Bad("config not UTF-8", broken.text("model/config.json", b"\xff\xfe{}"), QUANTIZE, "not valid JSON", "fetch"),
+    Bad("config a list", broken.text("model/config.json", "[1]"), QUANTIZE, "not a JSON object", "fetch config"),
+    Bad("layers not a number", broken.config(num_hidden_layers="2"), QUANTIZE, "num_hidden_layers", "fetch"),
+    Bad("layers miscounted", broken.config(num_hidden_layers=3), QUANTIZE, "layers.2.", "incomplete"),
+    Bad("no model_type", broken.config(model_type=None), QUANTIZE, "model_type", "decoder-only"),
+    Bad("unknown architecture", broken.config(model_type="nonesuch", architectures=["NonesuchForCausalLM"]), QUANTIZE,
+        "does not know nonesuch", "transformers"),
+    Bad("remote code only", broken.config(model_type="x", architectures=None, auto_map={"AutoModel": "x.Y"}), QUANTIZE,
+        "its own code, which is never run", "transformers"),
     Bad(
-        "config missing", QUANTIZE, "config.json", "config.json", lambda f: (f / "model/config.json").unlink()
-    ),
-    Bad("config not JSON", QUANTIZE, "not valid JSON", "again", file("model/config.json", "{")),
-    Bad("config a list", QUANTIZE, "not a JSON object", "again", file("model/config.json", "[]")),
-    Bad("config nested", QUANTIZE, "not valid JSON", "again", file("model/config.json", "[" * 100_000)),
-    Bad(
-        "weights missing",
+        "encoder-decoder",
+        broken.config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True),
         QUANTIZE,
-        "no safetensors",
-        "download",
-        lambda f: (f / "model/model.safetensors").unlink(),
+        "encoder-decoder",
+        "decoder-only",
     ),
+    Bad("an encoder", broken.config(architectures=["BertModel"]), QUANTIZE, "BertModel", "decoder-only"),
+    Bad("gptq", broken.quantized({"quant_method": "gptq", "bits": 4}), QUANTIZE, "quantized with gptq", "original"),
+    Bad("awq", broken.quantized({"quant_method": "awq"}), QUANTIZE, "quantized with awq", "original"),
+    Bad("bitsandbytes", broken.quantized({"load_in_4bit": True}), QUANTIZE, "with bitsandbytes", "original"),
+    Bad("compressed-tensors", broken.quantized(CT), QUANTIZE, "with compressed-tensors", "original"),
+    Bad("no weights", broken.removed("model/model.safetensors"), QUANTIZE, "no safetensors", "download"),
+    Bad("pickled weights", pickled, QUANTIZE, "only pickled weights", "safetensors"),
+    Bad("shard missing", broken.shards(broken.missing_shard), QUANTIZE, "1 of 2 shards missing", "download"),
+    Bad("shard cut short", broken.shards(broken.cut_shard), QUANTIZE, "truncated", "download"),
+    Bad("shard outside", broken.shards(broken.outside), QUANTIZE, "not a file of this folder", "index"),
+    Bad("tensor not in its shard", broken.shards(broken.moved), QUANTIZE, "does not hold it", "index"),
+    Bad("tensor in two shards", broken.shards(broken.doubled), QUANTIZE, "in two shards", "remove"),
     Bad(
-        "only pickled weights",
+        "index without map",
+        lambda f: (
+            broken.removed("model/model.safetensors")(f),
+            broken.text(f"model/{broken.INDEX}", "[]")(f),
+        ),
         QUANTIZE,
-        "pickled",
-        "safetensors",
-        lambda f: (f / "model/model.safetensors").rename(f / "model/pytorch_model.bin"),
-    ),
-    Bad("truncated safetensors", QUANTIZE, "truncated", "again", damaged_header(lambda raw: raw[:-10])),
-    Bad("empty safetensors", QUANTIZE, "too short", "again", damaged_header(lambda raw: b"")),
-    Bad(
-        "header announces too much",
-        QUANTIZE,
-        "announces",
-        "again",
-        damaged_header(lambda raw: b"\xff" * 8 + raw),
-    ),
-    Bad("header not JSON", QUANTIZE, "JSON", "again", damaged_header(lambda raw: raw[:8] + b"{" + raw[8:])),
-    Bad("header lies about sizes", QUANTIZE, "bytes", "again", damaged_header(lying_size)),
-    Bad(
-        "unknown dtype",
-        QUANTIZE,
-        "F4",
-        "convert",
-        damaged_header(lambda raw: raw.replace(b'"BF16"', b'"F4"  ', 1)),
-    ),
-    Bad(
-        "missing shard",
-        QUANTIZE,
-        "missing",
-        "finish the download",
-        sharded({"a.weight": "gone.safetensors"}, {}),
-    ),
-    Bad(
-        "index leads outside",
-        QUANTIZE,
-        "not a file of this folder",
+        "no weight_map",
         "index",
-        sharded({"a": "../x.safetensors"}, {}),
     ),
-    Bad(
-        "index promises too much",
-        QUANTIZE,
-        "does not hold it",
-        "again",
-        sharded({"b": "s.safetensors"}, {"s.safetensors": ONE}),
-    ),
-    Bad(
-        "tensor in two shards",
-        QUANTIZE,
-        "two shards",
-        "remove",
-        sharded(
-            {"a.weight": "s.safetensors", "b": "t.safetensors"},
-            {"s.safetensors": ONE, "t.safetensors": ONE | {"b": torch.ones(1)}},
-        ),
-    ),
-    Bad("no tensors", QUANTIZE, "no tensor", "again", lambda f: save_file({}, f / "model/model.safetensors")),
-    Bad("NaN weight", QUANTIZE, "NaN", "again", weights(poisoned(float("nan")))),
-    Bad("infinite weight", QUANTIZE, "infinite", "again", weights(poisoned(float("inf")))),
-    Bad(
-        "a linear is missing",
-        QUANTIZE,
-        "missing",
-        "again",
-        weights(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
-    ),
-    Bad("encoder-decoder", QUANTIZE, "encoder-decoder", "decoder-only", config(is_encoder_decoder=True)),
-    Bad("not generative", QUANTIZE, "BertModel", "decoder-only", config(architectures=["BertModel"])),
-    Bad(
-        "unknown architecture",
-        QUANTIZE,
-        "flurbo",
-        "",
-        config(model_type="flurbo", architectures=["FlurboForCausalLM"]),
-    ),
-    Bad(
-        "remote code only",
-        QUANTIZE,
-        "code",
-        "",
-        config(model_type="flurbo", architectures=None, auto_map={"AutoModelForCausalLM": "x.Flurbo"}),
-    ),
-    *(
-        Bad(
-            f"already quantized: {method}",
-            QUANTIZE,
-            f"already quantized with {method}",
-            "original",
-            config(quantization_config={"quant_method": method}),
-        )
-        for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors")
-    ),
-    Bad("revision of a folder", [*QUANTIZE, "--revision", "main"], "--revision", "leave out"),
-    Bad(
-        "hub id without a network",
-        ["quantize", "no-one/nothing", "-r", "int4", "-o", "out"],
-        "no-one/nothing",
-        "",
-    ),
-    Bad(
-        "GGUF is no GGUF",
-        GGUF,
-        "model.gguf",
-        "",
-        file("model.gguf", "not a GGUF at all, but long enough to look at"),
-    ),
-    Bad("GGUF empty", GGUF, "model.gguf", "", file("model.gguf", "")),
-    Bad("GGUF truncated", GGUF, "model.gguf", "", gguf_then(lambda raw: raw[: len(raw) - 5000])),
-    Bad("GGUF corrupted", GGUF, "model.gguf", "", gguf_then(lambda raw: raw[:16] + b"\xff" * 64 + raw[80:])),
-    # the recipe
-    Bad("unknown recipe", ["quantize", "model", "-r", "int44", "-o", "out"], "int44", "int4"),
-    Bad(
-        "unknown key",
-        OWN,
-        "recipe.yaml:2: unknown key group_sise",
-        "group_size",
-        recipe("weights: int4\ngroup_sise: 64\n"),
-    ),
-    Bad("key twice", OWN, "recipe.yaml:2", "remove", recipe("weights: int4\nweights: int8\n")),
-    Bad("weights missing in recipe", OWN, "weights", "keys are", recipe("symmetric: true\n")),
-    Bad("wrong type", OWN, "recipe.yaml:2", "", recipe("weights: int4\nsymmetric: 'yes please'\n")),
-    Bad("recipe not YAML", OWN, "recipe.yaml:2", "correct", recipe("weights: [int4\n")),
-    Bad("recipe a list", OWN, "recipe.yaml", "recipes int4", recipe("- int4\n")),
-    Bad("recipe empty", OWN, "recipe.yaml", "", recipe("")),
-    Bad("setting without =", setting("group_size"), "KEY=VALUE", "group_size=64"),
-    Bad("setting of an unknown key", setting("colour=blue"), "colour", "keys are"),
-    Bad("setting inside nothing", setting("a.b=1"), "a", "keys are"),
-    Bad("setting not YAML", setting("group_size=[1"), "YAML", ""),
-    Bad("group does not divide", setting("group_size=128"), "does not divide", "use"),
-    Bad("group of 0", setting("group_size=0"), "group_size", ""),
-    Bad("group of a word", setting("group_size=big"), "group_size", ""),
-    Bad("group nobody has", setting("group_size=16"), "group_size 16", "32, 64 or 128"),
-    Bad("three bits", setting("weights=int3"), "int3", ""),
-    Bad(
-        "FP8 with INT8 inputs",
-        ["quantize", "model", "-r", "fp8-all", "-o", "out", "--set", "activations=int8"],
-        "FP8 weights with INT8",
-        "use",
-    ),
-    Bad(
-        "asymmetric FP8",
-        ["quantize", "model", "-r", "fp8-all", "-o", "out", "--set", "symmetric=false"],
-        "zero point",
-        "symmetric",
-    ),
-    Bad(
-        "asymmetric with INT8 inputs",
-        [*setting("activations=int8"), "--set", "symmetric=false"],
-        "asymmetric",
-        "symmetric",
-    ),
-    Bad("KV granularity without a KV cache", setting("kv_granularity=head"), "no effect", "remove"),
-    Bad(
-        "INT8 KV per head, uncalibrated",
-        [*setting("kv_cache=int8"), "--set", "kv_granularity=head"],
-        "measured on text",
-        "token",
-    ),
-    Bad(
-        "ignore matches nothing", setting("ignore=[model.layers.7.*]"), "matches no linear", "names look like"
-    ),
-    Bad(
-        "override matches nothing",
-        setting("overrides=[{match: nothing, keep: true}]"),
-        "matches no linear",
-        "names look like",
-    ),
-    Bad("override says nothing", setting("overrides=[{match: '*'}]"), "override needs", ""),
-    Bad("pattern is no regex", setting("ignore=['re:(']"), "not a regular expression", "correct"),
-    Bad("fused linears apart", setting("ignore=['*q_proj']"), "treated differently", "all of them"),
-    Bad("nothing left to quantize", setting("ignore=['*']"), "leaves every linear", "another recipe"),
-    # the output
-    Bad("output is a file", QUANTIZE, "is a file", "folder", file("out", "mine")),
-    Bad("output is somebody else's", QUANTIZE, "not empty", "does not exist", file("out/letter.txt", "mine")),
-    Bad(
-        "output is somebody else's, overwrite",
-        [*QUANTIZE, "--overwrite"],
-        "not empty",
-        "does not exist",
-        file("out/letter.txt", "mine"),
-    ),
-    Bad(
-        "output inside the source",
-        ["quantize", "model", "-r", "int4-all", "-o", "model/out"],
-        "inside",
-        "beside",
-    ),
-    Bad("output below a file", ["quantize", "model", "-r", "int4-all", "-o", "text.txt/out"], "text.txt", ""),
-    Bad(
-        "output of another plan", setting("scales=minmax"), "another plan", "--overwrite", finished(*QUANTIZE)
-    ),
-    # evaluation
-    Bad("text missing", ["eval", "model", "model", "--data", "no.txt"], "no.txt", ""),
-    Bad("text empty", EVALUATE, "text.txt", "", file("text.txt", "")),
-    Bad("text binary", EVALUATE, "text.txt", "", file("text.txt", b"\xff\xfe\x00\x80" * 99)),
-    Bad("text too short", EVALUATE, "tokens", "", file("text.txt", "too short")),
-    Bad(
-        "jsonl without text",
-        ["eval", "model", "model", "--data", "t.jsonl"],
-        "t.jsonl",
-        "",
-        file("t.jsonl", '{"a": 1}\n'),
-    ),
-    Bad("windows of 0", [*EVALUATE, "--windows", "0"], "windows", ""),
-    Bad("gate is no number", [*EVALUATE, "--max-ppl-increase", "much"], "much", ""),
-    Bad("candidate missing", ["eval", "model", "./other", "--data", "text.txt"], "other", ""),
-    Bad(
-        "another vocabulary",
-        ["eval", "model", "other", "--data", "text.txt", "--windows", "2", "--length", "16"],
-        "vocabulary",
-        "",
-        lambda f: write_tiny_llama(
-            f / "other",
-            tiny_tensors()
-            | {
-                "model.embed_tokens.weight": torch.ones(
-                    330, tiny_tensors()["model.embed_tokens.weight"].shape[1], dtype=torch.bfloat16
-                )
-            },
-            vocab_size=330,
-        ),
-    ),
-    # running
-    Bad("no rope", INFERENCE, "rope", "", config(rope_theta=None, rope_parameters=None)),
-    Bad(
-        "unknown rope",
-        INFERENCE,
-        "rope",
-        "",
-        config(rope_theta=None, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
-    ),
-    Bad("architecture without a definition", INFERENCE, "olmo2", "llama", config(model_type="olmo2")),
-    Bad("unknown activation function", INFERENCE, "hidden_act", "", config(hidden_act="sinus")),
-    Bad("shape against the config", INFERENCE, "model.", "", config(intermediate_size=80)),
-    Bad("tokenizer missing", INFERENCE, "tokenizer", "", lambda f: (f / "model/tokenizer.json").unlink()),
-    Bad("prompt too long", ["generate", "model", "fox " * 3000], "", ""),
-    Bad("negative max-tokens", [*INFERENCE, "--max-tokens", "-1"], "max_tokens", ""),
-    Bad("negative temperature", [*INFERENCE, "--temperature", "-1"], "temperature", ""),
-    Bad("top_p of 2", [*INFERENCE, "--top-p", "2"], "top_p", ""),
-    Bad("verify of nothing", ["verify", "./nothing"], "nothing", ""),
-    # the command line
-    Bad("unknown verb", ["quantise", "model"], "quantise", "--help"),
-    Bad("unknown option", [*QUANTIZE, "--fast"], "--fast", "--help"),
-    Bad("output left out", ["quantize", "model", "-r", "int4"], "output", "--help"),
-]
+    Bad("truncated", broken.cut("model/model.safetensors", 1), QUANTIZE, "truncated", "damaged"),
+    Bad("empty file", broken.text("model/model.safetensors", b""), QUANTIZE, "too short", "damaged"),
+    Bad("endless header", broken.text("model/model.safetensors", b"\xff" * 99), QUANTIZE, "announces", "damaged"),
+    Bad("header not JSON", broken.header(lambda h: b"{" * 64), QUANTIZE, "not valid JSON", "damaged"),
+    Bad("header a list", broken.header(lambda h: b"[[1]]"), QUANTIZE, "not a JSON object", "damaged"),
+    Bad("header of another shape", broken.entry(shape=[64, 33]), QUANTIZE, "takes another number", "damaged"),
+    Bad("negative extent", broken.entry(shape=[-64, -32]), QUANTIZE, "is not safetensors", "damaged"),
+    Bad("dtype a list", broken.entry(dtype=["BF16"]), QUANTIZE, "is not safetensors", "damaged"),
+    Bad("unsupported dtype", broken.entry(dtype="F8_E8M0"), QUANTIZE, "F8_E8M0", "convert"),
+    Bad("overlapping tensors", broken.entry(data_offsets=[0, 4096]), QUANTIZE, "overlap", "damaged"),
+    Bad("no tensors", broken.text("model/model.safetensors", b"\x02" + b"\0" * 7 + b"{}"), QUANTIZE,
+        "no tensor", "fetch"),
+    Bad("a linear missing", broken.tensor(broken.UP, lambda w: None), QUANTIZE, "mlp.up_proj is missing", "fetch"),
+    Bad("two dtypes", broken.tensor(broken.UP, torch.Tensor.float), QUANTIZE, "several dtypes", "convert"),
+    Bad("NaN", broken.with_value(broken.UP, float("nan")), QUANTIZE, "up_proj.weight has NaN weights", "ignore"),
+    Bad("infinity", broken.with_value(broken.UP, float("-inf")), QUANTIZE, "has infinite weights", "ignore"),
+    Bad("already FP8", broken.tensor(broken.UP, lambda w: w.to(torch.float8_e4m3fn)), QUANTIZE,
+        "up_proj.weight is stored as F8", "original"),
+    Bad("not on the hub", broken.nothing, ("inspect", "nobody/nothing"),
+        "not completely in the local cache", "network"),
+    Bad("revision of a folder", broken.nothing, (*INSPECT, "--revision", "v1"), "not on the hub", "--revision"),
+    Bad("not a GGUF", gguf(lambda raw: b"GGML" + raw[4:]), FROM_GGUF, "not a GGUF file", "download"),
+    Bad("GGUF cut short", gguf(lambda raw: raw[:-5000]), FROM_GGUF, "truncated", "download"),
+    Bad("GGUF cut in its header", gguf(lambda raw: raw[:300]), FROM_GGUF, "ends inside its header", "download"),
+    Bad("GGUF corrupted", gguf(lambda raw: raw[:100] + b"\xff" * 200 + raw[300:]), FROM_GGUF,
+        "unknown type", "download"),
+    Bad("GGUF empty", broken.text("model.gguf", b""), FROM_GGUF, "not a GGUF file", "download"),
+)
+
+RECIPES = (
+    Bad("no such recipe", broken.nothing, (*QUANTIZE[:3], "int5", *QUANTIZE[4:]), "int5: neither", "did you mean `int"),
+    Bad("unknown key", recipe("weights: int4\ngrop_size: 64\n"), WITH,
+        "recipe.yaml:2: unknown key grop_size", "group_size"),
+    Bad("wrong type", recipe("weights: int4\nsymmetric: 'yes'\n"), WITH,
+        "recipe.yaml:2: symmetric is 'yes'", "correct"),
+    Bad("no weights key", recipe("group_size: 64\n"), WITH, "`weights` is missing", "keys are"),
+    Bad("not YAML", recipe("weights: [int4\n"), WITH, "recipe.yaml:2: not valid YAML", "correct"),
+    Bad("a list", recipe("- weights: int4\n"), WITH, "not a list of `key: value`", "quantkit recipes"),
+    Bad("empty recipe", recipe(""), WITH, "not a list of `key: value`", "quantkit recipes"),
+    Bad("binary recipe", broken.text("recipe.yaml", b"\xff\xfe\x00"), WITH, "not valid YAML", "correct"),
+    Bad("duplicate key", recipe("weights: int4\nweights: int8\n"), WITH,
+        "recipe.yaml:2: weights is given twice", "remove"),
+    Bad("alias bomb", recipe("a: &a [*a]\n"), WITH, "alias", "write the value out"),
+    Bad("3 bits", recipe("weights: int3\n"), WITH, "recipe.yaml:1: weights is 'int3'", "correct"),
+    Bad("FP8 with INT8", broken.nothing, setting("weights=fp8", "activations=int8"),
+        "FP8 weights with INT8", "fp8 activations"),
+    Bad("group does not divide", broken.nothing, setting("group_size=64"), "does not divide the 32", "32"),
+    Bad("group 96", broken.nothing, setting("group_size=96"), "group_size 96: no kernel", "32, 64 or 128"),
+    Bad("group 16", broken.nothing, setting("group_size=16"), "group_size 16: no kernel", "32, 64 or 128"),
+    Bad("group 0", broken.nothing, setting("group_size=0"), "--set group_size=0: group_size is 0", "correct"),
+    Bad("group -1", broken.nothing, setting("group_size=-1"), "group_size is -1", "correct"),
+    Bad("group in words", broken.nothing, setting("group_size=big"), "group_size is 'big'", "correct"),
+    Bad("--set without value", broken.nothing, setting("group_size"), "--set group_size: not KEY=VALUE", "--set"),
+    Bad("--set of nothing", broken.nothing, setting("=64"), "not KEY=VALUE", "--set"),
+    Bad("--set not YAML", broken.nothing, setting("ignore=[a"), "the value is not valid YAML", "quote"),
+    Bad("--set of unknown key", broken.nothing, setting("colour=red"), "unknown key colour", "keys are"),
+    Bad("--set below nothing", broken.nothing, setting("overrides.0.keep=true"), "no overrides", "keys are"),
+    Bad("ignored name unknown", broken.nothing, setting("ignore=[lm_heed]"), "'lm_heed' matches no linear", "inspect"),
+    Bad("bad regex", broken.nothing, setting("ignore=['re:(']"), "not a regular expression", "correct"),
+    Bad("override without match", broken.nothing, setting("overrides=[{match: nobody, keep: true}]"),
+        "'nobody' matches no linear", "inspect"),
+    Bad("fused linears split", recipe(OVERRIDE), WITH, "treated differently", "one pattern"),
+    Bad("empty override", recipe("weights: int4\noverrides:\n- match: '*'\n"), WITH, "recipe.yaml:3", "correct"),
+    Bad("nothing to do", broken.nothing, setting("ignore=['*']"), "leaves every linear", "inspect"),
+    Bad("FP8 zero points", broken.nothing, setting("weights=fp8", "symmetric=false"),
+        "FP8 has no zero point", "remove"),
+    Bad("asymmetric, quantized inputs", broken.nothing, setting("activations=int8", "symmetric=false"),
+        "asymmetric weights", "symmetric: true"),
+    Bad("granularity against size", broken.nothing, setting("granularity=channel", "group_size=32"),
+        "no effect", "remove"),
+    Bad("INT4 blocks", broken.nothing, setting("granularity=block"), "128x128 block", "groups"),
+    Bad("KV granularity alone", broken.nothing, setting("kv_granularity=head"), "no effect", "remove"),
+    Bad("KV FP8 per token", broken.nothing, setting("kv_cache=fp8", "kv_granularity=token"), "FP8 KV cache", "kv_"),
+    Bad("KV INT8 per head", broken.nothing, setting("kv_cache=int8", "kv_granularity=head"), "measured", "token"),
+)
+
+OUTPUTS = (
+    Bad("foreign output", broken.text("out/thesis.txt", "mine"), QUANTIZE, "not empty, and not a run", "a folder"),
+    Bad("foreign output, --overwrite", broken.text("out/a", ""), (*QUANTIZE, "--overwrite"), "not empty", "a folder"),
+    Bad("output is a file", broken.text("out", "mine"), QUANTIZE, "out: is a file", "a folder"),
+    Bad("output below a file", broken.text("out", "mine"), (*QUANTIZE[:-1], "{}/out/x"), "Not a directory", "a path"),
+    Bad("output name too long", broken.nothing, (*QUANTIZE[:-1], "{}/" + "x" * 300), "File name too long", "a path"),
+    Bad("output is the source", broken.nothing, (*QUANTIZE[:-1], "{}/model"), "the same folder", "beside"),
+    Bad("output in the source", broken.nothing, (*QUANTIZE[:-1], "{}/model/out"), "inside the other", "beside"),
+    Bad("source in the output", broken.nothing, (*QUANTIZE[:-1], "{}", "--overwrite"), "inside the other", "beside"),
+    Bad("unfinished other run", unfinished, QUANTIZE, "unfinished run of another plan", "--overwrite"),
+    Bad("finished other run", finished, QUANTIZE, "finished run of another plan", "--overwrite"),
+)
+
+TEXTS = (
+    Bad("no such text", broken.removed("text.txt"), EVAL, "text.txt: no such file", "docs"),
+    Bad("empty text", broken.text("text.txt", ""), EVAL, "text.txt: holds no text", "not empty"),
+    Bad("blank text", broken.text("text.txt", " \n\n\t\n"), EVAL, "holds no text", "not empty"),
+    Bad("binary text", broken.text("text.txt", b"\x00\xff\xfe" * 99), EVAL, "not UTF-8", "iconv"),
+    Bad("text too short", broken.text("text.txt", "a few words"), EVAL, "tokens, and 2 windows", "more text"),
+    Bad("text of another kind", broken.text("a.pdf", "%PDF"), (*EVAL[:-1], "{}/a.pdf"), "of kind .pdf", ".txt"),
+    Bad("jsonl not JSON", broken.text("a.jsonl", "{\n"), (*EVAL[:-1], "{}/a.jsonl"),
+        "a.jsonl:1: not valid JSON", "line"),
+    Bad("jsonl without text", broken.text("a.jsonl", '{"a": 1}'), (*EVAL[:-1], "{}/a.jsonl"),
+        "neither text", "messages"),
+    Bad("parquet damaged", broken.text("a.parquet", "PAR1"), (*EVAL[:-1], "{}/a.parquet"), "parquet", "again"),
+    Bad("folder without text", lambda f: (f / "e").mkdir(), (*EVAL[:-1], "{}/e"), "no .txt", ".txt"),
+    Bad("no windows", broken.nothing, (*EVAL, "--windows", "0"), "--windows 0", "24"),
+    Bad("windows too long", broken.nothing, (*EVAL, "--length", "500"), "128 positions", "128"),
+    Bad("windows too short", broken.nothing, (*EVAL, "--length", "1"), "--length 1", "512"),
+    Bad("gate not a number", broken.nothing, (*EVAL, "--max-ppl-increase", "much"), "much", "%"),
+)
+
+MODELS = (
+    Bad("another vocabulary", with_candidate(300), (*EVAL[:2], "{}/other", *EVAL[3:]),
+        "vocabulary of 320", "made from"),
+    Bad("other token numbers", renumbered, (*EVAL[:2], "{}/other", *EVAL[3:]), "tokenizers", "made from"),
+    Bad("no tokenizer", broken.removed("model/tokenizer.json"), EVAL, "no tokenizer", "copy the tokenizer"),
+    Bad("no candidate", broken.nothing, ("eval", "{}/model"), "candidates", "--help"),
+    Bad("candidate missing", broken.nothing, (*EVAL[:2], "{}/x", *EVAL[3:]), "x: no such file", "hub id"),
+    Bad("tokenizer damaged", broken.text("model/tokenizer.json", "{"), (*GENERATE, "hi"), "tokenizer cannot", "fetch"),
+    Bad("no rope", broken.config(rope_parameters=None), (*GENERATE, "hi"), "no rope_theta", "fetch"),
+    Bad("rope of no kind", broken.config(rope_parameters={"rope_type": "x", "rope_theta": 1e4}), (*GENERATE, "hi"),
+        "rope_type 'x'", "supported: default"),
+    Bad("no hidden size", broken.config(hidden_size=None), (*GENERATE, "hi"), "no hidden_size", "fetch"),
+    Bad("unknown activation", broken.config(hidden_act="sinus"), (*GENERATE, "hi"), "hidden_act 'sinus'", "supported"),
+    Bad("not for the runtime", broken.config(model_type="phi3"), (*GENERATE, "hi"), "model_type 'phi3'", "llama"),
+    Bad("weights of another size", broken.config(intermediate_size=96), (*GENERATE, "hi"),
+        "gate_proj.weight has shape", "fetch"),
+    Bad("quantized, but not compressed", broken.quantized(CT), (*GENERATE, "hi"),
+        "quantization_status", "quantkit wrote"),
+    Bad("empty prompt", broken.nothing, (*GENERATE, ""), "the prompt has no tokens", "not empty"),
+    Bad("prompt too long", broken.nothing, (*GENERATE, PROMPT), "takes 128", "shorten"),
+    Bad("no tokens wanted", broken.nothing, (*GENERATE, "hi", "--max-tokens", "0"), "max_tokens 0", "from 1"),
+    Bad("fewer than none", broken.nothing, (*GENERATE, "hi", "--max-tokens", "-3"), "max_tokens -3", "from 1"),
+    Bad("cold", broken.nothing, (*GENERATE, "hi", "--temperature", "-1"), "temperature -1", "from 0"),
+    Bad("temperature NaN", broken.nothing, (*GENERATE, "hi", "--temperature", "nan"), "temperature nan", "from 0"),
+    Bad("top-p 0", broken.nothing, (*GENERATE, "hi", "--top-p", "0"), "top_p 0", "up to 1"),
+    Bad("top-p 2", broken.nothing, (*GENERATE, "hi", "--top-p", "2"), "top_p 2", "up to 1"),
+    Bad("no such dtype", broken.nothing, (*GENERATE, "hi", "--dtype", "int8"), "int8", "--help"),
+)
+
+VERBS = (
+    Bad("unknown verb", broken.nothing, ("quantise", "{}/model"), "No such command 'quantise'", "--help"),
+    Bad("unknown option", broken.nothing, (*QUANTIZE, "--fast"), "No such option: --fast", "--help"),
+    Bad("no recipe", broken.nothing, ("quantize", "{}/model", "-o", "{}/out"), "--recipe", "--help"),
+    Bad("no output", broken.nothing, ("quantize", "{}/model", "-r", "int4"), "--output", "--help"),
+    Bad("not a number", broken.nothing, (*EVAL, "--windows", "many"), "--windows", "--help"),
+    Bad("no such recipe to print", broken.nothing, ("recipes", "best"), "best: neither", "quantkit recipes"),
+    Bad("verify nothing", broken.nothing, ("verify", "{}/nowhere"), "no such folder", "folder"),
+    Bad("verify a file", broken.nothing, ("verify", "{}/text.txt"), "no such folder", "folder"),
+    Bad("verify without weights", broken.removed("model/model.safetensors"), ("verify", "{}/model"),
+        "no safetensors", "download"),
+    Bad("verify a foreign format", broken.quantized({"quant_method": "awq"}), ("verify", "{}/model"),
+        "quant_method 'awq'", "quantkit wrote"),
+)
+# fmt: on
+
+TABLE = (*SOURCES, *RECIPES, *OUTPUTS, *TEXTS, *MODELS, *VERBS)
+
+
+@pytest.fixture(scope="module")
+def good_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("good") / "model")
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    """A folder with a good model and a good text, to be broken."""
+def folder(good_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a good model and a good text, offline, with a cache beside it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.chdir(tmp_path)
-    write_tiny_llama(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. Why?\n\n" * 30)
-    return tmp_path
+    work = tmp_path / "work"
+    shutil.copytree(good_model, work / "model")
+    (work / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
+    return work
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, the caches apart."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below, with the bytes of files."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in files
-        if path.relative_to(folder).parts[0] not in {"cache", "hub"}
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
     }
 
 
-def test_the_table_is_long_enough():
-    assert len({bad.name for bad in TABLE}) == len(TABLE) >= 40
+def test_the_good_inputs_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (QUANTIZE, EVAL, (*GENERATE, "hi", "--max-tokens", "2"), INSPECT, ("verify", "{}/out")):
+        assert run([part.replace("{}", str(folder)) for part in command]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
-def test_it_ends_in_two_lines(world, capsys, bad):
-    bad.prepare(world)
-    before = content(world)
+@pytest.mark.parametrize("bad", TABLE, ids=[bad.name for bad in TABLE])
+def test_bad_input(bad: Bad, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad.damage(folder)
+    before = contents(folder)
     capsys.readouterr()
 
-    assert run(bad.command) == 2
+    code = run([part.replace("{}", str(folder)) for part in bad.command])
 
     out, err = capsys.readouterr()
-    problems = [line for line in err.splitlines() if line.startswith("error: ")]
-    fixes = [line for line in err.splitlines() if line.startswith("  fix: ")]
-    assert len(problems) == len(fixes) == 1, err
-    assert "Traceback" not in err
+    *_, problem, fix = err.splitlines()
+    assert code == 2, err
+    assert problem.startswith("error: ") and bad.problem in problem, err
+    assert fix.startswith("  fix: ") and bad.fix in fix, err
+    assert err.count("error:") == err.count("fix:") == 1 and "Traceback" not in err, err
     assert out == ""
-    assert bad.problem in problems[0]
-    assert len(fixes[0]) > len("  fix: x")
-    assert bad.fix in fixes[0]
-    assert content(world) == before
+    assert contents(folder) == before, "something was left behind, or changed"
+    cache = folder.parent / "cache"
+    left = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not left, "something half-made is in the cache"
 
 
-def test_all_zero_rows_and_extreme_weights_are_quantized(world):
-    def change(tensors):
-        tensors["model.layers.0.mlp.up_proj.weight"][:3] = 0
-        tensors["model.layers.0.mlp.gate_proj.weight"] *= 1e30
-        tensors["model.layers.0.mlp.down_proj.weight"] *= 1e-30
+@pytest.mark.parametrize("value", [0.0, -0.0], ids=["zero", "minus zero"])
+def test_rows_of_zeros_are_no_bad_input(folder: Path, value: float) -> None:
+    def zeroed(weight: torch.Tensor) -> torch.Tensor:
+        weight[3:9] = value
+        return weight
 
-    weights(change)(world)
-    for recipe_name in ("int4-all", "int8-all", "fp8-all"):
-        assert run(["quantize", "model", "-r", recipe_name, "-o", recipe_name]) == 0
-        assert run(["verify", recipe_name]) == 0
+    broken.tensor(broken.UP, zeroed)(folder)
+    for name in ("int4", "int8", "fp8-all", "int4-rtn"):
+        command = ["quantize", f"{folder}/model", "-r", name, "-o", f"{folder}/{name}"]
+        assert run(command) == 0
+        assert run(["verify", f"{folder}/{name}"]) == 0
