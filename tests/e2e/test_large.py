@@ -7,15 +7,24 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from quantkit.formats.safetensors_file import as_bytes
 from quantkit.formats.shards import OutputTensor, ShardWriter
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, INNER, VOCAB, KV, LAYERS = 3072, 8192, 128256, 1024, 28
+
+
+def random_bytes(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[memoryview]:
+    """A random bfloat16 tensor, some rows at a time: a child process is counted the memory of its parent."""
+    for start in range(0, shape[0], 4096):
+        rows = (min(4096, shape[0] - start), *shape[1:])
+        yield as_bytes((0.02 * torch.randn(rows, generator=generator)).bfloat16())
 
 
 def write_model(folder: Path) -> Path:
@@ -41,7 +50,7 @@ def write_model(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     with ShardWriter(folder, entries, "random weights") as writer:
         for (tensor,) in entries:
-            writer.write(tensor.name, (0.02 * torch.randn(tensor.shape, generator=generator)).bfloat16())
+            writer.write(tensor.name, random_bytes(tensor.shape, generator))
             writer.finish_entry({})
         writer.finish()
         writer.remove_journal()
