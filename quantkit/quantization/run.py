@@ -6,7 +6,7 @@ packed. Killed at any instant and started again, a run continues, and ends with 
 
 import json
 import math
-import resource
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -183,7 +183,7 @@ def _report(
         before_bytes=checkpoint.num_bytes,
         after_bytes=after_bytes,
         seconds=time.monotonic() - started,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=_peak_rss_bytes(),
         was_finished=was_finished,
     )
 
@@ -191,3 +191,11 @@ def _report(
 def _position(name: str) -> tuple[int, str]:
     place = place_of(name)
     return (-1, name) if place is None else (place.layer, name)
+
+
+def _peak_rss_bytes() -> int:
+    """Peak resident memory of this process; `getrusage` would count its parent's at the time of the fork."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None, "Linux says so of every process that has memory"
+    return int(found[1]) * 1024
