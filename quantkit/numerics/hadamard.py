@@ -76,7 +76,7 @@ def _sylvester(bits: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(bits):
         matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
-    return matrix / len(matrix) ** 0.5
+    return matrix.div(len(matrix) ** 0.5)
 
 
 def _paley_prime(order: int) -> int | None:
@@ -102,9 +102,9 @@ def _paley(order: int) -> Tensor:
     core[1:, 1:] = _residue_signs(prime)
     one = torch.eye(prime + 1, dtype=torch.float64)
     if prime % 4 == 3:
-        return (core + one) / order**0.5
+        return (core + one).div(order**0.5)
     off, on = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[1.0, -1.0], [-1.0, -1.0]]], dtype=torch.float64)
-    return (torch.kron(core, off) + torch.kron(one, on)) / order**0.5
+    return (torch.kron(core, off) + torch.kron(one, on)).div(order**0.5)
 
 
 def _residue_signs(prime: int) -> Tensor:
@@ -112,8 +112,8 @@ def _residue_signs(prime: int) -> Tensor:
     signs = torch.full((prime,), -1.0, dtype=torch.float64)
     signs[torch.arange(prime) ** 2 % prime] = 1
     signs[0] = 0
-    index = torch.arange(prime)
-    return signs[(index - index[:, None]) % prime]
+    row, column = torch.arange(prime)[:, None], torch.arange(prime)
+    return signs.take((column - row) % prime)
 
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
