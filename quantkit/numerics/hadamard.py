@@ -119,4 +119,5 @@ def _residue_signs(prime: int) -> Tensor:
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Drawn evenly from all orthogonal matrices: the Q of a Gaussian one, with R's diagonal made positive."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).contiguous()
+    orthogonal: Tensor = q * r.diagonal().sign()
+    return orthogonal.contiguous()
