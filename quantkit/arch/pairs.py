@@ -46,6 +46,15 @@ class Heads(NamedTuple):
     dim: int
 
 
+def read_heads(checkpoint: Checkpoint) -> Heads:
+    """The heads of a checkpoint's attention, by config.json."""
+    config = checkpoint.text_config
+    num = int(config["num_attention_heads"])
+    num_kv = config.get("num_key_value_heads")
+    dim = config.get("head_dim")
+    return Heads(num, num if num_kv is None else num_kv, int(config["hidden_size"]) // num if dim is None else dim)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wiring:
     """One family. Pairs are in the order of computation.
