@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from quantkit.arch.names import Place, place_of
+from quantkit.arch.names import place_of
 from quantkit.errors import UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint
 
@@ -71,29 +71,27 @@ class LayerWiring(NamedTuple):
     writers: tuple[str, ...]
 
 
-def wire_layers(checkpoint: Checkpoint) -> dict[int, LayerWiring]:
-    """What can be folded in each layer, by its number; reads tensor names only.
+def layer_wiring(checkpoint: Checkpoint, layer: int) -> LayerWiring:
+    """What can be folded in this layer; reads tensor names only.
 
     Raises UnsupportedModelError for a family that WIRINGS does not list.
     """
     wiring = find_wiring(checkpoint)
-    if wiring.no_values_if is not None and checkpoint.text_config.get(wiring.no_values_if) is not None:
-        pairs = tuple(pair for pair in wiring.pairs if pair.link is not Link.VALUES)
-        wiring = replace(wiring, pairs=pairs)
-    layers: dict[int, list[Place]] = {}
-    for name in checkpoint.tensors:
-        place = place_of(name.removesuffix(".weight"))
-        if place:
-            layers.setdefault(place.layer, []).append(place)
-    return {layer: _wire(wiring, places) for layer, places in sorted(layers.items())}
-
-
-def _wire(wiring: Wiring, places: list[Place]) -> LayerWiring:
-    present = {place.rest for place in places}
-    experts = sorted({place.expert for place in places if place.expert is not None})
-    pairs = [pair for pair in wiring.pairs if present.issuperset({pair.prev, *pair.to})]
+    places = [place_of(name.removesuffix(".weight")) for name in checkpoint.tensors]
+    here = [place for place in places if place and place.layer == layer]
+    assert here, "the plan has checked that the layer is there"
+    present = {place.rest for place in here}
+    experts = sorted({place.expert for place in here if place.expert is not None})
+    is_clipped = (
+        wiring.no_values_if is not None and checkpoint.text_config.get(wiring.no_values_if) is not None
+    )
+    pairs = [
+        pair
+        for pair in wiring.pairs
+        if present.issuperset({pair.prev, *pair.to}) and not (is_clipped and pair.link is Link.VALUES)
+    ]
     return LayerWiring(
-        prefix=places[0].prefix,
+        prefix=here[0].prefix,
         pairs=tuple(each for pair in pairs for each in _numbered(pair, experts)),
         writers=_numbers([name for name in wiring.writers if name in present], experts),
     )

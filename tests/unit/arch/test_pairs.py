@@ -5,7 +5,7 @@ import torch
 
 from quantkit.arch import FAMILIES
 from quantkit.arch.names import place_of
-from quantkit.arch.pairs import WIRINGS, Link, Pair, find_wiring, why_unrotatable, wire_layers
+from quantkit.arch.pairs import WIRINGS, Link, Pair, find_wiring, layer_wiring, why_unrotatable
 from quantkit.errors import UnsupportedModelError
 from quantkit.formats.checkpoint import open_checkpoint
 from tests.checkpoints import LLAMA_CONFIG, llama_tensors, write_checkpoint
@@ -60,7 +60,7 @@ def test_norm_pairs_name_exactly_the_readers_of_each_norm(tmp_path, model_type):
     table = {
         (layer, pair.prev): {as_module(name) for name in pair.to}
         for layer in (0, 1)
-        for pair in wire_layers(checkpoint)[layer].pairs
+        for pair in layer_wiring(checkpoint, layer).pairs
         if pair.link in NORMS
     }
     assert table == readers_in_transformers(model_type)
@@ -70,7 +70,7 @@ def test_norm_pairs_name_exactly_the_readers_of_each_norm(tmp_path, model_type):
 def test_shapes_on_disk_fit_the_pairs(tmp_path, model_type):
     checkpoint = open_checkpoint(save_family(model_type, tmp_path))
     for layer in (0, 1):
-        wiring = wire_layers(checkpoint)[layer]
+        wiring = layer_wiring(checkpoint, layer)
         linked = {pair.link for pair in wiring.pairs}
         assert {Link.VALUES, Link.PRODUCT} <= linked
         for name in wiring.writers:
@@ -91,7 +91,7 @@ def test_shapes_on_disk_fit_the_pairs(tmp_path, model_type):
 def test_every_linear_reads_a_pair_or_the_bare_stream(tmp_path, model_type):
     """OLMo 2 alone has linears that no pair feeds: they read the residual stream itself."""
     checkpoint = open_checkpoint(save_family(model_type, tmp_path))
-    wiring = wire_layers(checkpoint)[1]
+    wiring = layer_wiring(checkpoint, 1)
     matrices = {
         name.removeprefix(wiring.prefix).removesuffix(".weight")
         for name, info in checkpoint.tensors.items()
@@ -119,18 +119,18 @@ def test_norms_of_queries_and_keys(model_type):
 
 def test_experts_come_by_number(tmp_path):
     checkpoint = open_checkpoint(save_family("qwen3_moe", tmp_path))
-    pairs = wire_layers(checkpoint)[1].pairs
+    pairs = layer_wiring(checkpoint, 1).pairs
     down = [pair for pair in pairs if pair.link is Link.PRODUCT]
     assert down[3] == Pair(prev="mlp.experts.3.up_proj", to=("mlp.experts.3.down_proj",), link=Link.PRODUCT)
     assert len(down) == 4
-    dense = wire_layers(checkpoint)[0]
+    dense = layer_wiring(checkpoint, 0)
     assert [pair.prev for pair in dense.pairs if pair.link is Link.PRODUCT] == ["mlp.up_proj"]
     assert dense.writers == ("self_attn.o_proj", "mlp.down_proj")
 
 
 def test_clipped_values_are_no_pair(tmp_path):
     checkpoint = open_checkpoint(save_family("olmoe", tmp_path, clip_qkv=8.0))
-    assert Link.VALUES not in {pair.link for pair in wire_layers(checkpoint)[0].pairs}
+    assert Link.VALUES not in {pair.link for pair in layer_wiring(checkpoint, 0).pairs}
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from quantkit.arch.pairs import (
     LayerWiring,
     Link,
     Pair,
+    layer_wiring,
     why_unrotatable,
-    wire_layers,
 )
 from quantkit.calibration.folding import (
     by_value,
@@ -47,7 +47,7 @@ def changed_copy(
     """The checkpoint with `change` applied to the tensors of each layer."""
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors} | (ends or {})
     for layer in (0, 1):
-        wiring = wire_layers(checkpoint)[layer]
+        wiring = layer_wiring(checkpoint, layer)
         own = {
             name.removeprefix(wiring.prefix): tensor
             for name, tensor in tensors.items()
@@ -206,7 +206,7 @@ def test_numbers_per_value_are_those_of_the_query_heads_that_share_it():
 
 def test_fused_rows_before_the_values_stay(tmp_path):
     checkpoint = open_checkpoint(save_family("phi3", tmp_path))
-    wiring = wire_layers(checkpoint)[0]
+    wiring = layer_wiring(checkpoint, 0)
     name = "self_attn.qkv_proj.weight"
     own = {part: checkpoint.read(wiring.prefix + part) for part in (name, "self_attn.o_proj.weight")}
     (pair,) = (pair for pair in wiring.pairs if pair.link is Link.VALUES)
