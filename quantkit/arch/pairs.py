@@ -86,8 +86,8 @@ def layer_wiring(checkpoint: Checkpoint, layer: int) -> LayerWiring:
     Raises UnsupportedModelError for a family that WIRINGS does not list.
     """
     wiring = find_wiring(checkpoint)
-    places = [place_of(name.removesuffix(".weight")) for name in checkpoint.tensors]
-    here = [place for place in places if place and place.layer == layer]
+    names = [name.removesuffix(".weight") for name in checkpoint.tensors if f".{layer}." in name]
+    here = [place for place in map(place_of, names) if place and place.layer == layer]
     assert here, "the plan has checked that the layer is there"
     present = {place.rest for place in here}
     experts = sorted({place.expert for place in here if place.expert is not None})

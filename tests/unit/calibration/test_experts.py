@@ -33,10 +33,6 @@ class Sums:
         self.rows = torch.cat([self.rows, x_TK])
 
 
-def as_they_are(weights: Mapping[str, Tensor], _: Sums) -> Mapping[str, Tensor]:
-    return weights
-
-
 def to_nearest(weights: Mapping[str, Tensor], _: Sums) -> Mapping[str, Tensor]:
     return {name: nearest(weight) for name, weight in weights.items()}
 
@@ -123,10 +119,19 @@ def test_the_module_computes_what_its_rounded_experts_compute_one_by_one(tmp_pat
 
 
 @pytest.mark.parametrize("model_type", MOE)
-def test_observing_changes_nothing(tmp_path, model_type):
-    _, module, calls = run(model_type, tmp_path)
+def test_linears_come_under_their_names_on_disk_and_observing_changes_nothing(tmp_path, model_type):
+    checkpoint, module, calls = run(model_type, tmp_path)
     before = [parameter.clone() for parameter in module.parameters()]
-    round_experts(module, EXPERTS[model_type], calls, new_stats=Sums, round_linears=as_they_are)
+    seen: list[str] = []
+
+    def compare(weights: Mapping[str, Tensor], _: Sums) -> Mapping[str, Tensor]:
+        for name, weight in weights.items():
+            assert torch.equal(weight, checkpoint.read(f"{PREFIX}{name}.weight"))
+        seen.extend(weights)
+        return weights
+
+    round_experts(module, EXPERTS[model_type], calls, new_stats=Sums, round_linears=compare)
+    assert len(set(seen)) == len(seen) == 4 * 3
     assert all(map(torch.equal, before, module.parameters()))
 
 
