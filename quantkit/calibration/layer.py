@@ -9,6 +9,7 @@ Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,10 @@ from quantkit.calibration.skeleton import Call, Skeleton, run_layer
 from quantkit.formats.compressed_tensors import encode_linear
 from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
+from quantkit.schemes.activation import fake_quantize_input
 
 OnLinear = Callable[[LinearPlan, Mapping[str, Any]], None]
-OnInput = Callable[[str, Tensor], None]
+OnInput = Callable[[str, Tensor], Tensor]  # group and input -> what its linears compute with
 
 
 class Streams(NamedTuple):
@@ -71,12 +73,13 @@ class LayerWork:
         (hidden,), originals = streams
         original_inputs: dict[str, Tensor] = {}
         if originals is not None:
-            originals = [self._run(originals[0], call, original_inputs.__setitem__)]
+            originals = [self._run(originals[0], call, partial(_keep_input, original_inputs))]
 
-        def observe_and_round(group: str, x: Tensor) -> None:
+        def observe_and_round(group: str, x: Tensor) -> Tensor:
             stats = self._new_stats(x, group in original_inputs)
-            stats.add(x, original_inputs.pop(group, None))
+            stats.add(self._quantized(group, x), original_inputs.pop(group, None))
             self._round(group, stats)
+            return self._quantized(group, x)
 
         after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
         return Streams([after], originals)
@@ -89,19 +92,21 @@ class LayerWork:
         for number, batch in enumerate(streams.hidden):
             original_inputs: dict[str, Tensor] = {}
             if originals is not None and streams.originals is not None:
-                originals.append(self._run(streams.originals[number], call, original_inputs.__setitem__))
+                keep = partial(_keep_input, original_inputs)
+                originals.append(self._run(streams.originals[number], call, keep))
 
-            def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = original_inputs) -> None:
+            def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = original_inputs) -> Tensor:
                 if group not in stats:
                     stats[group] = self._new_stats(x, group in inputs)
-                stats[group].add(x, inputs.pop(group, None))
+                stats[group].add(self._quantized(group, x), inputs.pop(group, None))
+                return x
 
             self._run(batch, call, observe, lambda call: routed.append(Routed(*(part.cpu() for part in call))))
         for group in self._groups:
             self._round(group, stats.pop(group))
         if self._experts:
             self._round_experts(routed)
-        return Streams([self._run(batch, call, lambda group, x: None) for batch in streams.hidden], originals)
+        return Streams([self._run(batch, call, self._quantized) for batch in streams.hidden], originals)
 
     @property
     def rounded_weights(self) -> set[str]:
@@ -146,13 +151,14 @@ class LayerWork:
     @contextmanager
     def _inputs(self, on_input: OnInput) -> Iterator[None]:
         """While open, the first linear of a group that is called tells of their common input."""
-        seen: dict[str, Tensor] = {}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def look(group: str, args: tuple[Tensor, ...]) -> None:
+        def look(group: str, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             if group not in seen:
-                seen[group] = args[0]
-                on_input(group, args[0])
-            assert seen[group] is args[0], f"the linears of {group} read one input"
+                seen[group] = args[0], on_input(group, args[0])
+            given, used = seen[group]
+            assert given is args[0], f"the linears of {group} read one input"
+            return (used,)
 
         handles = [
             self._linear(linear).register_forward_pre_hook(lambda _, args, group=group: look(group, args))
@@ -180,6 +186,20 @@ class LayerWork:
 
     def _linear(self, linear: LinearPlan) -> nn.Module:
         return self._module.get_submodule(self._skeleton.module_name(below_layer(linear.name)))
+
+    def _quantized(self, group: str, x: Tensor) -> Tensor:
+        """The input as the quantized linears get it; until its static scale is chosen, as it is."""
+        linear = self._groups[group][0]
+        assert linear.scheme is not None, "groups are of quantized linears"
+        if linear.scheme.activation is None:
+            return x
+        static = None
+        if linear.scheme.is_static:
+            if linear.name not in self._rounded:
+                return x
+            static = self._rounded[linear.name][1].stored.input_qparams
+        flat = x.reshape(-1, x.shape[-1])
+        return fake_quantize_input(flat, linear.scheme.activation, static).reshape(x.shape)
 
     def _new_stats(self, x: Tensor, has_original: bool) -> InputStats:
         return new_stats(self._plan, x.shape[-1], x.device, has_original=has_original)
@@ -236,6 +256,11 @@ class LayerWork:
         note = {"algorithm": algorithm if "fallback" not in result.note else "rtn"} | result.note
         self._rounded[linear.name] = (linear, result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)))
         self._on_linear(linear, note)
+
+
+def _keep_input(inputs: dict[str, Tensor], group: str, x: Tensor) -> Tensor:
+    inputs[group] = x
+    return x
 
 
 def below_layer(name: str) -> str:

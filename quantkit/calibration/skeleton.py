@@ -110,14 +110,14 @@ class Skeleton:
 
     def fill_outside(self, tensors: Mapping[str, Tensor]) -> None:
         """Give weights to what is in no layer; a tied head becomes the embedding."""
-        state = {_text_name(name): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        state = {text_name(name): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.requires_grad_(False)
 
     def outside_names(self) -> list[str]:
         """Tensors of the language model that are in no layer, by their names on disk."""
         wanted = {name for name, _ in self.model.named_parameters()}
-        return [name for name in self.checkpoint.tensors if _text_name(name) in wanted and not place_of(name)]
+        return [name for name in self.checkpoint.tensors if text_name(name) in wanted and not place_of(name)]
 
 
 class _Recorder(nn.Module):
@@ -179,7 +179,7 @@ def _layer_and_rest(name: str) -> tuple[int, str] | None:
     return None if place is None else (place.layer, name.removeprefix(place.prefix))
 
 
-def _text_name(name: str) -> str:
+def text_name(name: str) -> str:
     """The name that a tensor outside the layers has in the language model alone."""
     return name.replace("language_model.model.", "model.").replace("model.language_model.", "model.").removeprefix(
         "language_model."

@@ -8,6 +8,7 @@ A file is there whole or not at all, so a run that is killed loses the layer it 
 the plan at hand is the journal's to say, which lies beside them.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.formats.durable import sync_folder, write_atomically
+from quantkit.formats.durable import sync_folder, write_parts_atomically
 from quantkit.formats.safetensors_file import (
     TensorInfo,
     as_bytes,
@@ -42,8 +43,8 @@ class Stage:
             sync_folder(self._folder.parent)
         kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         header = encode_header(kinds, metadata={"notes": json.dumps(notes, sort_keys=True)})
-        data = b"".join([header, *(bytes(as_bytes(tensor)) for tensor in tensors.values())])
-        write_atomically(self._path(part), data)
+        data = (as_bytes(tensor.contiguous()) for tensor in tensors.values())
+        write_parts_atomically(self._path(part), itertools.chain([header], data))
 
     def has(self, part: str) -> bool:
         """Whether the part is finished."""

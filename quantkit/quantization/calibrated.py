@@ -1,6 +1,8 @@
 """The part of a run that uses data: which text, on which device, and the stage it leaves for the writer."""
 
+import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ import torch
 
 from quantkit.calibration.loop import calibrate
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
+from quantkit.calibration.tune import TUNED, tune
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import TensorInfo
@@ -92,14 +95,43 @@ def calibrate_into(
         on_step(Step(f"{linear.name}.weight", done, total, linear, note))
 
     calibrate(checkpoint, plan, tokens, stage, device=device, on_linear=tell)
+    if "tune" in plan.recipe.algorithms:
+        tune(checkpoint, plan, tokens, stage, device=device, on_step=TuneProgress(announce))
     return collect(stage)
 
 
+class TuneProgress:
+    """Says now and then how far tuning is, and how long it will take yet."""
+
+    def __init__(self, announce: Callable[[str], None], every_seconds: float = 10.0) -> None:
+        self._announce = announce
+        self._every = every_seconds
+        self._first: tuple[int, float] | None = None
+        self._told = time.monotonic()
+        self._losses: list[float] = []
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        """One step is done."""
+        now = time.monotonic()
+        self._losses.append(loss)
+        if self._first is None:
+            self._first = step, now
+        if now - self._told < self._every and step < steps:
+            return
+        first_step, first_time = self._first
+        pace = (now - first_time) / max(1, step - first_step)
+        mean = sum(self._losses) / len(self._losses)
+        self._announce(f"tune  step {step} of {steps}  KL {mean:.4f}  {pace * (steps - step):.0f} s left")
+        self._told, self._losses = now, []
+
+
 def collect(stage: Stage) -> Staged:
-    """Everything staged."""
+    """Everything staged; what was tuned in its tuned form."""
     tensors: dict[str, TensorInfo] = {}
-    notes: dict[str, Any] = {}
-    for part in stage.parts():
-        tensors |= stage.infos(part)
-        notes |= stage.notes(part).get("linears", {})
+    notes: dict[str, dict[str, Any]] = defaultdict(dict)
+    for part in [*(part for part in stage.parts() if part != TUNED), TUNED]:
+        if stage.has(part):
+            tensors |= stage.infos(part)
+            for name, note in stage.notes(part).get("linears", {}).items():
+                notes[name] |= note
     return Staged(tensors, notes)
