@@ -51,4 +51,3 @@ def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
             inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False, out=identity_KK)
             return Factor(order_K, inverse_KK.flip(0, 1).float(), dead_K, used)
     return None
-

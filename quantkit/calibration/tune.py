@@ -79,15 +79,18 @@ def tune(
     stage.drop(TUNING)
 
 
-def schedule(plan: QuantPlan, num_samples: int, length: int, device: torch.device, num_threads: int) -> Schedule:
+def schedule(plan: QuantPlan, tokens: CalibrationTokens, device: torch.device, num_threads: int) -> Schedule:
     """How long to learn: by the recipe's epochs, cut to its budget by an estimate of this kind of device's speed."""
     settings = plan.recipe.tune
+    num_samples, length = tokens.ids_SL.shape
     batch = min(settings.batch, num_samples)
     per_epoch = max(1, num_samples // batch)
     steps = settings.epochs * per_epoch
     if plan.recipe.budget_minutes is not None:
         weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
-        flops_per_step = 8 * weights * batch * length  # original forward; forward, and backward twice, of the other
+        flops_per_step = (
+            8 * weights * batch * length
+        )  # original forward; forward, and backward twice, of the other
         flops = FLOPS[device.type] * (num_threads if device.type == "cpu" else 1)
         steps = min(steps, max(1, int(60 * plan.recipe.budget_minutes * flops / flops_per_step)))
     return Schedule(steps, batch, per_epoch)
@@ -108,7 +111,7 @@ class TuneRun:
         self._device = device
         self._ids = tokens.ids_SL.flatten().to(device)
         self._length = tokens.ids_SL.shape[1]
-        self.schedule = schedule(plan, *tokens.ids_SL.shape, device, torch.get_num_threads())
+        self.schedule = schedule(plan, tokens, device, torch.get_num_threads())
         self._skeleton = Skeleton(checkpoint, device, torch.float32)
         self._model_type = checkpoint.model_type
         self._linears = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
@@ -126,7 +129,7 @@ class TuneRun:
             target_SLV = log_softmax(self._logits({}, ids_SL), dim=-1)
         found_SLV = log_softmax(self._logits(self._quantized(), ids_SL), dim=-1)
         loss = (target_SLV.exp() * (target_SLV - found_SLV)).sum(dim=-1).mean()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -217,7 +220,7 @@ class TuneRun:
         return logits_SLV.float()
 
     def _quantized(self) -> dict[str, Tensor]:
-        """The tensors in which the quantized model differs from the original, as the model of transformers names them."""
+        """The tensors in which the quantized model differs from the original, by their names in transformers."""
         learned = {f"{name}.weight": weight.value() for name, weight in self._weights.items()}
         learned |= {name: norm.value() for name, norm in self._norms.items()}
         named: dict[str, Tensor] = {}
