@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01
+FLOAT64_FEATURES = 4096
 RETRIES = 4  # each with ten times the damping
 
 
@@ -28,16 +29,15 @@ class Factor(NamedTuple):
 def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
     """Factorize H (float32 [K, K], mean of x xᵀ), with more damping where it is not positive definite.
 
-    None if H is not finite, or not positive definite even with damping · 10³. On a CPU the work is done in float64, on
-    a GPU in float32. Peak memory: two K × K matrices. Source: arXiv:2210.17323 section 3.3; the order of columns is
-    that of "act order".
+    None if H is not finite, or not positive definite even with damping · 10³. Peak memory: two K × K matrices in
+    `precision`. Source: arXiv:2210.17323 section 3.3; the order of columns is that of "act order".
     """
     diagonal_K = hessian_KK.diagonal()
     if not bool(torch.isfinite(hessian_KK).all()) or not bool((diagonal_K > 0).any()):
         return None
     dead_K = diagonal_K <= 0
     order_K = torch.argsort(diagonal_K, descending=True, stable=True)
-    dtype = torch.float32 if hessian_KK.is_cuda else torch.float64
+    dtype = precision(hessian_KK)
     # The inverse of a matrix whose rows and columns run backwards has its Cholesky factor on the other side: with
     # flip(H) = L Lᵀ, U = flip(L⁻¹) is upper triangular and Uᵀ U = H⁻¹. One factorization instead of two and an inverse.
     backwards_K = order_K.flip(0)
@@ -51,3 +51,8 @@ def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
             inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False, out=identity_KK)
             return Factor(order_K, inverse_KK.flip(0, 1).float(), dead_K, used)
     return None
+
+
+def precision(hessian_KK: Tensor) -> torch.dtype:
+    """float64, but float32 on a GPU where that takes too much of its memory."""
+    return torch.float32 if hessian_KK.is_cuda and len(hessian_KK) > FLOAT64_FEATURES else torch.float64

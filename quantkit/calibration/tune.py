@@ -13,6 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -69,12 +70,13 @@ def tune(
     run = TuneRun(checkpoint, plan, tokens, stage, device)
     run.resume(stage)
     kept_at = time.monotonic()
-    while run.step < run.schedule.steps:
-        loss = run.learn()
-        on_step(run.step, run.schedule.steps, loss)
-        if time.monotonic() - kept_at > KEEP_SECONDS and run.step < run.schedule.steps:
-            run.keep(stage)
-            kept_at = time.monotonic()
+    with _deterministic():
+        while run.step < run.schedule.steps:
+            loss = run.learn()
+            on_step(run.step, run.schedule.steps, loss)
+            if time.monotonic() - kept_at > KEEP_SECONDS and run.step < run.schedule.steps:
+                run.keep(stage)
+                kept_at = time.monotonic()
     stage.write(TUNED, run.stored_tensors(), {"linears": run.notes()})
     stage.drop(TUNING)
 
@@ -94,6 +96,17 @@ def schedule(plan: QuantPlan, tokens: CalibrationTokens, device: torch.device, n
         flops = FLOPS[device.type] * (num_threads if device.type == "cpu" else 1)
         steps = min(steps, max(1, int(60 * plan.recipe.budget_minutes * flops / flops_per_step)))
     return Schedule(steps, batch, per_epoch)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """While open, sums on a GPU have a fixed order, so that the same run gives the same bytes."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class TuneRun:

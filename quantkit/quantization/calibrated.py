@@ -12,6 +12,7 @@ import torch
 from quantkit.calibration.loop import calibrate
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
 from quantkit.calibration.tune import TUNED, tune
+from quantkit.env import deterministic_cublas
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import TensorInfo
@@ -58,6 +59,7 @@ def choose_device(name: str) -> torch.device:
                 f"--device cuda: torch {torch.__version__} finds no usable GPU",
                 fix="use --device cpu, or install the CUDA build of torch and a driver",
             )
+        deterministic_cublas()
     return torch.device(name)
 
 
