@@ -136,7 +136,7 @@ class LayerRun:
         tensors = self.skeleton.read_layer(layer)
         changed = self.folds.layer(layer, tensors)
         work = LayerWork(self.skeleton, self.plan, layer, self.by_layer[layer], tensors | changed, on_linear)
-        run = work.one_pass if self.layout.is_whole else work.two_passes
+        run = work.one_pass if self.layout.is_whole else work.in_batches
         streams = run(self.streams, self.calls[layer])
         self.streams = Streams(
             self._placed(streams.hidden), streams.originals and self._placed(streams.originals)
