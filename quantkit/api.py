@@ -15,6 +15,8 @@ def quantize(
     *,
     settings: Sequence[str] = (),
     revision: str | None = None,
+    calib: str | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
     announce: Callable[[str], None] | None = None,
@@ -22,7 +24,8 @@ def quantize(
     """Quantize a checkpoint into a folder; an interrupted run of the same plan continues.
 
     source: a folder, hub id, .gguf file or "demo". recipe: a shipped recipe's name or a YAML file. settings:
-    "KEY=VALUE" changes of the recipe. on_step: told of every tensor that is done. announce: told, in a line,
+    "KEY=VALUE" changes of the recipe. calib: SPEC of the calibration text. device: "cpu" or "cuda", for calibration.
+    on_step: told of every tensor that is done. announce: told, in a line,
     what will take a while. Raises QuantkitError.
     """
     chosen = load_recipe(str(recipe), tuple(settings))
@@ -34,7 +37,10 @@ def quantize(
         base=_base_name(str(source)),
         where=str(recipe),
         overwrite=overwrite,
+        calib=calib,
+        device=device,
         on_step=on_step,
+        announce=announce or (lambda line: None),
     )
 
 

@@ -4,10 +4,12 @@ It is built on the meta device, so it takes no memory; code from the checkpoint 
 """
 
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 
 from quantkit.arch.families import Family, Part, Role
@@ -36,7 +38,7 @@ def family_from_skeleton(checkpoint: Checkpoint) -> Family:
     transformers does not know the architecture, or has no causal language model for it.
     """
     parts: dict[str, Part] = {}
-    for name, module in _build(checkpoint).named_modules():
+    for name, module in _build(checkpoint, torch.device("meta")).named_modules():
         place = place_of(name)
         if place and type(module) is nn.Linear:
             part = _part(place.rest)
@@ -70,10 +72,18 @@ def _group(parent: str, leaf: str) -> str | None:
     return next((f"{parent}.{fused}" for fused, siblings in FUSED if leaf in siblings), None)
 
 
-def _build(checkpoint: Checkpoint) -> nn.Module:
+def build_language_model(checkpoint: Checkpoint) -> nn.Module:
+    """The causal language model of transformers with its parameters on the meta device and its buffers in memory.
+
+    Raises UnsupportedModelError if transformers does not know the architecture or refuses the config.
+    """
+    return _build(checkpoint, init_empty_weights(include_buffers=False))
+
+
+def _build(checkpoint: Checkpoint, empty: AbstractContextManager[Any]) -> nn.Module:
     config = _config(checkpoint)
     try:
-        with torch.device("meta"):
+        with empty:
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a model's constructor may refuse its config in any way
         raise UnsupportedModelError(

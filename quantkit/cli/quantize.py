@@ -23,6 +23,11 @@ def quantize(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Calibration text: a file or folder, `hf:DATASET`, `docs` or `self`."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where calibration computes: cpu or cuda.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")
     ] = False,
@@ -49,6 +54,8 @@ def quantize(
             output,
             settings=settings or (),
             revision=revision,
+            calib=calib,
+            device=device,
             overwrite=overwrite,
             on_step=progress.show,
             announce=progress.say,
@@ -133,7 +140,8 @@ class _Progress:
         if step.linear is not None and step.linear.scheme is not None:
             sqnr = "exact" if step.note["sqnr_db"] is None else f"{step.note['sqnr_db']:.1f} dB"
             label = scheme_label(step.linear.scheme)
-            self.say(f"{step.linear.name}  {label}  rtn  {sqnr}  {now - self._last:.2f} s")
+            algorithm = step.note.get("algorithm", "rtn")
+            self.say(f"{step.linear.name}  {label}  {algorithm}  {sqnr}  {now - self._last:.2f} s")
         self._last = now
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 
 from quantkit.arch import Role, Stays, place_of
+from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.card import first_card
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.compressed_tensors import linear_layout
@@ -35,7 +37,13 @@ class QuantReport(NamedTuple):
     was_finished: bool
 
 
-def plan_summary(checkpoint: Checkpoint, plan: QuantPlan, base: str) -> dict[str, Any]:
+def plan_summary(
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    base: str,
+    tokens: CalibrationTokens | None,
+    device: torch.device,
+) -> dict[str, Any]:
     """What quantkit.json says before any tensor is quantized: the resolved plan."""
     headers = {name: [str(info.dtype), info.shape] for name, info in checkpoint.tensors.items()}
     digest = hashlib.sha256(json.dumps([checkpoint.config, headers], sort_keys=True).encode()).hexdigest()
@@ -44,9 +52,22 @@ def plan_summary(checkpoint: Checkpoint, plan: QuantPlan, base: str) -> dict[str
         "versions": {"torch": torch.__version__},
         "source": {"name": base, "headers_sha256": digest},
         "recipe": plan.recipe.model_dump(),
+        "calibration": None if tokens is None else _calibration(tokens, device),
         "kv_cache": None if plan.kv is None else kv_label(plan.kv),
         "linears": linear_notes(plan, {}),
         "kept": {stays.name: stays.reason for stays in plan.stays},
+    }
+
+
+def _calibration(tokens: CalibrationTokens, device: torch.device) -> dict[str, Any]:
+    samples, length = tokens.ids_SL.shape
+    return {
+        "text": tokens.spec,
+        "samples": samples,
+        "length": length,
+        "tokens_sha256": tokens.hash,
+        "device": device.type,
+        "transformers": transformers.__version__,
     }
 
 
@@ -59,7 +80,7 @@ def linear_notes(plan: QuantPlan, notes: Mapping[str, Any]) -> dict[str, dict[st
         else:
             entry |= {
                 "scheme": scheme_label(linear.scheme),
-                "algorithm": plan.recipe.algorithm,
+                "algorithm": "rtn",
                 "scales": linear.scales,
                 "bits_per_weight": round(bits_per_weight(linear, plan.scale_dtype), 4),
             } | notes.get(linear.name, {})
@@ -81,7 +102,7 @@ def is_same_run(folder: Path, summary: dict[str, Any], stamps: list[list[Any]]) 
     plan, log = read_json(folder / PLAN_NAME), read_json(folder / LOG_NAME)
     if not isinstance(plan, dict) or not isinstance(log, dict) or log.get("source_files") != stamps:
         return False
-    return all(plan.get(key) == summary[key] for key in ("quantkit", "recipe", "source"))
+    return all(plan.get(key) == summary[key] for key in ("quantkit", "recipe", "source", "calibration"))
 
 
 def source_stamps(checkpoint: Checkpoint) -> list[list[Any]]:

@@ -1,7 +1,8 @@
-"""The story of a quantization run: read, plan, quantize, write; a tensor at a time, resumable.
+"""The story of a quantization run: read, plan, calibrate, quantize, write; resumable.
 
-Peak memory is a few tensors: weights are read in row chunks, the codes of one linear are held until they are
-packed. Killed at any instant and started again, a run continues, and ends with the same bytes.
+Without data, peak memory is a few tensors: weights are read in row chunks, the codes of one linear are held until
+they are packed. With data, layers are calibrated and staged first, then written like everything else. Killed at any
+instant and started again, a run continues, and ends with the same bytes.
 """
 
 import json
@@ -22,8 +23,17 @@ from quantkit.formats.compressed_tensors import encode_linear, linear_layout
 from quantkit.formats.folder import FolderState, check_apart, check_companions, folder_state, remove_run
 from quantkit.formats.kv_cache import kv_layout, num_kv_heads
 from quantkit.formats.safetensors_file import iter_bytes
+from quantkit.formats.stage import Stage
 from quantkit.formats.shards import DEFAULT_LIMITS, Limits, OutputTensor, ShardWriter
+from quantkit.quantization.calibrated import (
+    Staged,
+    calibrate_into,
+    calibration_spec,
+    choose_device,
+    read_tokens,
+)
 from quantkit.quantization.linear import quantize_linear
+from quantkit.quantization.progress import Step
 from quantkit.quantization.record import (
     QuantReport,
     attention_modules,
@@ -34,16 +44,6 @@ from quantkit.quantization.record import (
     write_companions,
 )
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
-
-
-class Step(NamedTuple):
-    """One tensor done. linear: the plan if it was quantized; note: what quantkit.json says of it."""
-
-    name: str
-    done_bytes: int
-    total_bytes: int
-    linear: LinearPlan | None
-    note: Mapping[str, Any]
 
 
 class Entry(NamedTuple):
@@ -62,22 +62,30 @@ def quantize_checkpoint(
     base: str | None = None,
     where: str = "recipe",
     overwrite: bool = False,
+    calib: str | None = None,
+    device: str = "cpu",
     on_step: Callable[[Step], None] = lambda step: None,
+    announce: Callable[[str], None] = lambda line: None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> QuantReport:
     """Quantize a checkpoint folder into another, or continue an interrupted run of the same plan.
 
-    base: the source's name on the card. where: the recipe's name in errors. Raises QuantkitError before
-    anything is written, except for weights that are not finite, which are met on the way: then what was
-    written is removed, since it cannot be continued.
+    base: the source's name on the card. where: the recipe's name in errors. calib: SPEC of the calibration text; a
+    recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for calibration.
+    announce: told, in a line, what will take a while. Raises QuantkitError before anything is written, except for
+    weights that are not finite, which are met on the way: then what was written is removed, since it cannot be
+    continued.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint, recipe, where=where)
+    spec = calibration_spec(recipe, calib, where)
+    plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
     entries = plan_entries(checkpoint, plan)
     check_apart(source, folder)
     check_companions(source)
-    summary = plan_summary(checkpoint, plan, base or source.name)
+    chosen = choose_device(device)
+    tokens = None if spec is None else read_tokens(source, recipe, spec, announce)
+    summary = plan_summary(checkpoint, plan, base or source.name, tokens, chosen)
     stamps = source_stamps(checkpoint)
     if _claim(folder, summary, stamps, overwrite) is FolderState.FINISHED:
         after_bytes = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
@@ -85,11 +93,15 @@ def quantize_checkpoint(
     key = json.dumps([summary, stamps], sort_keys=True)
     try:
         with ShardWriter(folder, [entry.tensors for entry in entries], key, limits) as writer:
-            _write_tensors(checkpoint, plan, entries, writer, on_step)
+            staged = Staged.nothing()
+            if tokens is not None and writer.num_done < len(entries):
+                staged = calibrate_into(folder, checkpoint, plan, tokens, chosen, on_step, announce)
+            _write_tensors(checkpoint, plan, entries, staged, writer, on_step)
             writer.finish()
             report = _report(checkpoint, folder, writer.num_bytes, started, was_finished=False)
             summary["linears"] = linear_notes(plan, writer.notes)
             write_companions(checkpoint, plan, summary, stamps, report)
+            Stage(folder).remove()
             writer.remove_journal()
     except SourceError:
         remove_run(folder)
@@ -128,6 +140,7 @@ def _write_tensors(
     checkpoint: Checkpoint,
     plan: QuantPlan,
     entries: Sequence[Entry],
+    staged: Staged,
     writer: ShardWriter,
     on_step: Callable[[Step], None],
 ) -> None:
@@ -138,7 +151,11 @@ def _write_tensors(
     )
     for entry in entries[writer.num_done :]:
         note: dict[str, Any] = {}
-        if entry.source is None:
+        if entry.tensors[0].name in staged.tensors:
+            for tensor in entry.tensors:
+                writer.write(tensor.name, iter_bytes(staged.tensors[tensor.name]))
+            note = staged.notes.get(entry.linear.name, {}) if entry.linear else {}
+        elif entry.source is None:
             for tensor in entry.tensors:  # an FP8 KV cache nobody calibrated: e4m3 holds K and V as they are
                 writer.write(tensor.name, torch.ones(tensor.shape, dtype=tensor.dtype))
         elif entry.linear is None:
@@ -152,7 +169,8 @@ def _write_tensors(
         writer.finish_entry({entry.linear.name: note} if entry.linear else {})
         if entry.source:
             done += checkpoint.info(entry.source).num_bytes
-            on_step(Step(entry.source, done, total, entry.linear, note))
+            is_told = entry.tensors[0].name in staged.tensors  # when it was staged
+            on_step(Step(entry.source, done, total, None if is_told else entry.linear, note))
 
 
 def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:

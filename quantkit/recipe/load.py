@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from quantkit.errors import RecipeError
-from quantkit.recipe.model import Override, Recipe
+from quantkit.recipe.model import SECTIONS, Override, Recipe
 from quantkit.resources import data_dir
 
 _UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
@@ -102,6 +102,8 @@ def _apply(content: dict[str, Any], setting: str) -> None:
     *parents, last = key.strip().split(".")
     place: Any = content
     for part in parents:
+        if place is content and part in SECTIONS:
+            place.setdefault(part, {})
         place = _descend(place, part, setting)
     if isinstance(place, list):
         place[_position(place, last, setting)] = value
@@ -133,7 +135,8 @@ def _invalid(
     place = _place(path, file, lines, settings)
     if first["type"] in _UNKNOWN_KEY:
         unknown = str(first["loc"][-1])
-        fields = Override.model_fields if "." in path else Recipe.model_fields
+        section = SECTIONS.get(path.partition(".")[0], Override)
+        fields = section.model_fields if "." in path else Recipe.model_fields
         near = difflib.get_close_matches(unknown, fields, n=1)
         return RecipeError(
             f"{place}: unknown key {unknown}",
@@ -156,6 +159,7 @@ def _dotted(detail: ErrorDetails) -> str:
     """The path of what is wrong as `lines` has it, without the names that pydantic gives the parts of a union."""
     head, *rest = map(str, detail["loc"])
     known = {*Recipe.model_fields, *Override.model_fields}
+    known |= {name for section in SECTIONS.values() for name in section.model_fields}
     if detail["type"] in _UNKNOWN_KEY:
         known |= {str(detail["loc"][-1])}
     return ".".join([head, *(name for name in rest if name in known or name.isdecimal())])

@@ -1,14 +1,21 @@
 """The recipe: a dozen YAML keys, every one documented here, unknown ones rejected."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 GroupSize = Literal["auto"] | Annotated[int, Field(gt=0)]
 Weights = Literal["int2", "int4", "int8", "fp8"]
 Activations = Literal["none", "int8", "fp8"]
+ActivationScales = Literal["dynamic", "static"]
 WeightGranularity = Literal["auto", "group", "channel", "tensor", "block"]
-Scales = Literal["minmax", "mse"]
+Scales = Literal["auto", "minmax", "mse", "importance"]
+# In the order in which they can be applied.
+AlgorithmName = Literal[
+    "rotate", "smoothquant", "awq", "weight_correction", "rtn", "gptq", "bias_correction", "tune"
+]
+ALGORITHM_ORDER: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
+WITHOUT_DATA = {"rotate", "rtn"}
 
 
 class _Strict(BaseModel):
@@ -37,6 +44,29 @@ class Override(_Strict):
         return self
 
 
+class Calibration(_Strict):
+    """How much text a run looks at; which text is the command line's to say."""
+
+    samples: Annotated[int, Field(gt=0)] = Field(
+        128, description="Windows of text, spread evenly over it; fewer if the text has no more."
+    )
+    length: Annotated[int, Field(gt=1)] = Field(512, description="Tokens of a window.")
+
+
+class Tune(_Strict):
+    """How `tune` learns; what it holds in memory is the whole model."""
+
+    epochs: Annotated[int, Field(gt=0)] = Field(12, description="How often it goes through the windows.")
+    batch: Annotated[int, Field(gt=0)] = Field(8, description="Windows of a step.")
+    codes: bool = Field(
+        True,
+        description="Learn the codes too, not only scales and norms; takes 16 bytes of memory per weight.",
+    )
+
+
+SECTIONS: dict[str, type[BaseModel]] = {"calibration": Calibration, "tune": Tune}
+
+
 class Recipe(_Strict):
     """How to quantize a model."""
 
@@ -57,9 +87,18 @@ class Recipe(_Strict):
         "inputs of every linear; those that 32 does not divide get one scale per channel.",
     )
     symmetric: bool = Field(True, description="Integer grid around 0; false adds a zero point per scale.")
-    algorithm: Literal["rtn"] = Field("rtn", description="How codes are chosen. rtn: round to nearest.")
+    algorithm: AlgorithmName | list[AlgorithmName] = Field(
+        "rtn",
+        description="One, or a list applied in order. rotate: Hadamard rotations folded into the weights. "
+        "smoothquant, awq: scales of input channels folded into the weights. weight_correction: weights that make up "
+        "for what the layers before lost. rtn: round to nearest; gptq: round, making up for each column's error in the "
+        "others. bias_correction: biases that make up for the mean error. tune: scales, norms and codes learned end to "
+        "end from the original's logits.",
+    )
     scales: Scales = Field(
-        "mse", description="How scales are chosen. minmax: the largest weight; mse: least squared error."
+        "auto",
+        description="How scales are chosen. minmax: the largest weight; mse: least squared error; importance: least "
+        "squared error weighted by the inputs' second moments. auto: importance with calibration text, else mse.",
     )
     attention: Literal["bf16", "8bit", "same"] = Field(
         "bf16",
@@ -73,5 +112,71 @@ class Recipe(_Strict):
         "auto",
         description="Which cache entries share a scale. auto: tensor for fp8, token (and head) for int8.",
     )
+    activation_scales: ActivationScales = Field(
+        "dynamic",
+        description="Scales of quantized inputs. dynamic: one per token, while running; static: one per tensor, calibrated.",
+    )
+    activation_symmetric: bool = Field(
+        True, description="Static INT8 inputs: a grid around 0; false adds a zero point."
+    )
+    calibration: Calibration = Field(Calibration(), description="How much calibration text is used.")
+    tune: Tune = Field(Tune(), description="Settings of the algorithm `tune`.")
+    budget_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Time that `tune` may take, by an estimate from the model's size and the device."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of rotations and of the order of windows.")
     ignore: list[str] = Field([], description="Linears that stay in 16 bits; patterns as in overrides.match.")
     overrides: list[Override] = Field([], description="Other treatments by name; a later match wins.")
+
+    @property
+    def algorithms(self) -> tuple[AlgorithmName, ...]:
+        """The algorithms in order, with exactly one of rtn and gptq."""
+        given = [self.algorithm] if isinstance(self.algorithm, str) else self.algorithm
+        names = {*given} if {"rtn", "gptq"} & {*given} else {*given, "rtn"}
+        return tuple(name for name in ALGORITHM_ORDER if name in names)
+
+    @property
+    def data_reason(self) -> str | None:
+        """What in this recipe cannot be done without calibration text; None: nothing."""
+        for name in self.algorithms:
+            if name not in WITHOUT_DATA:
+                return f"algorithm {name}"
+        if "importance" in [self.scales, *(override.scales for override in self.overrides)]:
+            return "scales: importance"
+        if self.activation_scales == "static" and self.activations != "none":
+            return "activation_scales: static"
+        return None
+
+    @property
+    def can_use_data(self) -> bool:
+        """Whether calibration text would change anything."""
+        scales = [self.scales, *(override.scales for override in self.overrides if override.scales)]
+        return self.data_reason is not None or "auto" in scales
+
+    @model_validator(mode="after")
+    def _algorithms_fit(self) -> Self:
+        given = [self.algorithm] if isinstance(self.algorithm, str) else self.algorithm
+        doubled = next((name for name in given if given.count(name) > 1), None)
+        if doubled:
+            raise ValueError(f"algorithm {doubled} is given twice")
+        if {"rtn", "gptq"} <= {*given}:
+            raise ValueError("algorithms rtn and gptq exclude each other: each chooses the codes")
+        if {"smoothquant", "awq"} <= {*given}:
+            raise ValueError("algorithms smoothquant and awq exclude each other: each scales the same channels")
+        order = [name for name in ALGORITHM_ORDER if name in given]
+        if given != order:
+            raise ValueError(f"the order of these algorithms can only be {', '.join(order)}")
+        if "tune" not in given:
+            unused = next((key for key in ("tune", "budget_minutes") if key in self.model_fields_set), None)
+            if unused and getattr(self, unused) is not None:
+                raise ValueError(f"{unused} has no effect without algorithm tune")
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Self:
+        if self.activation_scales == "static" and self.activations == "none":
+            raise ValueError("activation_scales: static has no effect where inputs stay in 16 bits")
+        is_static_int8 = self.activation_scales == "static" and self.activations == "int8"
+        if not self.activation_symmetric and not is_static_int8:
+            raise ValueError("activation_symmetric: false is for static INT8 inputs alone")
+        return self

@@ -7,6 +7,7 @@ run, before anything is written.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,7 @@ from quantkit.arch.linears import WEIGHT_DTYPES
 from quantkit.errors import RecipeError, SchemeError, SourceError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import DTYPE_NAMES
-from quantkit.recipe.model import Recipe, Scales
+from quantkit.recipe.model import Recipe
 from quantkit.recipe.treatment import Treatment, find_treatments
 from quantkit.schemes import (
     FloatSpec,
@@ -31,6 +32,7 @@ from quantkit.schemes import (
 )
 from quantkit.schemes.support import FP8_BLOCK, GROUP_SIZES, check_kv_scheme, check_scheme
 
+ChosenScales = Literal["minmax", "mse", "importance"]
 _LINEAR_ROLES = (Role.ATTENTION, Role.MLP, Role.EXPERT)
 
 
@@ -46,7 +48,7 @@ class LinearPlan:
     group: str
     shape: tuple[int, int]
     scheme: Scheme | None
-    scales: Scales
+    scales: ChosenScales
     reason: str | None = None
 
 
@@ -69,8 +71,10 @@ class QuantPlan:
         return {linear.name: linear.scheme for linear in self.linears}
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe") -> QuantPlan:
-    """Resolve a recipe on a checkpoint. `where` names the recipe in errors.
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe", has_data: bool = False
+) -> QuantPlan:
+    """Resolve a recipe on a checkpoint. `where` names the recipe in errors. has_data: calibration text is there.
 
     Raises SourceError (already quantized), SchemeError (a combination that nothing can run), RecipeError (a
     pattern without a match, fused linears treated differently, a group size that does not divide, nothing to do).
@@ -99,7 +103,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe") 
                 group=linear.group,
                 shape=linear.shape,
                 scheme=scheme,
-                scales=treatments[linear.name].scales,
+                scales=_chosen_scales(treatments[linear.name], has_data),
                 reason=reason,
             )
     kv = _kv_scheme(recipe, where)
@@ -116,6 +120,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, where: str = "recipe") 
         kv=kv,
         scale_dtype=_scale_dtype(checkpoint, linears),
     )
+
+
+def _chosen_scales(treatment: Treatment, has_data: bool) -> ChosenScales:
+    if treatment.scales == "auto":
+        return "importance" if has_data else "mse"
+    return treatment.scales
 
 
 def _refuse_quantized_weights(checkpoint: Checkpoint, stays: Sequence[Stays]) -> None:
@@ -207,11 +217,13 @@ def _weight_granularity(
 
 def _activation_spec(treatment: Treatment, weight: Spec) -> Spec | None:
     granularity: Granularity = PerGroup(128) if weight.granularity == FP8_BLOCK else PerToken()
+    if treatment.activation_scales == "static":
+        granularity = PerTensor()
     match treatment.activations:
         case "none":
             return None
         case "int8":
-            return IntSpec(bits=8, granularity=granularity)
+            return IntSpec(bits=8, granularity=granularity, symmetric=treatment.activation_symmetric)
         case "fp8":
             return FloatSpec(granularity=granularity)
 

@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 
 from quantkit.arch import LinearInfo, Role
 from quantkit.errors import RecipeError
-from quantkit.recipe.model import Activations, GroupSize, Override, Recipe, Scales, WeightGranularity, Weights
+from quantkit.recipe.model import (
+    Activations,
+    ActivationScales,
+    GroupSize,
+    Override,
+    Recipe,
+    Scales,
+    WeightGranularity,
+    Weights,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +27,8 @@ class Treatment:
     keep: str | None
     weights: Weights
     activations: Activations
+    activation_scales: ActivationScales
+    activation_symmetric: bool
     granularity: WeightGranularity
     group_size: GroupSize
     symmetric: bool
@@ -45,6 +56,8 @@ def _by_role(recipe: Recipe, role: Role) -> Treatment:
         keep=None,
         weights=recipe.weights,
         activations=recipe.activations,
+        activation_scales=recipe.activation_scales,
+        activation_symmetric=recipe.activation_symmetric,
         granularity=recipe.granularity,
         group_size=recipe.group_size,
         symmetric=recipe.symmetric,

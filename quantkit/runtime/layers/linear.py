@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.formats.compressed_tensors import StoredLinear
-from quantkit.runtime.layers.activation import fake_quantize_input, input_qparams, to_codes
+from quantkit.schemes.activation import fake_quantize_input, input_qparams, to_codes
 from quantkit.schemes import IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, Spec
 from quantkit_kernels.catalog import Kernel, choose_float, choose_int8
 from quantkit_kernels.weight import LinearWeight

@@ -5,7 +5,7 @@ import torch
 
 from quantkit.formats.kv_cache import StoredKV, write_kv_sidecar
 from quantkit.runtime.kv_cache import KVCache
-from quantkit.runtime.layers.activation import fake_quantize_input
+from quantkit.schemes.activation import fake_quantize_input
 from quantkit.runtime.layers.linear import QuantLinear
 from quantkit.runtime.load import load_model
 from quantkit.schemes import FloatSpec, IntSpec, KVScheme, PerChannel, PerGroup, PerTensor, PerToken, Scheme

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics.affine import E4M3_MAX
-from quantkit.schemes import FloatSpec, PerGroup, QParams, Spec
+from quantkit.schemes.specs import FloatSpec, PerGroup, QParams, Spec
 
 
 def fake_quantize_input(x_TK: Tensor, spec: Spec, static: QParams | None) -> Tensor:

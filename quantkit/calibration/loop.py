@@ -1,0 +1,184 @@
+"""The one loop: decoder layer by decoder layer, observe, round, stage, and go on through the rounded layer.
+
+Peak memory is one layer, its statistics, and the hidden states of all calibration tokens; of these two copies
+where the plan corrects weights, because the original model then runs alongside.
+
+Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.arch import place_of
+from quantkit.calibration.folds import Folds
+from quantkit.calibration.layer import LayerWork, Streams
+from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.tokens import CalibrationTokens
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.compressed_tensors import decode_linear
+from quantkit.formats.stage import Stage, layer_part
+from quantkit.recipe import LinearPlan, QuantPlan
+from quantkit.schemes.tiles import dequantize_weight
+
+WHOLE_BYTES = 4 << 30  # activations of all tokens in one layer that go through it at once
+BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # the same of a batch, where they do not
+FLOAT32_LAYER_WEIGHTS = 50_000_000  # on a GPU, layers up to this size are computed in float32 (TF32 products)
+OUTSIDE = "outside"
+
+OnLinear = Callable[[LinearPlan, Mapping[str, Any]], None]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    tokens: CalibrationTokens,
+    stage: Stage,
+    *,
+    device: torch.device,
+    on_linear: OnLinear,
+) -> None:
+    """Round every layer that is not staged yet, and stage it; staged layers are only run through.
+
+    Raises UnsupportedModelError for a family that is not known, CalibrationError where no token is usable.
+    """
+    run = LayerRun(checkpoint, plan, tokens, device)
+    unfinished = [layer for layer in range(run.skeleton.num_layers) if not stage.has(layer_part(layer))]
+    if not unfinished and (stage.has(OUTSIDE) or not run.folds.changes_outside):
+        return
+    run.start(stage)
+    for layer in range(max(unfinished, default=-1) + 1):
+        if stage.has(layer_part(layer)):
+            run.pass_through(layer, stage)
+        else:
+            run.quantize(layer, stage, on_linear)
+
+
+class Layout(NamedTuple):
+    """How tokens go through a layer: samples of a batch, and whether one batch holds all."""
+
+    batch: int
+    is_whole: bool
+
+
+def layout(checkpoint: Checkpoint, plan: QuantPlan, num_samples: int, length: int, device: torch.device) -> Layout:
+    """From shapes and constants alone, so that the result does not depend on how much memory is free."""
+    hidden_size = max(linear.shape[1] for linear in plan.linears[:1])
+    inner_size = max(max(linear.shape) for linear in plan.linears)
+    element_bytes = compute_dtype(checkpoint, plan, device).itemsize
+    num_streams = 2 if "weight_correction" in plan.recipe.algorithms else 1
+    sample_bytes = length * (4 * hidden_size + 3 * inner_size) * element_bytes * num_streams
+    if num_samples * sample_bytes <= WHOLE_BYTES:
+        return Layout(num_samples, True)
+    return Layout(max(1, BATCH_BYTES[device.type] // sample_bytes), False)
+
+
+def compute_dtype(checkpoint: Checkpoint, plan: QuantPlan, device: torch.device) -> torch.dtype:
+    """What layers are computed in: float32, but for large models on a GPU their own dtype."""
+    by_layer: dict[int, int] = defaultdict(int)
+    for linear in plan.linears:
+        by_layer[layer_of_linear(linear)] += linear.shape[0] * linear.shape[1]
+    if device.type == "cpu" or max(by_layer.values()) <= FLOAT32_LAYER_WEIGHTS:
+        return torch.float32
+    return checkpoint.info(f"{plan.linears[0].name}.weight").dtype
+
+
+def layer_of_linear(linear: LinearPlan) -> int:
+    """The number of the layer that a linear is in."""
+    place = place_of(linear.name)
+    assert place is not None, "linears are in layers"
+    return place.layer
+
+
+class LayerRun:
+    """Where the calibration tokens are, and the model's skeleton."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: QuantPlan, tokens: CalibrationTokens, device: torch.device
+    ) -> None:
+        self.plan = plan
+        self.ids_SL = tokens.ids_SL
+        self.skeleton = Skeleton(checkpoint, device, compute_dtype(checkpoint, plan, device))
+        self.folds = Folds(checkpoint, plan)
+        self.layout = layout(checkpoint, plan, *tokens.ids_SL.shape, device)
+        self.by_layer: dict[int, list[LinearPlan]] = defaultdict(list)
+        for linear in plan.linears:
+            self.by_layer[layer_of_linear(linear)].append(linear)
+        self.streams = Streams([], None)
+        self.calls: list[Call] = []
+
+    def start(self, stage: Stage) -> None:
+        """Embed the tokens; what a rotation changes outside the layers is staged."""
+        outside = {name: self.skeleton.checkpoint.read(name) for name in self.skeleton.outside_names()}
+        changed = self.folds.outside(outside)
+        if changed and not stage.has(OUTSIDE):
+            stage.write(OUTSIDE, self.folds.rounded(changed), {})
+        embedded, self.calls = self.skeleton.start(self.ids_SL, outside | changed, self.layout.batch)
+        corrects = "weight_correction" in self.plan.recipe.algorithms
+        self.streams = Streams(self._placed(embedded), self._placed(embedded) if corrects else None)
+
+    def pass_through(self, layer: int, stage: Stage) -> None:
+        """Advance through a layer that is staged."""
+        tensors = self.skeleton.read_layer(layer)
+        tensors |= self.folds.layer(layer, tensors)
+        hidden, originals = self.streams
+        if originals is not None:
+            originals = self._advanced(layer, tensors, originals)
+        hidden = self._advanced(layer, tensors | self._staged(layer, stage), hidden)
+        self.streams = Streams(hidden, originals)
+
+    def quantize(self, layer: int, stage: Stage, on_linear: OnLinear) -> None:
+        """Observe and round a layer, stage it, and advance through it."""
+        tensors = self.skeleton.read_layer(layer)
+        changed = self.folds.layer(layer, tensors)
+        work = LayerWork(self.skeleton, self.plan, layer, self.by_layer[layer], tensors | changed, on_linear)
+        run = work.one_pass if self.layout.is_whole else work.two_passes
+        streams = run(self.streams, self.calls[layer])
+        self.streams = Streams(self._placed(streams.hidden), streams.originals and self._placed(streams.originals))
+        leftovers = {name: changed[name] for name in changed if name not in work.rounded_weights}
+        named = {self.skeleton.name_on_disk(layer, name): tensor for name, tensor in leftovers.items()}
+        stage.write(layer_part(layer), self.folds.rounded(named) | work.stored_tensors(), work.notes())
+        self.skeleton.empty_layer(layer)
+
+    def _advanced(self, layer: int, tensors: Mapping[str, Tensor], hidden: list[Tensor]) -> list[Tensor]:
+        module = self.skeleton.fill_layer(layer, tensors)
+        device = self.skeleton.device
+        after = self._placed([run_layer(module, part.to(device), self.calls[layer]) for part in hidden])
+        self.skeleton.empty_layer(layer)
+        return after
+
+    def _placed(self, hidden: list[Tensor]) -> list[Tensor]:
+        """Hidden states where they stay between layers: on the GPU only if they take little of it."""
+        if self.skeleton.device.type == "cpu":
+            return hidden
+        num_bytes = sum(part.nbytes for part in hidden)
+        total = torch.cuda.get_device_properties(self.skeleton.device).total_memory
+        return hidden if num_bytes <= total // 16 else [part.cpu() for part in hidden]
+
+    def _staged(self, layer: int, stage: Stage) -> dict[str, Tensor]:
+        """What the stage has of a layer, by names below it, quantized linears dequantized."""
+        return staged_layer(stage, layer, self.by_layer[layer])
+
+
+def staged_layer(stage: Stage, layer: int, linears: list[LinearPlan]) -> dict[str, Tensor]:
+    """Tensors of a staged layer by names below it; quantized linears dequantized, float32."""
+    staged = stage.read(layer_part(layer))
+    tensors: dict[str, Tensor] = {}
+    for linear in linears:
+        if linear.scheme is not None:
+            prefix = f"{linear.name}."
+            own = [name for name in staged if name.startswith(prefix) and name != f"{prefix}bias"]
+            parts = {name.removeprefix(prefix): staged.pop(name) for name in own}
+            stored = decode_linear(parts, linear.scheme)
+            granularity = linear.scheme.weight.granularity
+            tensors[f"{prefix}weight"] = dequantize_weight(stored.codes_NK, granularity, stored.qparams)
+    return {_below_layer(name): tensor for name, tensor in (tensors | staged).items()}
+
+
+def _below_layer(name: str) -> str:
+    place = place_of(name)
+    assert place is not None, "the stage of a layer has tensors of that layer"
+    return name.removeprefix(place.prefix)

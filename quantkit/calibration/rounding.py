@@ -1,0 +1,158 @@
+"""Codes and scales of the linears that share an input, from their weights and what was seen of the input.
+
+Shape suffixes: N out_features, K in_features.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.algorithms.bias_correction import bias_correction
+from quantkit.algorithms.factor import Factor, factorize
+from quantkit.algorithms.gptq import gptq
+from quantkit.algorithms.rtn import rtn
+from quantkit.algorithms.static_inputs import static_qparams
+from quantkit.algorithms.weight_correction import weight_correction
+from quantkit.formats.compressed_tensors import StoredLinear
+from quantkit.numerics.sqnr import decibels, signal_and_noise
+from quantkit.observers import InputStats
+from quantkit.recipe import LinearPlan, QuantPlan
+from quantkit.schemes import PerChannel, PerGroup, QParams
+from quantkit.schemes.tiles import dequantize_weight
+
+
+class RoundedLinear(NamedTuple):
+    """One linear as it is stored and as it computes. bias_N: what is to be added to its bias, or None."""
+
+    stored: StoredLinear
+    weight_NK: Tensor
+    bias_N: Tensor | None
+    note: dict[str, Any]
+
+
+def new_stats(
+    plan: QuantPlan, num_features: int, device: torch.device, *, has_original: bool
+) -> InputStats:
+    """Statistics with what the plan's algorithms ask for. has_original: the original's inputs will be given too."""
+    algorithms = plan.recipe.algorithms
+    with_hessian = "gptq" in algorithms or has_original
+    return InputStats(num_features, device=device, with_hessian=with_hessian, with_shift=has_original)
+
+
+def round_linears(
+    plan: QuantPlan, linears: Sequence[LinearPlan], weights: Mapping[str, Tensor], stats: InputStats
+) -> dict[str, RoundedLinear]:
+    """Round linears of one scheme that read one input; weights by linear name, on the device of the statistics."""
+    targets, troubles = _targets(linears, weights, stats)
+    factor = factorize(stats.hessian_KK) if "gptq" in plan.recipe.algorithms else None
+    if "gptq" in plan.recipe.algorithms and factor is None:
+        troubles.append("rtn instead of gptq: the second moments of its input cannot be inverted")
+    starts = {
+        linear.name: _nearest(plan, linear, targets[linear.name], stats) for linear in linears
+    }
+    codes = {name: start.codes_NK for name, start in starts.items()}
+    if factor is not None:
+        codes = _compensated(linears, targets, factor, {name: start.qparams for name, start in starts.items()})
+    rounded = {}
+    for linear in linears:
+        name = linear.name
+        stored = StoredLinear(codes[name], starts[name].qparams, _input_qparams(linear, stats))
+        note = {"fallback": "; ".join(troubles)} if troubles else {}
+        rounded[name] = _described(
+            plan, linear, stored, targets[name], weights[name], starts[name].codes_NK, stats, note
+        )
+    return rounded
+
+
+def _targets(
+    linears: Sequence[LinearPlan], weights: Mapping[str, Tensor], stats: InputStats
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What is to be approximated: the weights, or the ones that make up for what the layers before lost."""
+    targets = {linear.name: weights[linear.name].float() for linear in linears}
+    if not stats.has_shift:
+        return targets, []
+    corrected = {
+        name: weight_correction(w_NK, stats.hessian_KK, stats.shift_KK) for name, w_NK in targets.items()
+    }
+    if any(w_NK is None for w_NK in corrected.values()):
+        return targets, ["no weight_correction: the second moments of its input cannot be inverted"]
+    return {name: w_NK for name, w_NK in corrected.items() if w_NK is not None}, []
+
+
+class _Start(NamedTuple):
+    codes_NK: Tensor
+    qparams: QParams
+
+
+def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, stats: InputStats) -> _Start:
+    assert linear.scheme is not None, "only quantized linears are rounded"
+    importance_K = stats.second_moment_K if linear.scales == "importance" else None
+    scales = "minmax" if linear.scales == "minmax" else "mse"
+    return _Start(*rtn(target_NK, linear.scheme.weight, plan.scale_dtype, scales=scales, importance_K=importance_K))
+
+
+def _compensated(
+    linears: Sequence[LinearPlan], targets: Mapping[str, Tensor], factor: Factor, qparams: Mapping[str, QParams]
+) -> dict[str, Tensor]:
+    """GPTQ codes; linears whose scales belong to rows are rounded as one, which is faster and the same."""
+    scheme = linears[0].scheme
+    assert scheme is not None, "only quantized linears are rounded"
+    if not isinstance(scheme.weight.granularity, PerChannel | PerGroup):
+        return {
+            linear.name: gptq(targets[linear.name], factor, scheme.weight, qparams[linear.name])
+            for linear in linears
+        }
+    names = [linear.name for linear in linears]
+    zero_points = [point for name in names if (point := qparams[name].zero_point) is not None]
+    together = QParams(
+        torch.cat([qparams[name].scale for name in names]), torch.cat(zero_points) if zero_points else None
+    )
+    codes_NK = gptq(torch.cat([targets[name] for name in names]), factor, scheme.weight, together)
+    return dict(zip(names, codes_NK.split([len(targets[name]) for name in names]), strict=True))
+
+
+def _input_qparams(linear: LinearPlan, stats: InputStats) -> QParams | None:
+    assert linear.scheme is not None, "only quantized linears are rounded"
+    if not linear.scheme.is_static or linear.scheme.activation is None:
+        return None
+    return static_qparams(stats.sample(), stats.absmax_K.amax(), linear.scheme.activation)
+
+
+def _described(
+    plan: QuantPlan,
+    linear: LinearPlan,
+    stored: StoredLinear,
+    target_NK: Tensor,
+    weight_NK: Tensor,
+    nearest_NK: Tensor,
+    stats: InputStats,
+    note: dict[str, Any],
+) -> RoundedLinear:
+    assert linear.scheme is not None, "only quantized linears are rounded"
+    granularity = linear.scheme.weight.granularity
+    dequantized_NK = dequantize_weight(stored.codes_NK, granularity, stored.qparams)
+    nearest_NK = dequantize_weight(nearest_NK, granularity, stored.qparams)
+    sqnr = decibels(*signal_and_noise(weight_NK, dequantized_NK))
+    note = note | {
+        "loss_rtn": _significant(output_loss(target_NK - nearest_NK, stats)),
+        "loss": _significant(output_loss(target_NK - dequantized_NK, stats)),
+        "sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None,
+    }
+    bias_N = None
+    if "bias_correction" in plan.recipe.algorithms:
+        bias_N = bias_correction(target_NK, dequantized_NK, stats.mean_K)
+    return RoundedLinear(stored, dequantized_NK, bias_N, note)
+
+
+def output_loss(error_NK: Tensor, stats: InputStats) -> float:
+    """Mean squared error of an output: E|error · x|² / N, with all second moments if they were gathered."""
+    if not stats.has_hessian:
+        return (error_NK.square() @ stats.second_moment_K).mean().item()
+    return ((error_NK @ stats.hessian_KK) * error_NK).sum(dim=1).mean().item()
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,269 @@
+"""Scales, norms and codes learned end to end: the quantized model's predictions drawn to the original's.
+
+The loss is KL(original ‖ quantized) of the next token, over all calibration tokens. A scale learns a relative
+change, a norm likewise; a code learns a position between codes, of which the nearest code is what computes, with
+the gradient passed straight through (arXiv:1308.3432). Nothing in the file format changes.
+
+Holds the whole model: the original, and for each weight that learns 16 bytes (position, gradient, two moments).
+
+Shape suffixes: S samples, L tokens of a sample, V vocabulary, N out_features, K in_features.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import log_softmax
+
+from quantkit.arch import place_of
+from quantkit.arch.pairs import Link, find_wiring
+from quantkit.calibration.folds import Folds
+from quantkit.calibration.learned import LearnedNorm, LearnedWeight
+from quantkit.calibration.skeleton import Skeleton, text_name, to_module_names
+from quantkit.calibration.tokens import CalibrationTokens
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.compressed_tensors import decode_linear
+from quantkit.formats.stage import Stage, layer_part
+from quantkit.recipe import LinearPlan, QuantPlan
+from quantkit.schemes import Scheme
+
+SCALE_RATE, NORM_RATE, CODE_RATE = 1e-3, 1e-3, 1e-3  # relative, relative, in steps of the code
+BETAS = (0.9, 0.99)
+WARM_UP_STEPS = 20
+KEEP_SECONDS = 120.0
+TUNING, TUNED = "tuning", "tuned"
+# What a budget in minutes is translated with; low enough to hold on most machines of the kind.
+FLOPS = {"cpu": 30e9, "cuda": 60e12}  # of a CPU: per thread
+
+OnTuned = Callable[[int, int, float], None]
+
+
+class Schedule(NamedTuple):
+    """steps: in total; batch: samples of a step; per_epoch: steps after which all tokens have been seen."""
+
+    steps: int
+    batch: int
+    per_epoch: int
+
+
+def tune(
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    tokens: CalibrationTokens,
+    stage: Stage,
+    *,
+    device: torch.device,
+    on_step: OnTuned,
+) -> None:
+    """Learn from the staged layers, and stage the result as `tuned`; continues where an earlier call was killed.
+
+    on_step: told step, steps and loss.
+    """
+    if stage.has(TUNED):
+        return
+    run = TuneRun(checkpoint, plan, tokens, stage, device)
+    run.resume(stage)
+    kept_at = time.monotonic()
+    while run.step < run.schedule.steps:
+        loss = run.learn()
+        on_step(run.step, run.schedule.steps, loss)
+        if time.monotonic() - kept_at > KEEP_SECONDS and run.step < run.schedule.steps:
+            run.keep(stage)
+            kept_at = time.monotonic()
+    stage.write(TUNED, run.stored_tensors(), {"linears": run.notes()})
+    stage.drop(TUNING)
+
+
+def schedule(plan: QuantPlan, num_samples: int, length: int, device: torch.device, num_threads: int) -> Schedule:
+    """How long to learn: by the recipe's epochs, cut to its budget by an estimate of this kind of device's speed."""
+    settings = plan.recipe.tune
+    batch = min(settings.batch, num_samples)
+    per_epoch = max(1, num_samples // batch)
+    steps = settings.epochs * per_epoch
+    if plan.recipe.budget_minutes is not None:
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
+        flops_per_step = 8 * weights * batch * length  # original forward; forward, and backward twice, of the other
+        flops = FLOPS[device.type] * (num_threads if device.type == "cpu" else 1)
+        steps = min(steps, max(1, int(60 * plan.recipe.budget_minutes * flops / flops_per_step)))
+    return Schedule(steps, batch, per_epoch)
+
+
+class TuneRun:
+    """The state of learning: parameters, optimizer, and how far it is."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: QuantPlan,
+        tokens: CalibrationTokens,
+        stage: Stage,
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._ids = tokens.ids_SL.flatten().to(device)
+        self._length = tokens.ids_SL.shape[1]
+        self.schedule = schedule(plan, *tokens.ids_SL.shape, device, torch.get_num_threads())
+        self._skeleton = Skeleton(checkpoint, device, torch.float32)
+        self._model_type = checkpoint.model_type
+        self._linears = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
+        self._weights: dict[str, LearnedWeight] = {}
+        self._norms: dict[str, LearnedNorm] = {}
+        self._read(checkpoint, stage)
+        self._optimizer = self._new_optimizer()
+        self.step = 0
+
+    def learn(self) -> float:
+        """One step; returns the mean KL of its tokens, in nats."""
+        self._set_rate()
+        ids_SL = self._batch()
+        with torch.no_grad():
+            target_SLV = log_softmax(self._logits({}, ids_SL), dim=-1)
+        found_SLV = log_softmax(self._logits(self._quantized(), ids_SL), dim=-1)
+        loss = (target_SLV.exp() * (target_SLV - found_SLV)).sum(dim=-1).mean()
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(loss.detach())
+
+    def keep(self, stage: Stage) -> None:
+        """Put everything that learning depends on into the stage."""
+        stage.write(TUNING, self._state(), {"step": self.step})
+
+    def resume(self, stage: Stage) -> None:
+        """Take up what `keep` left, if anything."""
+        if not stage.has(TUNING):
+            return
+        state = stage.read(TUNING)
+        self.step = stage.notes(TUNING)["step"]
+        with torch.no_grad():
+            for name, parameter in self._parameters():
+                parameter.copy_(state[name])
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step), device=self._device),  # fused Adam counts there
+                    "exp_avg": state[f"{name}.mean"].to(self._device),
+                    "exp_avg_sq": state[f"{name}.square"].to(self._device),
+                }
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that has learned, under its final name, on the CPU."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self._weights.items():
+            tensors |= {f"{name}.{suffix}": part for suffix, part in weight.stored().items()}
+        for name, norm in self._norms.items():
+            tensors[name] = norm.stored()
+        return tensors
+
+    def notes(self) -> dict[str, dict[str, float]]:
+        """What quantkit.json says of each linear: the share of codes that changed."""
+        return {name: {"tuned_codes": weight.changed_share()} for name, weight in self._weights.items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._parameters():
+            moments = self._optimizer.state[parameter]
+            state[name] = parameter.detach().cpu()
+            state[f"{name}.mean"] = moments["exp_avg"].cpu()
+            state[f"{name}.square"] = moments["exp_avg_sq"].cpu()
+        return state
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, weight in self._weights.items():
+            yield f"{name}.scale", weight.change
+            if weight.position_NK is not None:
+                yield f"{name}.code", weight.position_NK
+        for name, norm in self._norms.items():
+            yield name, norm.change
+
+    def _new_optimizer(self) -> torch.optim.Adam:
+        codes = [weight.position_NK for weight in self._weights.values() if weight.position_NK is not None]
+        groups = [
+            {"params": [weight.change for weight in self._weights.values()], "rate": SCALE_RATE},
+            {"params": [norm.change for norm in self._norms.values()], "rate": NORM_RATE},
+            {"params": codes, "rate": CODE_RATE},
+        ]
+        return torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, fused=True)
+
+    def _set_rate(self) -> None:
+        """Cosine from the full rate to 0, after a few steps of warming up."""
+        share = 0.5 * (1 + math.cos(math.pi * self.step / self.schedule.steps))
+        share *= min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * share
+
+    def _batch(self) -> Tensor:
+        """Windows of this step: the epoch's order and offset follow from seed and epoch alone."""
+        epoch, number = divmod(self.step, self.schedule.per_epoch)
+        generator = torch.Generator().manual_seed(1_000_003 * self._plan.recipe.seed + epoch)
+        num_windows = len(self._ids) // self._length
+        room = len(self._ids) - (num_windows - 1) * self._length if num_windows > self.schedule.batch else 1
+        offset = int(torch.randint(0, room, (1,), generator=generator))
+        count = (len(self._ids) - offset) // self._length
+        windows_SL = self._ids[offset : offset + count * self._length].view(count, self._length)
+        order = torch.randperm(count, generator=generator)
+        first = number * self.schedule.batch
+        return windows_SL[order[first : first + self.schedule.batch].to(self._device)]
+
+    def _logits(self, tensors: Mapping[str, Tensor], ids_SL: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            arguments = {"input_ids": ids_SL, "use_cache": False}
+            logits_SLV: Tensor = functional_call(self._skeleton.model, dict(tensors), (), arguments).logits
+        return logits_SLV.float()
+
+    def _quantized(self) -> dict[str, Tensor]:
+        """The tensors in which the quantized model differs from the original, as the model of transformers names them."""
+        learned = {f"{name}.weight": weight.value() for name, weight in self._weights.items()}
+        learned |= {name: norm.value() for name, norm in self._norms.items()}
+        named: dict[str, Tensor] = {}
+        by_layer: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in learned.items():
+            place = place_of(name)
+            if place is None:
+                named[text_name(name)] = tensor
+            else:
+                by_layer[place.layer][name.removeprefix(place.prefix)] = tensor
+        for layer, tensors in by_layer.items():
+            modules = to_module_names(tensors, self._model_type)
+            named |= {f"model.layers.{layer}.{name}": tensor for name, tensor in modules.items()}
+        return named
+
+    def _read(self, checkpoint: Checkpoint, stage: Stage) -> None:
+        """Fill the model with the original's weights; start what learns from the staged layers."""
+        folds = Folds(checkpoint, self._plan)
+        outside = {name: checkpoint.read(name) for name in self._skeleton.outside_names()}
+        outside |= folds.outside(outside)
+        self._skeleton.fill_outside(outside)
+        for name, tensor in outside.items():
+            if tensor.ndim == 1:
+                self._norms[name] = self._new_norm(tensor)
+        for layer in range(self._skeleton.num_layers):
+            tensors = self._skeleton.read_layer(layer)
+            tensors |= folds.layer(layer, tensors)
+            self._skeleton.fill_layer(layer, tensors)
+            staged = stage.read(layer_part(layer))
+            for name, tensor in tensors.items():
+                full = self._skeleton.name_on_disk(layer, name)
+                if tensor.ndim == 1 and name.endswith("norm.weight"):
+                    self._norms[full] = self._new_norm(staged.get(full, tensor))
+                linear = self._linears.get(full.removesuffix(".weight"))
+                if linear is not None and linear.scheme is not None:
+                    self._weights[linear.name] = self._new_weight(linear, linear.scheme, staged, tensor)
+
+    def _new_weight(
+        self, linear: LinearPlan, scheme: Scheme, staged: Mapping[str, Tensor], tensor: Tensor
+    ) -> LearnedWeight:
+        prefix = f"{linear.name}."
+        parts = {name.removeprefix(prefix): part for name, part in staged.items() if name.startswith(prefix)}
+        stored = decode_linear(parts, scheme)
+        return LearnedWeight(stored, scheme, tensor.to(self._device), with_codes=self._plan.recipe.tune.codes)
+
+    def _new_norm(self, tensor: Tensor) -> LearnedNorm:
+        links = {pair.link for pair in find_wiring(self._skeleton.checkpoint).pairs}
+        offset = 1.0 if Link.NORM_PLUS_ONE in links else 0.0
+        return LearnedNorm(tensor.to(self._device), offset, self._plan.scale_dtype)

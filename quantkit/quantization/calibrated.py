@@ -1,0 +1,137 @@
+"""The part of a run that uses data: which text, on which device, and the stage it leaves for the writer."""
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit.calibration.loop import calibrate
+from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
+from quantkit.calibration.tune import TUNED, tune
+from quantkit.errors import QuantkitError, RecipeError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.safetensors_file import TensorInfo
+from quantkit.formats.stage import Stage, layer_part
+from quantkit.quantization.progress import Step
+from quantkit.recipe import LinearPlan, QuantPlan, Recipe
+from quantkit.text import DOCS
+
+
+class Staged(NamedTuple):
+    """Tensors that calibration has made, by final name, and what there is to say of each linear."""
+
+    tensors: Mapping[str, TensorInfo]
+    notes: Mapping[str, Any]
+
+    @classmethod
+    def nothing(cls) -> "Staged":
+        """Of a run without data."""
+        return cls({}, {})
+
+
+def calibration_spec(recipe: Recipe, calib: str | None, where: str) -> str | None:
+    """The SPEC of the text to calibrate on; None: no data. Raises RecipeError where text would change nothing."""
+    if calib is None:
+        return DOCS if recipe.data_reason else None
+    if not recipe.can_use_data:
+        raise RecipeError(
+            f"{where}: --calib {calib} has no effect: nothing in this recipe uses data",
+            fix="leave --calib out, or --set scales=importance, or --set algorithm=gptq",
+        )
+    return calib
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to calibrate on. Raises QuantkitError if there is none of that name."""
+    if name not in {"cpu", "cuda"}:
+        raise QuantkitError(f"--device {name}: not a device", fix="use --device cpu or --device cuda")
+    if name == "cuda":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a driver that is missing or too old; said below
+            is_there = torch.cuda.is_available()
+        if not is_there:
+            raise QuantkitError(
+                f"--device cuda: torch {torch.__version__} finds no usable GPU",
+                fix="use --device cpu, or install the CUDA build of torch and a driver",
+            )
+    return torch.device(name)
+
+
+def read_tokens(
+    source: Path, recipe: Recipe, spec: str, announce: Callable[[str], None]
+) -> CalibrationTokens:
+    """The calibration tokens of a run."""
+    wanted = recipe.calibration
+    tokens = calibration_tokens(source, spec, wanted.samples, wanted.length)
+    count = len(tokens.ids_SL)
+    less = f", fewer than the {wanted.samples} asked for: the text has no more" if count < wanted.samples else ""
+    announce(f"calibrating on {count} x {wanted.length} tokens of {spec}{less}")
+    return tokens
+
+
+def calibrate_into(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: QuantPlan,
+    tokens: CalibrationTokens,
+    device: torch.device,
+    on_step: Callable[[Step], None],
+    announce: Callable[[str], None],
+) -> Staged:
+    """Calibrate every layer that is not staged in the folder yet; returns all that is."""
+    stage = Stage(folder)
+    total = checkpoint.num_bytes
+    quantized = [linear for linear in plan.linears if linear.scheme is not None]
+    sizes = {linear.name: checkpoint.info(f"{linear.name}.weight").num_bytes for linear in quantized}
+    done = 0
+
+    def tell(linear: LinearPlan, note: Mapping[str, Any]) -> None:
+        nonlocal done
+        done += sizes[linear.name]
+        on_step(Step(f"{linear.name}.weight", done, total, linear, note))
+
+    calibrate(checkpoint, plan, tokens, stage, device=device, on_linear=tell)
+    if "tune" in plan.recipe.algorithms:
+        tune(checkpoint, plan, tokens, stage, device=device, on_step=TuneProgress(announce))
+    return collect(stage)
+
+
+class TuneProgress:
+    """Says now and then how far tuning is, and how long it will take yet."""
+
+    def __init__(self, announce: Callable[[str], None], every_seconds: float = 10.0) -> None:
+        self._announce = announce
+        self._every = every_seconds
+        self._first: tuple[int, float] | None = None
+        self._told = time.monotonic()
+        self._losses: list[float] = []
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        """One step is done."""
+        now = time.monotonic()
+        self._losses.append(loss)
+        if self._first is None:
+            self._first = step, now
+        if now - self._told < self._every and step < steps:
+            return
+        first_step, first_time = self._first
+        pace = (now - first_time) / max(1, step - first_step)
+        mean = sum(self._losses) / len(self._losses)
+        self._announce(f"tune  step {step} of {steps}  KL {mean:.4f}  {pace * (steps - step):.0f} s left")
+        self._told, self._losses = now, []
+
+
+def collect(stage: Stage) -> Staged:
+    """Everything staged; what was tuned in its tuned form."""
+    tensors: dict[str, TensorInfo] = {}
+    notes: dict[str, dict[str, Any]] = defaultdict(dict)
+    for part in [*(part for part in stage.parts() if part != TUNED), TUNED]:
+        if stage.has(part):
+            tensors |= stage.infos(part)
+            for name, note in stage.notes(part).get("linears", {}).items():
+                notes[name] |= note
+    return Staged(tensors, notes)
