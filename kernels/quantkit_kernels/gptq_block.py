@@ -1,20 +1,20 @@
 """GPTQ within a block of columns, one launch: each program rounds the columns of its rows in turn.
 
-    H + damping = R · Rᵀ with R upper triangular, columns in the order of rounding
+    H + damping = L · Lᵀ; from the last column to the first:
 
-    target[c] = w[c] + (carried[c] + Σ_{j<c} lost[j] · R[j, c]) / R[c, c]
+    target[c] = w[c] + (carried[c] + Σ_{j>c} lost[j] · L[j, c]) / L[c, c]
     code[c]   = round(target[c] / scale + zero_point)          ŵ[c] = (code[c] − zero_point) · scale
     lost[c]   = w[c] − ŵ[c]
 
-`carried` holds what the blocks before lost; the caller adds lost · R to that of the blocks behind, as one matrix
+`carried` holds what the blocks behind have lost; the caller adds lost · L to that of the blocks before, as one matrix
 product. No inverse of H is needed. Everything is laid out [columns, rows]:
 
               rows →
-    columns   w w w w | w w w w | …     a program has ROWS rows; `lost` stays in its registers, R comes from the
-       ↓      w w w w | w w w w | …     cache, a column of w, carried and scale is one coalesced read
+    columns   w w w w | w w w w | …     a program has ROWS rows; `lost` stays in its registers, L comes from the
+       ↑      w w w w | w w w w | …     cache, a column of w, carried and scale is one coalesced read
 
-Bound: 2 · C · N multiply-adds per column against 15 bytes per weight, so neither: the C steps in turn, each as long as
-its chain of a division, a rounding and a sum over at most 128 rows of R, are what it takes.
+Bound: 2 · C multiply-adds per weight against 15 bytes, so neither: the C steps in turn, each as long as its chain of a
+division, a rounding and a sum over at most 128 columns, are what it takes.
 Shape suffixes: B batches, C columns (at most 128), N out_features, G groups. Source: arXiv:2210.17323.
 """
 
@@ -34,7 +34,7 @@ def _load_column(
     w, carried, factor, scale, zero_point, group, c, stride_w, stride_carried, stride_scale, rows, is_row,
     HAS_ZERO_POINT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """All that column c needs: weights, carried, scale and zero point of the rows, column c of R and its diagonal."""
+    """All that column c needs: weights, carried, scale and zero point of the rows, column c of L and its diagonal."""
     at_group = tl.load(group + c) * stride_scale + rows
     w_N = tl.load(w + c * stride_w + rows, mask=is_row, other=0.0).to(tl.float32)
     carried_N = tl.load(carried + c * stride_carried + rows, mask=is_row, other=0.0)
@@ -54,7 +54,7 @@ def gptq_block_kernel(
     NUM_COLUMNS: tl.constexpr, IS_FLOAT8: tl.constexpr, HAS_ZERO_POINT: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """factor: [B, C, COLUMNS], row c is column c of R above the diagonal. codes, lost: [B, C, N]. loss: [B, N]."""
+    """factor: [B, C, COLUMNS], row c is column c of L from the diagonal down. codes, lost: [B, C, N]. loss: [B, N]."""
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < num_rows
@@ -71,13 +71,12 @@ def gptq_block_kernel(
     lost_CN = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     loss_N = tl.zeros((ROWS,), dtype=tl.float32)
     w_N, carried_N, scale_N, zero_point_N, factor_C, diagonal = _load_column(
-        w, carried, factor, scale, zero_point, group, 0, stride_w, stride_carried, stride_scale, rows, is_row,
+        w, carried, factor, scale, zero_point, group, NUM_COLUMNS - 1, stride_w, stride_carried, stride_scale, rows, is_row,
         HAS_ZERO_POINT, COLUMNS,
     )  # fmt: skip
-    for c in range(NUM_COLUMNS):
-        following = tl.minimum(
-            c + 1, NUM_COLUMNS - 1
-        )  # read ahead: its latency passes while this column is computed
+    for step in range(NUM_COLUMNS):
+        c = NUM_COLUMNS - 1 - step
+        following = tl.maximum(c - 1, 0)  # read ahead: its latency passes meanwhile
         next_w_N, next_carried_N, next_scale_N, next_zero_point_N, next_factor_C, next_diagonal = _load_column(
             w, carried, factor, scale, zero_point, group, following, stride_w, stride_carried, stride_scale,
             rows, is_row, HAS_ZERO_POINT, COLUMNS,
@@ -110,7 +109,7 @@ def gptq_block_kernel(
 def gptq_block(
     w_BCN: Tensor,
     carried_BCN: Tensor,
-    upper_BCC: Tensor,
+    lower_BCC: Tensor,
     scale_BGN: Tensor,
     zero_point_BGN: Tensor | None,
     group_C: Tensor,
@@ -120,19 +119,19 @@ def gptq_block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round a block of columns: codes [B, C, N], what they lost, float32 [B, C, N], and the loss, float32 [B, N].
 
-    w_BCN: any float dtype. carried_BCN: float32, what the blocks before add. upper_BCC: float32, the diagonal block of
-    R. scale_BGN: in its dtype on disk; zero_point_BGN: int8, or None. group_C: int, the scale's row for each column.
+    w_BCN: any float dtype. carried_BCN: float32, what the blocks behind add. lower_BCC: float32, the diagonal block of
+    L. scale_BGN: in its dtype on disk; zero_point_BGN: int8, or None. group_C: int, the scale's row for each column.
     qmin, qmax: of the codes; with is_float8 they are ignored, and codes are the bytes of e4m3 values.
-    The loss is Σ ((target − ŵ) · R[c, c])², the block's part of (W − Ŵ) (H + damping) (W − Ŵ)ᵀ.
+    The loss is Σ ((target − ŵ) · L[c, c])², the block's part of (W − Ŵ) (H + damping) (W − Ŵ)ᵀ.
     """
-    return launch(w_BCN, carried_BCN, upper_BCC, scale_BGN, zero_point_BGN, group_C, qmin, qmax, is_float8)
+    return launch(w_BCN, carried_BCN, lower_BCC, scale_BGN, zero_point_BGN, group_C, qmin, qmax, is_float8)
 
 
 @gptq_block.register_fake
 def _(
     w_BCN: Tensor,
     carried_BCN: Tensor,
-    upper_BCC: Tensor,
+    lower_BCC: Tensor,
     scale_BGN: Tensor,
     zero_point_BGN: Tensor | None,
     group_C: Tensor,
@@ -152,7 +151,7 @@ def _(
 def launch(
     w_BCN: Tensor,
     carried_BCN: Tensor,
-    upper_BCC: Tensor,
+    lower_BCC: Tensor,
     scale_BGN: Tensor,
     zero_point_BGN: Tensor | None,
     group_C: Tensor,
@@ -169,8 +168,8 @@ def launch(
     for tensor in (w_BCN, carried_BCN, scale_BGN, *(() if zero_point_BGN is None else (zero_point_BGN,))):
         assert tensor.stride(2) == 1, "rows have to be next to each other"
     assert zero_point_BGN is None or zero_point_BGN.stride() == scale_BGN.stride(), "laid out like the scale"
-    factor = upper_BCC.new_zeros(batch, num_columns, MAX_COLUMNS)
-    factor[:, :, :num_columns] = upper_BCC.mT.tril()
+    factor = lower_BCC.new_zeros(batch, num_columns, MAX_COLUMNS)
+    factor[:, :, :num_columns] = lower_BCC.mT.triu()
     codes_BCN = torch.empty(w_BCN.shape, dtype=torch.int8, device=w_BCN.device)
     lost_BCN = torch.empty(w_BCN.shape, dtype=torch.float32, device=w_BCN.device)
     loss_BN = torch.empty(batch, num_rows, dtype=torch.float32, device=w_BCN.device)

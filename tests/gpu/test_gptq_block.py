@@ -27,7 +27,7 @@ class Block(NamedTuple):
 
     w_BCN: Tensor
     carried_BCN: Tensor
-    upper_BCC: Tensor
+    lower_BCC: Tensor
     scale_BGN: Tensor
     zero_point_BGN: Tensor | None
     group_C: Tensor
@@ -49,7 +49,7 @@ def make_block(
     x = torch.randn(batch, num_columns, 3 * num_columns, generator=random)
     x += torch.randn(batch, 1, 3 * num_columns, generator=random)  # correlated, as inputs are
     hessian = x @ x.mT / (3 * num_columns)
-    upper = torch.linalg.cholesky(hessian.double().flip(1, 2)).flip(1, 2).float()
+    lower = torch.linalg.cholesky(hessian.double()).float()
     half = 448 if bits == 0 else (qmax - qmin) / 2
     scale = (2 + torch.rand(batch, groups, num_rows, generator=random)) / half
     scale *= torch.where(torch.rand(scale.shape, generator=random) < 0.5, -1, 1)
@@ -59,7 +59,7 @@ def make_block(
     return Block(
         w.to(DEVICE, dtype),
         torch.randn(w.shape, generator=random).mul(0.3).to(DEVICE),
-        upper.to(DEVICE),
+        lower.to(DEVICE),
         scale.to(DEVICE, dtype),
         zero_point,
         torch.randint(0, groups, (num_columns,), generator=random).to(DEVICE),
@@ -70,9 +70,9 @@ def make_block(
 
 
 def check(block: Block, codes: Tensor, lost: Tensor, loss: Tensor) -> None:
-    """Every code is the nearest to its target, as float64 computes it from the codes before; what follows fits."""
+    """Every code is the nearest to its target, as float64 computes it from the codes already there; what follows fits."""
     num_columns = block.w_BCN.shape[1]
-    w, upper = block.w_BCN.double().cpu(), block.upper_BCC.double().cpu().triu()
+    w, lower = block.w_BCN.double().cpu(), block.lower_BCC.double().cpu().tril()
     group = block.group_C.cpu()
     scale = block.scale_BGN.double().cpu()[:, group]
     zero = torch.zeros(()) if block.zero_point_BGN is None else block.zero_point_BGN.double().cpu()[:, group]
@@ -81,8 +81,8 @@ def check(block: Block, codes: Tensor, lost: Tensor, loss: Tensor) -> None:
     size = w.abs() + ((values - zero) * scale).abs()
     assert ((lost.double().cpu() - exact_lost).abs() <= 2 * EPS * size).all()
 
-    diagonal = upper.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    strict = upper.triu(1)
+    diagonal = lower.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    strict = lower.tril(-1)
     carried = block.carried_BCN.double().cpu()
     target = w + (carried + strict.mT @ exact_lost) / diagonal
     # num_columns products and additions, then a division, an addition, and those of position
@@ -121,19 +121,19 @@ def test_batches_have_their_own_factor():
     results = launch(*block)
     check(block, *results)
     alone = block._replace(
-        **{name: getattr(block, name)[2:] for name in ("w_BCN", "carried_BCN", "upper_BCC", "scale_BGN")}
+        **{name: getattr(block, name)[2:] for name in ("w_BCN", "carried_BCN", "lower_BCC", "scale_BGN")}
     )
     for together, single in zip(results, launch(*alone), strict=True):
         assert torch.equal(together[2:], single)
 
 
-def test_it_reads_views_of_larger_matrices_and_only_the_upper_triangle():
+def test_it_reads_views_of_larger_matrices_and_only_the_lower_triangle():
     block = make_block(35, 33)
     whole = torch.full((1, 99, 70), torch.nan, device=DEVICE)
     whole[:, 20:53, 1:36] = block.w_BCN
     factor = torch.full((1, 99, 99), torch.nan, device=DEVICE)
-    factor[:, 20:53, 20:53] = torch.where(block.upper_BCC.triu() == 0, torch.nan, block.upper_BCC)
-    view = block._replace(w_BCN=whole[:, 20:53, 1:36], upper_BCC=factor[:, 20:53, 20:53])
+    factor[:, 20:53, 20:53] = torch.where(block.lower_BCC.tril() == 0, torch.nan, block.lower_BCC)
+    view = block._replace(w_BCN=whole[:, 20:53, 1:36], lower_BCC=factor[:, 20:53, 20:53])
     for expected, got in zip(launch(*block), launch(*view), strict=True):
         assert torch.equal(expected, got)
 
@@ -141,7 +141,7 @@ def test_it_reads_views_of_larger_matrices_and_only_the_upper_triangle():
 def test_without_correlations_it_is_rounding_to_nearest():
     block = make_block(50, 64)
     identity = torch.eye(64, device=DEVICE).unsqueeze(0)
-    block = block._replace(upper_BCC=identity, carried_BCN=torch.zeros_like(block.carried_BCN))
+    block = block._replace(lower_BCC=identity, carried_BCN=torch.zeros_like(block.carried_BCN))
     codes, lost, _ = launch(*block)
     scale = block.scale_BGN[:, block.group_C]
     expected = (block.w_BCN / scale).round().clamp(block.qmin, block.qmax)
