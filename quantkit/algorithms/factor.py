@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01
+FLOAT64_FEATURES = 4096
 RETRIES = 4  # each with ten times the damping
 
 
@@ -29,8 +30,8 @@ class Factor(NamedTuple):
 def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
     """Factorize H (float32 [K, K], mean of x xᵀ), with more damping where it is not positive definite.
 
-    None if H is not finite, or not positive definite even with damping · 10³. On a CPU the work is done in float64, on
-    a GPU in float32. Peak memory: H and one more K × K matrix.
+    None if H is not finite, or not positive definite even with damping · 10³. Peak memory: H, and one more K × K
+    matrix in `precision`.
     """
     diagonal_K = hessian_KK.diagonal()
     # a row of H with a NaN or an infinity has one on its diagonal
@@ -40,16 +41,19 @@ def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
     order_K = torch.argsort(diagonal_K, stable=True)
     for attempt in range(RETRIES):
         used = damping * 10.0**attempt
-        damped_KK = hessian_KK[order_K.unsqueeze(1), order_K].to(_work_dtype(hessian_KK))
-        damped_KK.diagonal().add_(used * diagonal_K.mean().to(damped_KK.dtype) + dead_K[order_K].to(damped_KK.dtype))
+        damped_KK = hessian_KK[order_K.unsqueeze(1), order_K].to(precision(hessian_KK))
+        damped_KK.diagonal().add_(
+            used * diagonal_K.mean().to(damped_KK.dtype) + dead_K[order_K].to(damped_KK.dtype)
+        )
         lower_KK = _cholesky_in_place(damped_KK)
         if lower_KK is not None:
             return Factor(order_K, lower_KK.float(), dead_K, used)
     return None
 
 
-def _work_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.is_cuda else torch.float64
+def precision(hessian_KK: Tensor) -> torch.dtype:
+    """float64, but float32 on a GPU where that takes too much of its memory."""
+    return torch.float32 if hessian_KK.is_cuda and len(hessian_KK) > FLOAT64_FEATURES else torch.float64
 
 
 def _cholesky_in_place(symmetric_KK: Tensor) -> Tensor | None:

@@ -85,14 +85,18 @@ def column_scales(qparams: QParams, granularity: Granularity, num_rows: int, num
         return qparam.reshape(len(qparam), -1).expand(num_rows, -1).T.contiguous()
 
     zero_point = qparams.zero_point
-    return ColumnScales(by_column(qparams.scale), None if zero_point is None else by_column(zero_point), group_K)
+    return ColumnScales(
+        by_column(qparams.scale), None if zero_point is None else by_column(zero_point), group_K
+    )
 
 
 def solve_block(
     w_CN: Tensor, carried_CN: Tensor, lower_CC: Tensor, spec: Spec, scales: ColumnScales
 ) -> Solved:
     """Round the columns of one block, the last one first. Changes carried_CN, which is what later columns add."""
-    codes_CN = torch.empty(w_CN.shape, dtype=torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8)
+    codes_CN = torch.empty(
+        w_CN.shape, dtype=torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
+    )
     lost_CN = torch.empty(w_CN.shape)
     for column in reversed(range(len(w_CN))):
         w_N = w_CN[column].float()

@@ -22,13 +22,14 @@ def rtn(
     spec: Spec,
     scale_dtype: torch.dtype,
     *,
-    scales: Literal["minmax", "mse"] = "mse",
+    scales: Literal["minmax", "mse", "importance"] = "mse",
     importance_K: Tensor | None = None,
 ) -> RtnResult:
     """Nearest codes on the min-max grid or on the one of least (importance-weighted) squared error.
 
-    w_NK: any float dtype. importance_K: see `search_qparams`; only used by `mse`.
+    w_NK: any float dtype. importance_K: see `search_qparams`; given exactly for `importance`.
     """
+    assert (importance_K is not None) == (scales == "importance"), "importance is what is asked for and given"
     if scales == "minmax":
         qparams = minmax_qparams(w_NK, spec, scale_dtype)
     else:

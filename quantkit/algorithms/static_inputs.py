@@ -27,7 +27,9 @@ def static_qparams(sample_TK: Tensor, absmax: Tensor, spec: Spec) -> QParams:
     for ratio in RATIOS:
         qparams = _candidate(low * ratio, high * ratio, absmax * ratio, spec)
         codes = affine.quantize_int(sample_TK, qparams.scale, qparams.zero_point, spec.qmin, spec.qmax)
-        error = (affine.dequantize(codes, qparams.scale, qparams.zero_point) - sample_TK).square().mean().item()
+        error = (
+            (affine.dequantize(codes, qparams.scale, qparams.zero_point) - sample_TK).square().mean().item()
+        )
         if best is None or error < best[0]:
             best = (error, qparams)
     assert best is not None, "there are candidates"

@@ -10,7 +10,7 @@ Shape suffixes: N out_features, K in_features.
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.factor import DAMPING
+from quantkit.algorithms.factor import DAMPING, precision
 
 
 def weight_correction(
@@ -18,9 +18,9 @@ def weight_correction(
 ) -> Tensor | None:
     """Corrected weights, float32 [N, K]; None if the second moments cannot be inverted.
 
-    hessian_KK: mean of x xᵀ. shift_KK: mean of (x̃ − x) xᵀ. Both float32 [K, K]; solved in float64 on a CPU.
+    hessian_KK: mean of x xᵀ. shift_KK: mean of (x̃ − x) xᵀ. Both float32 [K, K].
     """
-    dtype = torch.float32 if w_NK.is_cuda else torch.float64
+    dtype = precision(hessian_KK)
     damped_KK = hessian_KK.to(dtype, copy=True)
     damped_KK.diagonal().add_(damping * hessian_KK.diagonal().mean().to(dtype))
     lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)

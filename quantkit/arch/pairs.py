@@ -52,7 +52,9 @@ def read_heads(checkpoint: Checkpoint) -> Heads:
     num = int(config["num_attention_heads"])
     num_kv = config.get("num_key_value_heads")
     dim = config.get("head_dim")
-    return Heads(num, num if num_kv is None else num_kv, int(config["hidden_size"]) // num if dim is None else dim)
+    return Heads(
+        num, num if num_kv is None else num_kv, int(config["hidden_size"]) // num if dim is None else dim
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,8 @@ class Folds:
             return {}
         names = (f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight", f"{HEAD}.weight")
         size = tensors[names[0]].shape[1]
-        ends = rotate_ends(*(tensors[name] for name in names), random_rotation(size, self._seed))
+        embedding_VE, final_norm_E, head_VE = (tensors[name] for name in names)
+        ends = rotate_ends(embedding_VE, final_norm_E, head_VE, random_rotation(size, self._seed))
         return dict(zip(names, ends, strict=True))
 
     def layer(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

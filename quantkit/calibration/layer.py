@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from quantkit.arch import Role, place_of
@@ -101,7 +100,9 @@ class LayerWork:
                 stats[group].add(self._quantized(group, x), inputs.pop(group, None))
                 return x
 
-            self._run(batch, call, observe, lambda call: routed.append(Routed(*(part.cpu() for part in call))))
+            self._run(
+                batch, call, observe, lambda call: routed.append(Routed(*(part.cpu() for part in call)))
+            )
         for group in self._groups:
             self._round(group, stats.pop(group))
         if self._experts:
@@ -236,14 +237,17 @@ class LayerWork:
             for linear in linears:
                 self._keep(linear, rounded[linear.name])
             return dict(weights) | {
-                below_layer(name): result.weight_NK.to(self._skeleton.dtype) for name, result in rounded.items()
+                below_layer(name): result.weight_NK.to(self._skeleton.dtype)
+                for name, result in rounded.items()
             }
 
         self._coverage = round_experts(
             self._module.get_submodule(names.module),
             names,
             routed,
-            new_stats=lambda features: new_stats(self._plan, features, self._skeleton.device, has_original=False),
+            new_stats=lambda features: new_stats(
+                self._plan, features, self._skeleton.device, has_original=False
+            ),
             round_linears=round_some,
         )
 
@@ -254,7 +258,10 @@ class LayerWork:
     def _keep(self, linear: LinearPlan, result: RoundedLinear) -> None:
         algorithm = "gptq" if "gptq" in self._plan.recipe.algorithms else "rtn"
         note = {"algorithm": algorithm if "fallback" not in result.note else "rtn"} | result.note
-        self._rounded[linear.name] = (linear, result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)))
+        self._rounded[linear.name] = (
+            linear,
+            result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)),
+        )
         self._on_linear(linear, note)
 
 

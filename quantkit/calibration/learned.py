@@ -37,7 +37,9 @@ class LearnedWeight:
             codes_NK = stored.codes_NK.to(self._device).float()
             fell_NK = weight_NK.float() / expand_to_weight(self._scale, spec.granularity, *codes_NK.shape)
             if self._zero_point is not None:
-                fell_NK = fell_NK + expand_to_weight(self._zero_point.float(), spec.granularity, *codes_NK.shape)
+                fell_NK = fell_NK + expand_to_weight(
+                    self._zero_point.float(), spec.granularity, *codes_NK.shape
+                )
             start_NK = codes_NK + (fell_NK - codes_NK).clamp(-ROOM, ROOM)
             self.position_NK = nn.Parameter(start_NK.clamp(spec.qmin - ROOM, spec.qmax + ROOM))
 
@@ -77,7 +79,7 @@ class LearnedWeight:
 
 
 class LearnedNorm:
-    """A norm's weight. `change`: of what it multiplies by, relative. offset: 1 where a norm multiplies by 1 + weight."""
+    """A norm's weight. `change`: of what it multiplies by, relative. offset: 1 where that is 1 + weight."""
 
     def __init__(self, weight: Tensor, offset: float, dtype: torch.dtype) -> None:
         self._factor = weight.float() + offset

@@ -64,8 +64,9 @@ class Layout(NamedTuple):
     is_whole: bool
 
 
-def layout(checkpoint: Checkpoint, plan: QuantPlan, num_samples: int, length: int, device: torch.device) -> Layout:
+def layout(checkpoint: Checkpoint, plan: QuantPlan, ids_SL: Tensor, device: torch.device) -> Layout:
     """From shapes and constants alone, so that the result does not depend on how much memory is free."""
+    num_samples, length = ids_SL.shape
     hidden_size = max(linear.shape[1] for linear in plan.linears[:1])
     inner_size = max(max(linear.shape) for linear in plan.linears)
     element_bytes = compute_dtype(checkpoint, plan, device).itemsize
@@ -103,7 +104,7 @@ class LayerRun:
         self.ids_SL = tokens.ids_SL
         self.skeleton = Skeleton(checkpoint, device, compute_dtype(checkpoint, plan, device))
         self.folds = Folds(checkpoint, plan)
-        self.layout = layout(checkpoint, plan, *tokens.ids_SL.shape, device)
+        self.layout = layout(checkpoint, plan, tokens.ids_SL, device)
         self.by_layer: dict[int, list[LinearPlan]] = defaultdict(list)
         for linear in plan.linears:
             self.by_layer[layer_of_linear(linear)].append(linear)
@@ -137,7 +138,9 @@ class LayerRun:
         work = LayerWork(self.skeleton, self.plan, layer, self.by_layer[layer], tensors | changed, on_linear)
         run = work.one_pass if self.layout.is_whole else work.two_passes
         streams = run(self.streams, self.calls[layer])
-        self.streams = Streams(self._placed(streams.hidden), streams.originals and self._placed(streams.originals))
+        self.streams = Streams(
+            self._placed(streams.hidden), streams.originals and self._placed(streams.originals)
+        )
         leftovers = {name: changed[name] for name in changed if name not in work.rounded_weights}
         named = {self.skeleton.name_on_disk(layer, name): tensor for name, tensor in leftovers.items()}
         stage.write(layer_part(layer), self.folds.rounded(named) | work.stored_tensors(), work.notes())

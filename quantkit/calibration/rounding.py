@@ -33,9 +33,7 @@ class RoundedLinear(NamedTuple):
     note: dict[str, Any]
 
 
-def new_stats(
-    plan: QuantPlan, num_features: int, device: torch.device, *, has_original: bool
-) -> InputStats:
+def new_stats(plan: QuantPlan, num_features: int, device: torch.device, *, has_original: bool) -> InputStats:
     """Statistics with what the plan's algorithms ask for. has_original: the original's inputs will be given too."""
     algorithms = plan.recipe.algorithms
     with_hessian = "gptq" in algorithms or has_original
@@ -50,12 +48,12 @@ def round_linears(
     factor = factorize(stats.hessian_KK) if "gptq" in plan.recipe.algorithms else None
     if "gptq" in plan.recipe.algorithms and factor is None:
         troubles.append("rtn instead of gptq: the second moments of its input cannot be inverted")
-    starts = {
-        linear.name: _nearest(plan, linear, targets[linear.name], stats) for linear in linears
-    }
+    starts = {linear.name: _nearest(plan, linear, targets[linear.name], stats) for linear in linears}
     codes = {name: start.codes_NK for name, start in starts.items()}
     if factor is not None:
-        codes = _compensated(linears, targets, factor, {name: start.qparams for name, start in starts.items()})
+        codes = _compensated(
+            linears, targets, factor, {name: start.qparams for name, start in starts.items()}
+        )
     rounded = {}
     for linear in linears:
         name = linear.name
@@ -90,12 +88,18 @@ class _Start(NamedTuple):
 def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, stats: InputStats) -> _Start:
     assert linear.scheme is not None, "only quantized linears are rounded"
     importance_K = stats.second_moment_K if linear.scales == "importance" else None
-    scales = "minmax" if linear.scales == "minmax" else "mse"
-    return _Start(*rtn(target_NK, linear.scheme.weight, plan.scale_dtype, scales=scales, importance_K=importance_K))
+    return _Start(
+        *rtn(
+            target_NK, linear.scheme.weight, plan.scale_dtype, scales=linear.scales, importance_K=importance_K
+        )
+    )
 
 
 def _compensated(
-    linears: Sequence[LinearPlan], targets: Mapping[str, Tensor], factor: Factor, qparams: Mapping[str, QParams]
+    linears: Sequence[LinearPlan],
+    targets: Mapping[str, Tensor],
+    factor: Factor,
+    qparams: Mapping[str, QParams],
 ) -> dict[str, Tensor]:
     """GPTQ codes; linears whose scales belong to rows are rounded as one, which is faster and the same."""
     scheme = linears[0].scheme
@@ -111,7 +115,7 @@ def _compensated(
         torch.cat([qparams[name].scale for name in names]), torch.cat(zero_points) if zero_points else None
     )
     codes_NK = gptq(torch.cat([targets[name] for name in names]), factor, scheme.weight, together)
-    return dict(zip(names, codes_NK.split([len(targets[name]) for name in names]), strict=True))
+    return dict(zip(names, torch.split(codes_NK, [len(targets[name]) for name in names]), strict=True))
 
 
 def _input_qparams(linear: LinearPlan, stats: InputStats) -> QParams | None:

@@ -87,7 +87,9 @@ class Skeleton:
         """A linear's name below the layer as its module has it (experts excepted: they are one module)."""
         return _module_name(name, EXPERTS.get(self.checkpoint.model_type))
 
-    def start(self, ids_SL: Tensor, outside: Mapping[str, Tensor], batch: int) -> tuple[list[Tensor], list[Call]]:
+    def start(
+        self, ids_SL: Tensor, outside: Mapping[str, Tensor], batch: int
+    ) -> tuple[list[Tensor], list[Call]]:
         """Hidden states before the first layer, in batches of [batch, L, E], and how each layer is called.
 
         outside: tensors that are in no layer, by their names on disk: the embedding and the final norm.
@@ -100,7 +102,7 @@ class Skeleton:
         try:
             self.base(input_ids=ids_SL[:1].to(self.device), use_cache=False)
             calls = [recorder.call for recorder in recorders]
-            for ids in ids_SL.split(batch):
+            for ids in torch.split(ids_SL, batch):
                 self.base(input_ids=ids.to(self.device), use_cache=False)
                 hidden.append(recorders[0].hidden_SLE)
         finally:
@@ -147,14 +149,20 @@ def to_module_names(tensors: Mapping[str, Tensor], model_type: str) -> dict[str,
     """A layer's tensors on disk as the module of transformers has them: experts in one tensor each."""
     experts = EXPERTS.get(model_type)
     numbers = sorted(
-        {place.expert for name in tensors if (place := place_of(f"layers.0.{name}")) and place.expert is not None}
+        {
+            place.expert
+            for name in tensors
+            if (place := place_of(f"layers.0.{name}")) and place.expert is not None
+        }
     )
     if experts is None or not numbers:
         return {_module_name(name, experts): tensor for name, tensor in tensors.items()}
     fused = {
         f"{experts.module}.gate_up_proj": torch.stack(
             [
-                torch.cat([tensors[f"{experts.linear(number, part)}.weight"] for part in (experts.gate, experts.up)])
+                torch.cat(
+                    [tensors[f"{experts.linear(number, part)}.weight"] for part in (experts.gate, experts.up)]
+                )
                 for number in numbers
             ]
         ),
@@ -181,7 +189,8 @@ def _layer_and_rest(name: str) -> tuple[int, str] | None:
 
 def text_name(name: str) -> str:
     """The name that a tensor outside the layers has in the language model alone."""
-    return name.replace("language_model.model.", "model.").replace("model.language_model.", "model.").removeprefix(
-        "language_model."
+    return (
+        name.replace("language_model.model.", "model.")
+        .replace("model.language_model.", "model.")
+        .removeprefix("language_model.")
     )
-

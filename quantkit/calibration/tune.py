@@ -13,6 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -69,28 +70,43 @@ def tune(
     run = TuneRun(checkpoint, plan, tokens, stage, device)
     run.resume(stage)
     kept_at = time.monotonic()
-    while run.step < run.schedule.steps:
-        loss = run.learn()
-        on_step(run.step, run.schedule.steps, loss)
-        if time.monotonic() - kept_at > KEEP_SECONDS and run.step < run.schedule.steps:
-            run.keep(stage)
-            kept_at = time.monotonic()
+    with _deterministic():
+        while run.step < run.schedule.steps:
+            loss = run.learn()
+            on_step(run.step, run.schedule.steps, loss)
+            if time.monotonic() - kept_at > KEEP_SECONDS and run.step < run.schedule.steps:
+                run.keep(stage)
+                kept_at = time.monotonic()
     stage.write(TUNED, run.stored_tensors(), {"linears": run.notes()})
     stage.drop(TUNING)
 
 
-def schedule(plan: QuantPlan, num_samples: int, length: int, device: torch.device, num_threads: int) -> Schedule:
+def schedule(plan: QuantPlan, tokens: CalibrationTokens, device: torch.device, num_threads: int) -> Schedule:
     """How long to learn: by the recipe's epochs, cut to its budget by an estimate of this kind of device's speed."""
     settings = plan.recipe.tune
+    num_samples, length = tokens.ids_SL.shape
     batch = min(settings.batch, num_samples)
     per_epoch = max(1, num_samples // batch)
     steps = settings.epochs * per_epoch
     if plan.recipe.budget_minutes is not None:
         weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
-        flops_per_step = 8 * weights * batch * length  # original forward; forward, and backward twice, of the other
+        flops_per_step = (
+            8 * weights * batch * length
+        )  # original forward; forward, and backward twice, of the other
         flops = FLOPS[device.type] * (num_threads if device.type == "cpu" else 1)
         steps = min(steps, max(1, int(60 * plan.recipe.budget_minutes * flops / flops_per_step)))
     return Schedule(steps, batch, per_epoch)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """While open, sums on a GPU have a fixed order, so that the same run gives the same bytes."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class TuneRun:
@@ -108,7 +124,7 @@ class TuneRun:
         self._device = device
         self._ids = tokens.ids_SL.flatten().to(device)
         self._length = tokens.ids_SL.shape[1]
-        self.schedule = schedule(plan, *tokens.ids_SL.shape, device, torch.get_num_threads())
+        self.schedule = schedule(plan, tokens, device, torch.get_num_threads())
         self._skeleton = Skeleton(checkpoint, device, torch.float32)
         self._model_type = checkpoint.model_type
         self._linears = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
@@ -126,7 +142,7 @@ class TuneRun:
             target_SLV = log_softmax(self._logits({}, ids_SL), dim=-1)
         found_SLV = log_softmax(self._logits(self._quantized(), ids_SL), dim=-1)
         loss = (target_SLV.exp() * (target_SLV - found_SLV)).sum(dim=-1).mean()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -217,7 +233,7 @@ class TuneRun:
         return logits_SLV.float()
 
     def _quantized(self) -> dict[str, Tensor]:
-        """The tensors in which the quantized model differs from the original, as the model of transformers names them."""
+        """The tensors in which the quantized model differs from the original, by their names in transformers."""
         learned = {f"{name}.weight": weight.value() for name, weight in self._weights.items()}
         learned |= {name: norm.value() for name, norm in self._norms.items()}
         named: dict[str, Tensor] = {}

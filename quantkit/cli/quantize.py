@@ -25,7 +25,9 @@ def quantize(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     calib: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="Calibration text: a file or folder, `hf:DATASET`, `docs` or `self`."),
+        typer.Option(
+            metavar="SPEC", help="Calibration text: a file or folder, `hf:DATASET`, `docs` or `self`."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where calibration computes: cpu or cuda.")] = "cpu",
     dry_run: Annotated[

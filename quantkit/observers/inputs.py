@@ -56,7 +56,7 @@ class InputStats:
         self._samples.append(x_TK[:: max(1, len(x_TK) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone())
 
     def _add_moments(self, x_TK: Tensor) -> None:
-        for chunk_TK in x_TK.split(SAMPLE_ROWS):
+        for chunk_TK in torch.split(x_TK, SAMPLE_ROWS):
             chunk_TK = chunk_TK.float()
             self._sum_K += chunk_TK.sum(dim=0)
             magnitude_TK = chunk_TK.abs()

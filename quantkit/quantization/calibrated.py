@@ -12,10 +12,11 @@ import torch
 from quantkit.calibration.loop import calibrate
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
 from quantkit.calibration.tune import TUNED, tune
+from quantkit.env import deterministic_cublas
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import TensorInfo
-from quantkit.formats.stage import Stage, layer_part
+from quantkit.formats.stage import Stage
 from quantkit.quantization.progress import Step
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe
 from quantkit.text import DOCS
@@ -58,6 +59,7 @@ def choose_device(name: str) -> torch.device:
                 f"--device cuda: torch {torch.__version__} finds no usable GPU",
                 fix="use --device cpu, or install the CUDA build of torch and a driver",
             )
+        deterministic_cublas()
     return torch.device(name)
 
 
@@ -68,7 +70,9 @@ def read_tokens(
     wanted = recipe.calibration
     tokens = calibration_tokens(source, spec, wanted.samples, wanted.length)
     count = len(tokens.ids_SL)
-    less = f", fewer than the {wanted.samples} asked for: the text has no more" if count < wanted.samples else ""
+    less = (
+        f", fewer than the {wanted.samples} asked for: the text has no more" if count < wanted.samples else ""
+    )
     announce(f"calibrating on {count} x {wanted.length} tokens of {spec}{less}")
     return tokens
 

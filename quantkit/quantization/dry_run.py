@@ -130,7 +130,9 @@ def _seconds_per_weight(checkpoint: Checkpoint, linear: LinearPlan, scale_dtype:
     rows = min(num_rows, max(1, SAMPLE_ELEMENTS // num_cols))
     w_NK = checkpoint.read_rows(f"{linear.name}.weight", 0, rows)
     started = time.perf_counter()
-    result = rtn(w_NK, linear.scheme.weight, scale_dtype, scales=linear.scales)
+    result = rtn(
+        w_NK, linear.scheme.weight, scale_dtype, scales="minmax" if linear.scales == "minmax" else "mse"
+    )
     signal_and_noise(
         w_NK, dequantize_weight(result.codes_NK, linear.scheme.weight.granularity, result.qparams)
     )

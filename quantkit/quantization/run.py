@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ from quantkit.formats.compressed_tensors import encode_linear, linear_layout
 from quantkit.formats.folder import FolderState, check_apart, check_companions, folder_state, remove_run
 from quantkit.formats.kv_cache import kv_layout, num_kv_heads
 from quantkit.formats.safetensors_file import iter_bytes
-from quantkit.formats.stage import Stage
 from quantkit.formats.shards import DEFAULT_LIMITS, Limits, OutputTensor, ShardWriter
+from quantkit.formats.stage import Stage
 from quantkit.quantization.calibrated import (
     Staged,
     calibrate_into,

@@ -47,21 +47,22 @@ class Override(_Strict):
 class Calibration(_Strict):
     """How much text a run looks at; which text is the command line's to say."""
 
-    samples: Annotated[int, Field(gt=0)] = Field(
-        128, description="Windows of text, spread evenly over it; fewer if the text has no more."
-    )
-    length: Annotated[int, Field(gt=1)] = Field(512, description="Tokens of a window.")
+    samples: Annotated[
+        int,
+        Field(gt=0, description="Windows of text, spread evenly over it; fewer where the text has no more."),
+    ] = 128
+    length: Annotated[int, Field(gt=1, description="Tokens of a window.")] = 512
 
 
 class Tune(_Strict):
     """How `tune` learns; what it holds in memory is the whole model."""
 
-    epochs: Annotated[int, Field(gt=0)] = Field(12, description="How often it goes through the windows.")
-    batch: Annotated[int, Field(gt=0)] = Field(8, description="Windows of a step.")
-    codes: bool = Field(
-        True,
-        description="Learn the codes too, not only scales and norms; takes 16 bytes of memory per weight.",
-    )
+    epochs: Annotated[int, Field(gt=0, description="How often it goes through the windows.")] = 12
+    batch: Annotated[int, Field(gt=0, description="Windows of a step.")] = 8
+    codes: Annotated[
+        bool,
+        Field(description="Learn the codes too, not only scales and norms; takes 16 bytes per weight."),
+    ] = True
 
 
 SECTIONS: dict[str, type[BaseModel]] = {"calibration": Calibration, "tune": Tune}
@@ -114,12 +115,14 @@ class Recipe(_Strict):
     )
     activation_scales: ActivationScales = Field(
         "dynamic",
-        description="Scales of quantized inputs. dynamic: one per token, while running; static: one per tensor, calibrated.",
+        description="Scales of quantized inputs. dynamic: one per token, while running; static: one per tensor.",
     )
     activation_symmetric: bool = Field(
         True, description="Static INT8 inputs: a grid around 0; false adds a zero point."
     )
-    calibration: Calibration = Field(Calibration(), description="How much calibration text is used.")
+    calibration: Calibration = Field(
+        default_factory=Calibration, description="How much calibration text is used."
+    )
     tune: Tune = Field(Tune(), description="Settings of the algorithm `tune`.")
     budget_minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Time that `tune` may take, by an estimate from the model's size and the device."
@@ -162,7 +165,9 @@ class Recipe(_Strict):
         if {"rtn", "gptq"} <= {*given}:
             raise ValueError("algorithms rtn and gptq exclude each other: each chooses the codes")
         if {"smoothquant", "awq"} <= {*given}:
-            raise ValueError("algorithms smoothquant and awq exclude each other: each scales the same channels")
+            raise ValueError(
+                "algorithms smoothquant and awq exclude each other: each scales the same channels"
+            )
         order = [name for name in ALGORITHM_ORDER if name in given]
         if given != order:
             raise ValueError(f"the order of these algorithms can only be {', '.join(order)}")

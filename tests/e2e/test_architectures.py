@@ -25,10 +25,10 @@ from quantkit.arch import Role, find_linears
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.formats.compressed_tensors import read_linear
 from quantkit.formats.quantization_config import read_quantization
-from quantkit.schemes.activation import fake_quantize_input
 from quantkit.runtime.layers.linear import QuantLinear
 from quantkit.runtime.load import load_model
 from quantkit.schemes import IntSpec
+from quantkit.schemes.activation import fake_quantize_input
 from quantkit.schemes.tiles import dequantize_weight
 from quantkit.verify import verify_checkpoint
 

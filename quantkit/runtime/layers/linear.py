@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.formats.compressed_tensors import StoredLinear
-from quantkit.schemes.activation import fake_quantize_input, input_qparams, to_codes
 from quantkit.schemes import IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, Spec
+from quantkit.schemes.activation import fake_quantize_input, input_qparams, to_codes
 from quantkit_kernels.catalog import Kernel, choose_float, choose_int8
 from quantkit_kernels.weight import LinearWeight
 

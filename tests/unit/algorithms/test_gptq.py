@@ -32,7 +32,9 @@ def problem():
 def by_the_inverse(w_NK, hessian_KK, spec, qparams, damping):
     """Codes by the paper's recursion on the Cholesky factor of the inverse, float64, as float64."""
     order_K = hessian_KK.diagonal().argsort(descending=True, stable=True)
-    damped_KK = hessian_KK.double() + damping * hessian_KK.diagonal().double().mean() * torch.eye(len(order_K))
+    damped_KK = hessian_KK.double() + damping * hessian_KK.diagonal().double().mean() * torch.eye(
+        len(order_K)
+    )
     inverse_KK = torch.linalg.inv(damped_KK[order_K][:, order_K])
     upper_KK = torch.linalg.cholesky(inverse_KK, upper=True)
     shape = w_NK.shape
@@ -121,7 +123,9 @@ def test_the_factor_is_that_of_the_damped_moments_in_ascending_order(problem):
     assert torch.equal(lower_KK, lower_KK.tril())
     damped_KK = hessian_KK.double() + 0.01 * diagonal_K.double().mean() * torch.eye(NUM_COLS)
     expected_KK = damped_KK[factor.order_K][:, factor.order_K]
-    torch.testing.assert_close(lower_KK @ lower_KK.T, expected_KK, rtol=0, atol=1e-5 * expected_KK.max().item())
+    torch.testing.assert_close(
+        lower_KK @ lower_KK.T, expected_KK, rtol=0, atol=1e-5 * expected_KK.max().item()
+    )
 
 
 def test_what_is_not_positive_definite_takes_more_damping_and_the_hopeless_none():

@@ -5,10 +5,10 @@ import torch
 
 from quantkit.formats.kv_cache import StoredKV, write_kv_sidecar
 from quantkit.runtime.kv_cache import KVCache
-from quantkit.schemes.activation import fake_quantize_input
 from quantkit.runtime.layers.linear import QuantLinear
 from quantkit.runtime.load import load_model
 from quantkit.schemes import FloatSpec, IntSpec, KVScheme, PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from quantkit.schemes.activation import fake_quantize_input
 from quantkit.schemes.tiles import dequantize_weight
 from tests.product_schemes import KV_SCHEMES, SCHEMES
 from tests.tiny_models import quantize_tiny, reference_logits, round_to_nearest, save_tiny, tokens
