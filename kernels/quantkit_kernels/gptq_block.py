@@ -71,8 +71,8 @@ def gptq_block_kernel(
     lost_CN = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
     loss_N = tl.zeros((ROWS,), dtype=tl.float32)
     w_N, carried_N, scale_N, zero_point_N, factor_C, diagonal = _load_column(
-        w, carried, factor, scale, zero_point, group, NUM_COLUMNS - 1, stride_w, stride_carried, stride_scale, rows, is_row,
-        HAS_ZERO_POINT, COLUMNS,
+        w, carried, factor, scale, zero_point, group, NUM_COLUMNS - 1, stride_w, stride_carried, stride_scale,
+        rows, is_row, HAS_ZERO_POINT, COLUMNS,
     )  # fmt: skip
     for step in range(NUM_COLUMNS):
         c = NUM_COLUMNS - 1 - step

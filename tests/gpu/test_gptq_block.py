@@ -70,7 +70,7 @@ def make_block(
 
 
 def check(block: Block, codes: Tensor, lost: Tensor, loss: Tensor) -> None:
-    """Every code is the nearest to its target, as float64 computes it from the codes already there; what follows fits."""
+    """Every code is the nearest to its target, as float64 computes it from the codes there are; the rest fits."""
     num_columns = block.w_BCN.shape[1]
     w, lower = block.w_BCN.double().cpu(), block.lower_BCC.double().cpu().tril()
     group = block.group_C.cpu()
