@@ -6,6 +6,7 @@ batch at a time, the layer is observed as it was, then rounded, then run again.
 Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_features.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,13 @@ from quantkit.arch.experts import EXPERTS, ExpertNames
 from quantkit.calibration.experts import Coverage, Routed, round_experts
 from quantkit.calibration.rounding import RoundedLinear, new_stats, round_linears
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import encode_linear
 from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.activation import fake_quantize_input
 
-OnLinear = Callable[[LinearPlan, Mapping[str, Any]], None]
+OnLinear = Callable[[LinearPlan, Mapping[str, Any], float], None]  # a linear, what is noted of it, seconds
 OnInput = Callable[[str, Tensor], Tensor]  # group and input -> what its linears compute with
 
 
@@ -49,12 +51,14 @@ class LayerWork:
         linears: Sequence[LinearPlan],
         tensors: Mapping[str, Tensor],
         on_linear: OnLinear,
+        watch: Stopwatch,
     ) -> None:
         self._skeleton = skeleton
         self._plan = plan
         self._tensors = tensors
         self._module = skeleton.fill_layer(layer, tensors)
         self._on_linear = on_linear
+        self._watch = watch
         self._groups: dict[str, list[LinearPlan]] = defaultdict(list)
         self._experts: dict[str, LinearPlan] = {}
         for linear in linears:
@@ -66,6 +70,7 @@ class LayerWork:
         self._rounded: dict[str, tuple[LinearPlan, RoundedLinear]] = {}
         self._coverage: Coverage | None = None
         self._num_excluded = 0
+        self._seconds: dict[str, float] = {}
 
     def one_pass(self, streams: Streams, call: Call) -> Streams:
         """Round each linear at its first use. streams: one batch with all tokens."""
@@ -76,7 +81,8 @@ class LayerWork:
 
         def observe_and_round(group: str, x: Tensor) -> Tensor:
             stats = self._new_stats(x, group in original_inputs)
-            stats.add(self._quantized(group, x), original_inputs.pop(group, None))
+            with self._watch.measure("observe"):
+                stats.add(self._quantized(group, x), original_inputs.pop(group, None))
             self._round(group, stats)
             return self._quantized(group, x)
 
@@ -97,7 +103,8 @@ class LayerWork:
             def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = original_inputs) -> Tensor:
                 if group not in stats:
                     stats[group] = self._new_stats(x, group in inputs)
-                stats[group].add(self._quantized(group, x), inputs.pop(group, None))
+                with self._watch.measure("observe"):
+                    stats[group].add(self._quantized(group, x), inputs.pop(group, None))
                 return x
 
             self._run(
@@ -130,9 +137,10 @@ class LayerWork:
         return tensors
 
     def notes(self) -> dict[str, Any]:
-        """What quantkit.json says of the layer."""
+        """What is said of the layer: of its linears, its inputs, its experts; and how long its linears took."""
         notes: dict[str, Any] = {
             "linears": {name: rounded.note for name, (_, rounded) in self._rounded.items()},
+            "linear_seconds": self._seconds,
             "excluded": self._num_excluded,
         }
         if self._coverage is not None:
@@ -146,7 +154,7 @@ class LayerWork:
         on_input: OnInput,
         on_experts: Callable[[Routed], None] = lambda routed: None,
     ) -> Tensor:
-        with self._inputs(on_input), self._routed(on_experts):
+        with self._watch.measure("forward"), self._inputs(on_input), self._routed(on_experts):
             return run_layer(self._module, hidden.to(self._skeleton.device), call)
 
     @contextmanager
@@ -207,9 +215,11 @@ class LayerWork:
 
     def _round(self, group: str, stats: InputStats) -> None:
         linears = self._groups[group]
+        started = time.perf_counter()
         weights = {linear.name: self._weight(linear) for linear in linears}
-        rounded = round_linears(self._plan, linears, weights, stats)
+        rounded = round_linears(self._plan, linears, weights, stats, self._watch)
         self._num_excluded += stats.num_excluded
+        self._time(linears, time.perf_counter() - started)
         for linear in linears:
             module, result = self._linear(linear), rounded[linear.name]
             module.get_parameter("weight").data = result.weight_NK.to(self._skeleton.dtype)
@@ -231,9 +241,11 @@ class LayerWork:
 
         def round_some(weights: Mapping[str, Tensor], stats: InputStats) -> dict[str, Tensor]:
             linears = [self._experts[name] for name in weights if name in self._experts]
+            started = time.perf_counter()
             exact = {linear.name: self._weight(linear) for linear in linears}
-            rounded = round_linears(self._plan, linears, exact, stats)
+            rounded = round_linears(self._plan, linears, exact, stats, self._watch)
             self._num_excluded += stats.num_excluded
+            self._time(linears, time.perf_counter() - started)
             for linear in linears:
                 self._keep(linear, rounded[linear.name])
             return dict(weights) | {
@@ -251,6 +263,12 @@ class LayerWork:
             round_linears=round_some,
         )
 
+    def _time(self, linears: Sequence[LinearPlan], seconds: float) -> None:
+        """Share the seconds of linears that were rounded together by their weights."""
+        weights = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
+        for name, count in weights.items():
+            self._seconds[name] = round(seconds * count / sum(weights.values()), 4)
+
     def _weight(self, linear: LinearPlan) -> Tensor:
         """The weight before rounding, float32, on the device."""
         return self._tensors[f"{below_layer(linear.name)}.weight"].to(self._skeleton.device).float()
@@ -262,7 +280,7 @@ class LayerWork:
             linear,
             result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)),
         )
-        self._on_linear(linear, note)
+        self._on_linear(linear, note, self._seconds[linear.name])
 
 
 def _keep_input(inputs: dict[str, Tensor], group: str, x: Tensor) -> Tensor:

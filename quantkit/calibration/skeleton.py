@@ -34,13 +34,7 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        if checkpoint.model_type not in FAMILIES:
-            raise UnsupportedModelError(
-                f"{checkpoint.path}: nothing is known about the layers of {checkpoint.model_type}: which linears share "
-                "an input, and which norm feeds them",
-                fix="use a data-free recipe, such as int4-rtn, int8 or fp8; calibration knows "
-                f"{', '.join(sorted(FAMILIES))}",
-            )
+        check_known(checkpoint)
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
@@ -120,6 +114,17 @@ class Skeleton:
         """Tensors of the language model that are in no layer, by their names on disk."""
         wanted = {name for name, _ in self.model.named_parameters()}
         return [name for name in self.checkpoint.tensors if text_name(name) in wanted and not place_of(name)]
+
+
+def check_known(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError for a family whose layers are not known."""
+    if checkpoint.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: nothing is known about the layers of {checkpoint.model_type}: which linears share "
+            "an input, and which norm feeds them",
+            fix="use a data-free recipe, such as int4-rtn, int8 or fp8; calibration knows "
+            f"{', '.join(sorted(FAMILIES))}",
+        )
 
 
 class _Recorder(nn.Module):
