@@ -8,6 +8,7 @@ Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_
 
 import contextlib
 import copy
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,13 @@ from quantkit.arch.experts import EXPERTS, ExpertNames
 from quantkit.calibration.experts import Coverage, Routed, round_experts
 from quantkit.calibration.rounding import RoundedLinear, new_stats, round_linears
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import encode_linear
 from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.activation import fake_quantize_input
 
-OnLinear = Callable[[LinearPlan, Mapping[str, Any]], None]
+OnLinear = Callable[[LinearPlan, Mapping[str, Any], float], None]  # a linear, what is noted of it, seconds
 OnInput = Callable[[str, Tensor], Tensor]  # group and input -> what its linears compute with
 
 
@@ -51,12 +53,14 @@ class LayerWork:
         linears: Sequence[LinearPlan],
         tensors: Mapping[str, Tensor],
         on_linear: OnLinear,
+        watch: Stopwatch,
     ) -> None:
         self._skeleton = skeleton
         self._plan = plan
         self._tensors = tensors
         self._module = skeleton.fill_layer(layer, tensors)
         self._on_linear = on_linear
+        self._watch = watch
         self._groups: dict[str, list[LinearPlan]] = defaultdict(list)
         self._experts: dict[str, LinearPlan] = {}
         for linear in linears:
@@ -68,6 +72,7 @@ class LayerWork:
         self._rounded: dict[str, tuple[LinearPlan, RoundedLinear]] = {}
         self._coverage: Coverage | None = None
         self._num_excluded = 0
+        self._seconds: dict[str, float] = {}
 
     def one_pass(self, streams: Streams, call: Call) -> Streams:
         """Round each linear at its first use. streams: one batch with all tokens."""
@@ -78,7 +83,8 @@ class LayerWork:
 
         def observe_and_round(group: str, x: Tensor) -> Tensor:
             stats = self._new_stats(x, group in original_inputs)
-            stats.add(self._quantized(group, x), original_inputs.pop(group, None))
+            with self._watch.measure("observe"):
+                stats.add(self._quantized(group, x), original_inputs.pop(group, None))
             self._round(group, stats)
             return self._quantized(group, x)
 
@@ -128,7 +134,8 @@ class LayerWork:
                 if group in groups:
                     if group not in stats:
                         stats[group] = self._new_stats(x, group in inputs)
-                    stats[group].add(x, inputs.pop(group, None))
+                    with self._watch.measure("observe"):
+                        stats[group].add(x, inputs.pop(group, None))
                 return x
 
             on_input = observe if wants_experts or not groups else _until(groups, observe)
@@ -158,9 +165,10 @@ class LayerWork:
         return tensors
 
     def notes(self) -> dict[str, Any]:
-        """What quantkit.json says of the layer."""
+        """What is said of the layer: of its linears, its inputs, its experts; and how long its linears took."""
         notes: dict[str, Any] = {
             "linears": {name: rounded.note for name, (_, rounded) in self._rounded.items()},
+            "linear_seconds": self._seconds,
             "excluded": self._num_excluded,
         }
         if self._coverage is not None:
@@ -177,7 +185,8 @@ class LayerWork:
     ) -> Tensor:
         """Hidden states after the layer, or as they came if `on_input` ended the pass."""
         module = self._module if module is None else module
-        with self._inputs(module, on_input), self._routed(on_experts), contextlib.suppress(_Seen):
+        hooks = self._inputs(module, on_input), self._routed(on_experts)
+        with self._watch.measure("forward"), hooks[0], hooks[1], contextlib.suppress(_Seen):
             return run_layer(module, self._there(hidden), call)
         return hidden
 
@@ -244,9 +253,11 @@ class LayerWork:
 
     def _round(self, group: str, stats: InputStats) -> None:
         linears = self._groups[group]
+        started = time.perf_counter()
         weights = {linear.name: self._weight(linear) for linear in linears}
-        rounded = round_linears(self._plan, linears, weights, stats)
+        rounded = round_linears(self._plan, linears, weights, stats, self._watch)
         self._num_excluded += stats.num_excluded
+        self._time(linears, time.perf_counter() - started)
         for linear in linears:
             module, result = self._linear(self._module, linear), rounded[linear.name]
             module.get_parameter("weight").data = result.weight_NK.to(self._skeleton.dtype)
@@ -268,9 +279,11 @@ class LayerWork:
 
         def round_some(weights: Mapping[str, Tensor], stats: InputStats) -> dict[str, Tensor]:
             linears = [self._experts[name] for name in weights if name in self._experts]
+            started = time.perf_counter()
             exact = {linear.name: self._weight(linear) for linear in linears}
-            rounded = round_linears(self._plan, linears, exact, stats)
+            rounded = round_linears(self._plan, linears, exact, stats, self._watch)
             self._num_excluded += stats.num_excluded
+            self._time(linears, time.perf_counter() - started)
             for linear in linears:
                 self._keep(linear, rounded[linear.name])
             return dict(weights) | {
@@ -288,6 +301,12 @@ class LayerWork:
             round_linears=round_some,
         )
 
+    def _time(self, linears: Sequence[LinearPlan], seconds: float) -> None:
+        """Share the seconds of linears that were rounded together by their weights."""
+        weights = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
+        for name, count in weights.items():
+            self._seconds[name] = round(seconds * count / sum(weights.values()), 4)
+
     def _weight(self, linear: LinearPlan) -> Tensor:
         """The weight before rounding, float32, on the device."""
         return self._tensors[f"{below_layer(linear.name)}.weight"].to(self._skeleton.device).float()
@@ -299,7 +318,7 @@ class LayerWork:
             linear,
             result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)),
         )
-        self._on_linear(linear, note)
+        self._on_linear(linear, note, self._seconds[linear.name])
 
 
 class _Seen(Exception):  # noqa: N818 (nothing is wrong: it ends a pass through a layer)
