@@ -109,12 +109,12 @@ def test_gptq_loses_less_than_rtn_in_every_family(tmp_path, model_type):
     folder = save_family(model_type, tmp_path / "model")
     stage = calibrated(folder, tmp_path / "out")
     _, plan = planned(folder)
-    notes = {
-        name: note for part in stage.parts() for name, note in stage.notes(part)["linears"].items()
-    }
+    notes = {name: note for part in stage.parts() for name, note in stage.notes(part)["linears"].items()}
     assert notes.keys() == {one.name for one in plan.linears if one.scheme is not None}
     assert all(note["algorithm"] == "gptq" or note["fallback"] for note in notes.values())
-    assert sum(note["loss"] for note in notes.values()) < 0.9 * sum(note["loss_rtn"] for note in notes.values())
+    assert sum(note["loss"] for note in notes.values()) < 0.9 * sum(
+        note["loss_rtn"] for note in notes.values()
+    )
     for part in stage.parts():
         said = stage.notes(part)
         assert said["excluded"] == 0
