@@ -1,6 +1,6 @@
 """The second moments of an input, factorized once for all that reads it.
 
-Shape suffixes: N out_features, K in_features.
+Shape suffixes: K in_features.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,15 @@ RETRIES = 4  # each with ten times the damping
 
 
 class Factor(NamedTuple):
-    """Inverse second moments in factored form, for columns in descending order of their second moment.
+    """Second moments in factored form, for columns in ascending order of their second moment.
 
-    order_K: int64; column i of the factor is column order_K[i] of the weight. upper_KK: float32, upper triangular,
-    upperᵀ · upper = (H + damping · mean(diag H) · I)⁻¹ in that order. dead_K: bool, inputs that were always 0.
+    order_K: int64; column i of the factor is column order_K[i] of the weight. lower_KK: float32, lower triangular,
+    lower · lowerᵀ = H + damping · mean(diag H) · I in that order. dead_K: bool, inputs that were always 0, in the order
+    of the weight.
     """
 
     order_K: Tensor
-    upper_KK: Tensor
+    lower_KK: Tensor
     dead_K: Tensor
     damping: float
 
@@ -29,30 +30,35 @@ class Factor(NamedTuple):
 def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
     """Factorize H (float32 [K, K], mean of x xᵀ), with more damping where it is not positive definite.
 
-    None if H is not finite, or not positive definite even with damping · 10³. Peak memory: two K × K matrices in
-    `precision`. Source: arXiv:2210.17323 section 3.3; the order of columns is that of "act order".
+    None if H is not finite, or not positive definite even with damping · 10³. Peak memory: H, and one more K × K
+    matrix in `precision`.
     """
     diagonal_K = hessian_KK.diagonal()
-    if not bool(torch.isfinite(hessian_KK).all()) or not bool((diagonal_K > 0).any()):
+    # a row of H with a NaN or an infinity has one on its diagonal
+    if not bool(torch.isfinite(diagonal_K).all()) or not bool((diagonal_K > 0).any()):
         return None
     dead_K = diagonal_K <= 0
-    order_K = torch.argsort(diagonal_K, descending=True, stable=True)
-    dtype = precision(hessian_KK)
-    # The inverse of a matrix whose rows and columns run backwards has its Cholesky factor on the other side: with
-    # flip(H) = L Lᵀ, U = flip(L⁻¹) is upper triangular and Uᵀ U = H⁻¹. One factorization instead of two and an inverse.
-    backwards_K = order_K.flip(0)
+    order_K = torch.argsort(diagonal_K, stable=True)
     for attempt in range(RETRIES):
         used = damping * 10.0**attempt
-        flipped_KK = hessian_KK[backwards_K][:, backwards_K].to(dtype)
-        flipped_KK.diagonal().add_(used * diagonal_K.mean().to(dtype) + dead_K[backwards_K].to(dtype))
-        lower_KK, failed = torch.linalg.cholesky_ex(flipped_KK)
-        if not int(failed):
-            identity_KK = torch.eye(len(order_K), dtype=dtype, device=hessian_KK.device)
-            inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False, out=identity_KK)
-            return Factor(order_K, inverse_KK.flip(0, 1).float(), dead_K, used)
+        damped_KK = hessian_KK[order_K.unsqueeze(1), order_K].to(precision(hessian_KK))
+        damped_KK.diagonal().add_(
+            used * diagonal_K.mean().to(damped_KK.dtype) + dead_K[order_K].to(damped_KK.dtype)
+        )
+        lower_KK = _cholesky_in_place(damped_KK)
+        if lower_KK is not None:
+            return Factor(order_K, lower_KK.float(), dead_K, used)
     return None
 
 
 def precision(hessian_KK: Tensor) -> torch.dtype:
     """float64, but float32 on a GPU where that takes too much of its memory."""
     return torch.float32 if hessian_KK.is_cuda and len(hessian_KK) > FLOAT64_FEATURES else torch.float64
+
+
+def _cholesky_in_place(symmetric_KK: Tensor) -> Tensor | None:
+    """The lower factor, in the memory of the matrix, which is symmetric and contiguous; None if there is none."""
+    columns_KK = symmetric_KK.mT  # the same matrix in the order that LAPACK and cuSOLVER write without a copy
+    failed = torch.empty((), dtype=torch.int32, device=symmetric_KK.device)
+    torch.linalg.cholesky_ex(columns_KK, out=(columns_KK, failed))
+    return None if int(failed) else columns_KK

@@ -4,67 +4,136 @@ Columns go in descending order of their input's second moment, but groups and sc
 weight ("static act order"), so nothing in the file format changes. Scales are chosen before, from the weights.
 Source: arXiv:2210.17323.
 
-Shape suffixes: N out_features, K in_features, C columns of a block.
+The usual form keeps the weights up to date by means of the inverse of H. The same codes come of its factor itself, as
+in the nearest-plane algorithm of lattices: with H = L Lᵀ,
+
+    (W − Ŵ) H (W − Ŵ)ᵀ = ‖(W − Ŵ) L‖²,      column c of (W − Ŵ) L = Σ_{j ≥ c} (w_j − ŵ_j) L[j, c]
+
+From the last column to the first, everything with j > c is known, and ŵ_c is the grid point that makes the sum least:
+the one nearest to w_c + Σ_{j > c} (w_j − ŵ_j) L[j, c] / L[c, c].
+
+Shape suffixes: N out_features, K in_features, C columns of a block, G rows of scales.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantkit.algorithms.factor import Factor
 from quantkit.numerics import affine
-from quantkit.schemes import FloatSpec, QParams, Spec
-from quantkit.schemes.tiles import expand_to_weight
+from quantkit.schemes import FloatSpec, Granularity, PerBlock, PerGroup, QParams, Spec
 
 BLOCK_COLUMNS = 128
+
+
+class ColumnScales(NamedTuple):
+    """Scales laid out for columns: scale_GN and zero_point_GN (or None); column k uses row group_K[k]."""
+
+    scale_GN: Tensor
+    zero_point_GN: Tensor | None
+    group_K: Tensor
+
+
+class Solved(NamedTuple):
+    """A block of rounded columns. codes_CN: int8 or float8_e4m3fn. lost_CN: w − ŵ, float32."""
+
+    codes_CN: Tensor
+    lost_CN: Tensor
 
 
 def gptq(w_NK: Tensor, factor: Factor, spec: Spec, qparams: QParams) -> Tensor:
     """Codes [N, K], int8 or float8_e4m3fn, on the grid of spec and qparams.
 
-    w_NK: any float dtype. Peak memory: five times the weight in float32.
+    w_NK: any float dtype. Peak memory: the weight twice, once in float32, and its codes twice.
     """
-    shape = (w_NK.shape[0], w_NK.shape[1])
+    num_rows, num_cols = w_NK.shape
     order_K = factor.order_K
-    # transposed, so that a column of the weight is a contiguous row
-    w_KN = w_NK.float().T[order_K].contiguous()
+    w_KN = w_NK.T[order_K].contiguous()  # transposed, so that a column of the weight is a contiguous row
     w_KN[factor.dead_K[order_K]] = 0  # nothing is lost there, and nothing has to be made up for
-    scale_KN = expand_to_weight(qparams.scale.float(), spec.granularity, *shape).T[order_K].contiguous()
-    zero_point_KN = None
-    if qparams.zero_point is not None:
-        zero_point_KN = (
-            expand_to_weight(qparams.zero_point.float(), spec.granularity, *shape).T[order_K].contiguous()
-        )
+    scales = column_scales(qparams, spec.granularity, num_rows, num_cols)
+    group_K = scales.group_K[order_K]
+    carried_KN = torch.zeros(num_cols, num_rows, device=w_NK.device)
     code_dtype = torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
-    codes_KN = torch.empty(w_KN.shape, dtype=code_dtype, device=w_NK.device)
-    for start in range(0, len(w_KN), BLOCK_COLUMNS):
-        block = slice(start, min(start + BLOCK_COLUMNS, len(w_KN)))
-        zero_point_CN = None if zero_point_KN is None else zero_point_KN[block]
-        codes_KN[block], error_CN = solve_block(
-            w_KN[block], factor.upper_KK[block, block], spec, scale_KN[block], zero_point_CN
-        )
-        w_KN[block.stop :] -= factor.upper_KK[block, block.stop :].T @ error_CN
-    codes_NK = torch.empty(shape, dtype=code_dtype, device=w_NK.device)
+    codes_KN = torch.empty(num_cols, num_rows, dtype=code_dtype, device=w_NK.device)
+    solve = solve_block_on_gpu if w_NK.is_cuda else solve_block
+    for stop in range(num_cols, 0, -BLOCK_COLUMNS):
+        block = slice(max(0, stop - BLOCK_COLUMNS), stop)
+        lower_CC = factor.lower_KK[block, block]
+        block_scales = scales._replace(group_K=group_K[block])
+        codes_KN[block], lost_CN = solve(w_KN[block], carried_KN[block], lower_CC, spec, block_scales)
+        carried_KN[: block.start].addmm_(factor.lower_KK[block, : block.start].T, lost_CN)
+    codes_NK = torch.empty(num_rows, num_cols, dtype=code_dtype, device=w_NK.device)
     codes_NK.T[order_K] = codes_KN
     return codes_NK
 
 
+def column_scales(qparams: QParams, granularity: Granularity, num_rows: int, num_cols: int) -> ColumnScales:
+    """The scales of a weight [num_rows, num_cols] by columns, in their dtype on disk."""
+    columns = torch.arange(num_cols, device=qparams.scale.device)
+    match granularity:
+        case PerGroup(size):
+            group_K = columns // size
+        case PerBlock(_, cols):
+            group_K = columns // cols
+        case _:
+            group_K = torch.zeros_like(columns)
+
+    def by_column(qparam: Tensor) -> Tensor:
+        if isinstance(granularity, PerBlock):
+            qparam = qparam.repeat_interleave(granularity.rows, dim=0)[:num_rows]
+        return qparam.reshape(len(qparam), -1).expand(num_rows, -1).T.contiguous()
+
+    zero_point = qparams.zero_point
+    return ColumnScales(
+        by_column(qparams.scale), None if zero_point is None else by_column(zero_point), group_K
+    )
+
+
 def solve_block(
-    w_CN: Tensor, upper_CC: Tensor, spec: Spec, scale_CN: Tensor, zero_point_CN: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Round the columns of one block in turn; returns codes and scaled errors, both [C, N]. Changes w_CN."""
-    codes, errors = [], []
-    for column in range(len(w_CN)):
-        zero_point = None if zero_point_CN is None else zero_point_CN[column]
-        code = _round(w_CN[column], spec, scale_CN[column], zero_point)
-        lost = w_CN[column] - affine.dequantize(code, scale_CN[column], zero_point)
-        error = lost / upper_CC[column, column]
-        w_CN[column + 1 :].addr_(upper_CC[column, column + 1 :], error, alpha=-1)
-        codes.append(code)
-        errors.append(error)
-    return torch.stack(codes), torch.stack(errors)
+    w_CN: Tensor, carried_CN: Tensor, lower_CC: Tensor, spec: Spec, scales: ColumnScales
+) -> Solved:
+    """Round the columns of one block, the last one first. Changes carried_CN, which is what later columns add."""
+    codes_CN = torch.empty(
+        w_CN.shape, dtype=torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
+    )
+    lost_CN = torch.empty(w_CN.shape)
+    for column in reversed(range(len(w_CN))):
+        w_N = w_CN[column].float()
+        target_N = torch.addcdiv(w_N, carried_CN[column], lower_CC[column, column])
+        group = scales.group_K[column]
+        scale_N = scales.scale_GN[group]
+        zero_point_N = None if scales.zero_point_GN is None else scales.zero_point_GN[group]
+        codes_CN[column] = _round(target_N, spec, scale_N, zero_point_N)
+        lost_CN[column] = w_N - affine.dequantize(codes_CN[column], scale_N, zero_point_N)
+        carried_CN[:column].addr_(lower_CC[column, :column], lost_CN[column])
+    return Solved(codes_CN, lost_CN)
 
 
-def _round(w: Tensor, spec: Spec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def solve_block_on_gpu(
+    w_CN: Tensor, carried_CN: Tensor, lower_CC: Tensor, spec: Spec, scales: ColumnScales
+) -> Solved:
+    """`solve_block` as one launch; leaves carried_CN as it is."""
+    from quantkit_kernels.gptq_block import gptq_block  # CUDA builds of torch have Triton, others need not
+
+    zero_point_GN = scales.zero_point_GN
+    qmin, qmax = (0, 0) if isinstance(spec, FloatSpec) else (spec.qmin, spec.qmax)
+    codes_BCN, lost_BCN, _ = gptq_block(
+        w_CN.unsqueeze(0),
+        carried_CN.unsqueeze(0),
+        lower_CC.unsqueeze(0),
+        scales.scale_GN.unsqueeze(0),
+        None if zero_point_GN is None else zero_point_GN.unsqueeze(0),
+        scales.group_K,
+        qmin,
+        qmax,
+        isinstance(spec, FloatSpec),
+    )
+    codes_CN = codes_BCN[0].view(torch.float8_e4m3fn) if isinstance(spec, FloatSpec) else codes_BCN[0]
+    return Solved(codes_CN, lost_BCN[0])
+
+
+def _round(target_N: Tensor, spec: Spec, scale_N: Tensor, zero_point_N: Tensor | None) -> Tensor:
     if isinstance(spec, FloatSpec):
-        return affine.quantize_e4m3(w, scale)
-    return affine.quantize_int(w, scale, zero_point, spec.qmin, spec.qmax)
+        return affine.quantize_e4m3(target_N, scale_N)
+    return affine.quantize_int(target_N, scale_N, zero_point_N, spec.qmin, spec.qmax)

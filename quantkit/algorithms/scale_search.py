@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from quantkit.algorithms.scale_search_gpu import search_on_gpu
 from quantkit.numerics import affine
 from quantkit.schemes import FloatSpec, IntSpec, QParams, Spec
 from quantkit.schemes.tiles import round_scale, to_tiles
@@ -38,6 +39,11 @@ def search_qparams(
     channel is the natural choice); None: all alike.
     Returns QParams in the shape on disk, scale in scale_dtype.
     """
+    if w_NK.is_cuda:
+        ratios, steps = candidates(spec)
+        qparams = search_on_gpu(w_NK, spec, scale_dtype, importance_K, ratios, steps)
+        if qparams is not None:
+            return qparams
     num_rows, num_cols = w_NK.shape
     tiles = to_tiles(w_NK.float(), spec.granularity)
     importance = None
@@ -62,6 +68,13 @@ def search_qparams(
     if spec.symmetric:
         return QParams(scale.view(lead))
     return QParams(scale.view(lead), zero_point.view(lead))
+
+
+def candidates(spec: Spec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Ratios of the min-max scale that are all tried, then steps from the best one so far."""
+    if spec.bits <= 4:
+        return FEW_BIT_RATIOS, FEW_BIT_STEPS
+    return EIGHT_BIT_RATIOS, EIGHT_BIT_STEPS
 
 
 class _Best:
@@ -99,10 +112,10 @@ def _search_slice(
         error = _error(tiles, spec, scale / unit, zero_point, importance, buffers)
         best.offer(error, ratio, scale, zero_point)
 
-    is_few_bit = spec.bits <= 4
-    for ratio in FEW_BIT_RATIOS if is_few_bit else EIGHT_BIT_RATIOS:
+    ratios, steps = candidates(spec)
+    for ratio in ratios:
         judge(torch.full_like(base, ratio))
-    for step in FEW_BIT_STEPS if is_few_bit else EIGHT_BIT_STEPS:
+    for step in steps:
         judge(best.ratio + step)
     return best.scale.to(scale_dtype), best.zero_point.to(torch.int8)
 

@@ -1,11 +1,13 @@
 """One decoder layer: its inputs observed, its linears rounded, the tokens sent on through the rounded layer.
 
-In one pass each linear is rounded when its input arrives, so that o_proj sees the rounded q, k and v. In two, a
-batch at a time, the layer is observed as it was, then rounded, then run again.
+In one pass each linear is rounded when its input arrives, so that o_proj sees the rounded q, k and v. In batches,
+the layer is observed as it was, then rounded, then run again.
 
 Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_features.
 """
 
+import contextlib
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +40,7 @@ class Streams(NamedTuple):
 
 
 class LayerWork:
-    """A layer while it is rounded. Use `one_pass` or `two_passes`, then ask for what came out.
+    """A layer while it is rounded. Use `one_pass` or `in_batches`, then ask for what came out.
 
     tensors: the layer by names on disk below it. Owns the layer's module in the skeleton meanwhile.
     """
@@ -90,32 +92,59 @@ class LayerWork:
         after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
         return Streams([after], originals)
 
-    def two_passes(self, streams: Streams, call: Call) -> Streams:
-        """Observe all batches, round, run all batches again."""
-        stats: dict[str, InputStats] = {}
-        routed: list[Routed] = []
-        originals = None if streams.originals is None else list[Tensor]()
-        for number, batch in enumerate(streams.hidden):
-            original_inputs: dict[str, Tensor] = {}
-            if originals is not None and streams.originals is not None:
-                keep = partial(_keep_input, original_inputs)
-                originals.append(self._run(streams.originals[number], call, keep))
+    def in_batches(self, streams: Streams, call: Call) -> Streams:
+        """Observe all batches and round, then run all batches through what came out.
 
-            def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = original_inputs) -> Tensor:
-                if group not in stats:
-                    stats[group] = self._new_stats(x, group in inputs)
-                with self._watch.measure("observe"):
-                    stats[group].add(self._quantized(group, x), inputs.pop(group, None))
+        Where weights are corrected, group by group: what one group makes up for, the next must not make up for again.
+        """
+        original = copy.deepcopy(self._module) if streams.originals is not None else None
+        together = [list(self._groups)] if original is None else [[group] for group in self._groups]
+        routed: list[Routed] = []
+        for groups in together:
+            stats = self._observed(groups, streams, call, original, routed)
+            for group in groups:
+                self._round(group, stats.pop(group))
+        if self._experts:
+            if not routed:
+                self._observed([], streams, call, None, routed)
+            self._round_experts(routed)
+        originals = None
+        if original is not None and streams.originals is not None:
+            with self._watch.measure("forward"):
+                originals = [run_layer(original, self._there(batch), call) for batch in streams.originals]
+        return Streams([self._run(batch, call, self._quantized) for batch in streams.hidden], originals)
+
+    def _observed(
+        self,
+        groups: Sequence[str],
+        streams: Streams,
+        call: Call,
+        original: nn.Module | None,
+        routed: list[Routed],
+    ) -> dict[str, InputStats]:
+        """Statistics of some groups' inputs over all batches; every pass ends where the last of them has its input."""
+        stats: dict[str, InputStats] = {}
+        wants_experts = bool(self._experts) and original is None
+        for number, batch in enumerate(streams.hidden):
+            inputs: dict[str, Tensor] = {}
+            if original is not None and streams.originals is not None:
+                keep = partial(_keep_input, inputs)
+                self._run(streams.originals[number], call, _until(groups, keep), module=original)
+
+            def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = inputs) -> Tensor:
+                x = self._quantized(group, x)
+                if group in groups:
+                    if group not in stats:
+                        stats[group] = self._new_stats(x, group in inputs)
+                    with self._watch.measure("observe"):
+                        stats[group].add(x, inputs.pop(group, None))
                 return x
 
+            on_input = observe if wants_experts or not groups else _until(groups, observe)
             self._run(
-                batch, call, observe, lambda call: routed.append(Routed(*(part.cpu() for part in call)))
+                batch, call, on_input, lambda found: routed.append(Routed(*(part.cpu() for part in found)))
             )
-        for group in self._groups:
-            self._round(group, stats.pop(group))
-        if self._experts:
-            self._round_experts(routed)
-        return Streams([self._run(batch, call, self._quantized) for batch in streams.hidden], originals)
+        return stats
 
     @property
     def rounded_weights(self) -> set[str]:
@@ -150,12 +179,24 @@ class LayerWork:
         call: Call,
         on_input: OnInput,
         on_experts: Callable[[Routed], None] = lambda routed: None,
+        module: nn.Module | None = None,
     ) -> Tensor:
-        with self._watch.measure("forward"), self._inputs(on_input), self._routed(on_experts):
-            return run_layer(self._module, hidden.to(self._skeleton.device), call)
+        """Hidden states after the layer, or as they came if `on_input` ended the pass."""
+        module = self._module if module is None else module
+        with (
+            self._watch.measure("forward"),
+            self._inputs(module, on_input),
+            self._routed(on_experts),
+            contextlib.suppress(_Seen),
+        ):
+            return run_layer(module, self._there(hidden), call)
+        return hidden
+
+    def _there(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self._skeleton.device)
 
     @contextmanager
-    def _inputs(self, on_input: OnInput) -> Iterator[None]:
+    def _inputs(self, layer: nn.Module, on_input: OnInput) -> Iterator[None]:
         """While open, the first linear of a group that is called tells of their common input."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -167,7 +208,9 @@ class LayerWork:
             return (used,)
 
         handles = [
-            self._linear(linear).register_forward_pre_hook(lambda _, args, group=group: look(group, args))
+            self._linear(layer, linear).register_forward_pre_hook(
+                lambda _, args, group=group: look(group, args)
+            )
             for group, linears in self._groups.items()
             for linear in linears
         ]
@@ -190,8 +233,8 @@ class LayerWork:
         finally:
             handle.remove()
 
-    def _linear(self, linear: LinearPlan) -> nn.Module:
-        return self._module.get_submodule(self._skeleton.module_name(below_layer(linear.name)))
+    def _linear(self, layer: nn.Module, linear: LinearPlan) -> nn.Module:
+        return layer.get_submodule(self._skeleton.module_name(below_layer(linear.name)))
 
     def _quantized(self, group: str, x: Tensor) -> Tensor:
         """The input as the quantized linears get it; until its static scale is chosen, as it is."""
@@ -218,13 +261,13 @@ class LayerWork:
         self._num_excluded += stats.num_excluded
         self._time(linears, time.perf_counter() - started)
         for linear in linears:
-            module, result = self._linear(linear), rounded[linear.name]
+            module, result = self._linear(self._module, linear), rounded[linear.name]
             module.get_parameter("weight").data = result.weight_NK.to(self._skeleton.dtype)
             self._keep(linear, result._replace(note=result.note | self._correct_bias(linear, result)))
 
     def _correct_bias(self, linear: LinearPlan, result: RoundedLinear) -> dict[str, str]:
         """Add to the linear's bias what rounding took; the bias computes as it is stored. Returns what to note."""
-        module = self._linear(linear)
+        module = self._linear(self._module, linear)
         if result.bias_N is None:
             return {}
         if "bias" not in dict(module.named_parameters()):
@@ -281,6 +324,24 @@ class LayerWork:
             result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)),
         )
         self._on_linear(linear, note, self._seconds[linear.name])
+
+
+class _Seen(Exception):  # noqa: N818 (nothing is wrong: it ends a pass through a layer)
+    """All inputs that were asked for have been seen."""
+
+
+def _until(groups: Sequence[str], on_input: OnInput) -> OnInput:
+    """`on_input`, ending the pass when it has been told of all these groups."""
+    missing = set(groups)
+
+    def look(group: str, x: Tensor) -> Tensor:
+        used = on_input(group, x)
+        missing.discard(group)
+        if not missing:
+            raise _Seen
+        return used
+
+    return look
 
 
 def _keep_input(inputs: dict[str, Tensor], group: str, x: Tensor) -> Tensor:

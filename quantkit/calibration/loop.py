@@ -149,7 +149,7 @@ class LayerRun:
             on_linear,
             self.watch,
         )
-        run = work.one_pass if self.layout.is_whole else work.two_passes
+        run = work.one_pass if self.layout.is_whole else work.in_batches
         streams = run(self.streams, self.calls[layer])
         self.streams = Streams(
             self._placed(streams.hidden), streams.originals and self._placed(streams.originals)

@@ -108,9 +108,9 @@ class Skeleton:
         """Give weights to what is in no layer; a tied head becomes the embedding."""
         state = {text_name(name): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         self.model.load_state_dict(state, strict=False, assign=True)
-        head = self.model.get_submodule("lm_head")
-        if head.get_parameter("weight").is_meta:
-            head.register_parameter("weight", self.base.embed_tokens.weight)
+        head: Any = self.model.get_submodule("lm_head")
+        if "lm_head.weight" not in state:
+            head.weight = self.base.embed_tokens.weight
         self.model.requires_grad_(False)
 
     def outside_names(self) -> list[str]:

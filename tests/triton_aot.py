@@ -1,0 +1,51 @@
+"""Triton kernels compiled for GPUs that are not there, and what the machine code takes.
+
+Needs triton, not a GPU.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CAPABILITIES = (80, 89, 90, 100, 120)
+
+
+class Resources(NamedTuple):
+    """Of one kernel: 32-bit registers of a thread, bytes of its stack, bytes of shared memory of a program."""
+
+    registers: int
+    stack: int
+    shared: int
+    sass: str
+
+
+def compile_for(kernel, capability: int, types: dict[str, str], constants: dict, num_warps: int) -> Resources:
+    """Compile a kernel. types: Triton's names (`*fp32`, `i32`) of its arguments; pointers are 16-byte aligned."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("--dump-resource-usage", cubin)
+        sass = _cuobjdump("--dump-sass", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared, sass)
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    done = subprocess.run([CUOBJDUMP, option, cubin], check=True, capture_output=True, text=True)
+    return done.stdout
