@@ -71,6 +71,7 @@ class LayerWork:
         self._expert_names = EXPERTS[skeleton.checkpoint.model_type] if self._experts else None
         self._rounded: dict[str, tuple[LinearPlan, RoundedLinear]] = {}
         self._coverage: Coverage | None = None
+        self._biases: dict[str, Tensor] = {}
         self._num_excluded = 0
         self._seconds: dict[str, float] = {}
 
@@ -109,7 +110,8 @@ class LayerWork:
             self._round_experts(routed)
         originals = None
         if original is not None and streams.originals is not None:
-            originals = [run_layer(original, self._there(batch), call) for batch in streams.originals]
+            with self._watch.measure("forward"):
+                originals = [run_layer(original, self._there(batch), call) for batch in streams.originals]
         return Streams([self._run(batch, call, self._quantized) for batch in streams.hidden], originals)
 
     def _observed(
@@ -158,11 +160,7 @@ class LayerWork:
             assert linear.scheme is not None, "only quantized linears are rounded"
             for suffix, tensor in encode_linear(rounded.stored, linear.scheme).items():
                 tensors[f"{name}.{suffix}"] = tensor.cpu()
-            bias = self._tensors.get(f"{below_layer(name)}.bias")
-            if rounded.bias_N is not None and bias is not None:
-                corrected = bias.float() + rounded.bias_N.to(bias.device)
-                tensors[f"{name}.bias"] = corrected.to(self._plan.scale_dtype).cpu()
-        return tensors
+        return tensors | {f"{name}.bias": bias_N for name, bias_N in self._biases.items()}
 
     def notes(self) -> dict[str, Any]:
         """What is said of the layer: of its linears, its inputs, its experts; and how long its linears took."""
@@ -185,8 +183,12 @@ class LayerWork:
     ) -> Tensor:
         """Hidden states after the layer, or as they came if `on_input` ended the pass."""
         module = self._module if module is None else module
-        hooks = self._inputs(module, on_input), self._routed(on_experts)
-        with self._watch.measure("forward"), hooks[0], hooks[1], contextlib.suppress(_Seen):
+        with (
+            self._watch.measure("forward"),
+            self._inputs(module, on_input),
+            self._routed(on_experts),
+            contextlib.suppress(_Seen),
+        ):
             return run_layer(module, self._there(hidden), call)
         return hidden
 
@@ -261,17 +263,20 @@ class LayerWork:
         for linear in linears:
             module, result = self._linear(self._module, linear), rounded[linear.name]
             module.get_parameter("weight").data = result.weight_NK.to(self._skeleton.dtype)
-            result = self._with_bias(module, result)
-            self._keep(linear, result)
+            self._keep(linear, result._replace(note=result.note | self._correct_bias(linear, result)))
 
-    def _with_bias(self, module: nn.Module, result: RoundedLinear) -> RoundedLinear:
+    def _correct_bias(self, linear: LinearPlan, result: RoundedLinear) -> dict[str, str]:
+        """Add to the linear's bias what rounding took; the bias computes as it is stored. Returns what to note."""
+        module = self._linear(self._module, linear)
         if result.bias_N is None:
-            return result
+            return {}
         if "bias" not in dict(module.named_parameters()):
-            return result._replace(bias_N=None, note=result.note | {"bias": "none to correct"})
+            return {"bias": "none to correct"}
         bias = module.get_parameter("bias")
-        bias.data = bias.data + result.bias_N.to(bias.dtype)
-        return result
+        corrected_N = (bias.data.float() + result.bias_N).to(self._plan.scale_dtype)
+        self._biases[linear.name] = corrected_N.cpu()
+        bias.data = corrected_N.to(bias.dtype)
+        return {}
 
     def _round_experts(self, routed: Sequence[Routed]) -> None:
         assert self._expert_names is not None, "asked for where there are experts"

@@ -126,7 +126,7 @@ class LayerRun:
     def pass_through(self, layer: int, stage: Stage) -> None:
         """Advance through a layer that is staged."""
         tensors = self.skeleton.read_layer(layer)
-        tensors |= self.folds.layer(layer, tensors)
+        tensors |= self._folded(layer, tensors)
         hidden, originals = self.streams
         if originals is not None:
             originals = self._advanced(layer, tensors, originals)
@@ -139,7 +139,7 @@ class LayerRun:
             tensors = self.skeleton.read_layer(layer)
         self._check_finite(layer, tensors)
         with self.watch.measure("fold"):
-            changed = self.folds.layer(layer, tensors)
+            changed = self._folded(layer, tensors)
         work = LayerWork(
             self.skeleton,
             self.plan,
@@ -162,6 +162,16 @@ class LayerRun:
         with self.watch.measure("disk"):  # counts for the next layer
             stage.write(layer_part(layer), staged, notes)
         self.skeleton.empty_layer(layer)
+
+    def _folded(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What folding changes, in float32; what is not quantized afterwards as it will be served."""
+        changed = self.folds.layer(layer, tensors)
+        quantized = {
+            f"{_below_layer(one.name)}.weight" for one in self.by_layer[layer] if one.scheme is not None
+        }
+        return changed | self.folds.rounded(
+            {name: changed[name] for name in changed if name not in quantized}
+        )
 
     def _check_finite(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Only what is quantized has to be finite, as in a run without data."""

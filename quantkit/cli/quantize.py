@@ -103,8 +103,8 @@ def _print_dry_run(
 
 
 def _calibration_lines(cost: "CalibrationCost") -> str:
-    passes = "once" if cost.passes == 1 else "twice, in batches,"
-    text = f"text    {cost.samples} x {cost.length} tokens of {cost.text}, {passes} through each layer on {cost.device}"
+    text = f"text    {cost.samples} x {cost.length} tokens of {cost.text}, "
+    text += f"{cost.passes} x through each layer on {cost.device}"
     if cost.device_peak_bytes is not None:
         text += f"\nGPU     {cost.device_peak_bytes / 1e9:.2f} GB at the peak (estimated)"
     return text + "".join(f"\nmodel   {name} holds the whole model in memory" for name in cost.holds_model)

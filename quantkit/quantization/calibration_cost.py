@@ -31,7 +31,8 @@ FORWARD_OVERHEAD = 1.5  # norms, activations and attention beside the matmuls, w
 class CalibrationCost:
     """Estimates. peak_bytes: on the host, beside the process itself; device_peak_bytes: of the GPU, None on a CPU.
 
-    holds_model: algorithms that have the whole model in memory. passes: how often tokens go through a layer.
+    holds_model: algorithms that have the whole model in memory. passes: how often tokens go through a layer, those of
+    the original model included.
     """
 
     text: str
@@ -61,7 +62,7 @@ def calibration_cost(
         length=length,
         tokens_sha256=tokens.hash,
         device=device.type,
-        passes=1 if found.is_whole else 2,
+        passes=_passes(plan, found.is_whole),
         seconds=_seconds(checkpoint, plan, tokens, device),
         peak_bytes=hidden + _layer_bytes(checkpoint, plan) if has_gpu else hidden + needed,
         device_peak_bytes=needed if has_gpu else None,
@@ -73,8 +74,7 @@ def _seconds(
     checkpoint: Checkpoint, plan: QuantPlan, tokens: CalibrationTokens, device: torch.device
 ) -> float:
     algorithms = plan.recipe.algorithms
-    passes = 1 if layout(checkpoint, plan, tokens.ids_SL, device).is_whole else 2
-    passes += "weight_correction" in algorithms
+    passes = _passes(plan, layout(checkpoint, plan, tokens.ids_SL, device).is_whole)
     num_tokens = tokens.ids_SL.numel()
     share = _expert_share(checkpoint)
     flops = 0.0
@@ -99,6 +99,13 @@ def _seconds(
         weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
         flops += learning.steps * FORWARD_OVERHEAD * 8 * weights * learning.batch * tokens.ids_SL.shape[1]
     return flops / _flops_per_second(device, compute_dtype(checkpoint, plan, device)) + rounding
+
+
+def _passes(plan: QuantPlan, is_whole: bool) -> int:
+    """Once at all, or to observe and to advance; where weights are corrected, both models, and group by group."""
+    if "weight_correction" not in plan.recipe.algorithms:
+        return 1 if is_whole else 2
+    return 2 if is_whole else 7  # to the inputs of 4 groups, together 2.5 layers long, and to advance
 
 
 def _inputs(plan: QuantPlan) -> list[list[LinearPlan]]:

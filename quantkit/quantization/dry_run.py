@@ -70,12 +70,13 @@ def dry_run(
     checkpoint = open_checkpoint(source)
     spec = calibration_spec(recipe, calib, where)
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
+    if spec is not None:
+        check_known(checkpoint)
     entries = plan_entries(checkpoint, plan)
     rows = tuple(_rows(checkpoint, plan, entries))
     cost = None
     if spec is not None:
         chosen = choose_device(device)
-        check_known(checkpoint)
         cost = calibration_cost(checkpoint, plan, read_tokens(source, recipe, spec, announce), chosen)
     return DryRun(
         rows=rows,

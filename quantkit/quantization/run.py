@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit.arch import place_of
+from quantkit.calibration.skeleton import check_known
 from quantkit.errors import CalibrationError, OutputError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.compressed_tensors import encode_linear, linear_layout
@@ -84,6 +85,8 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     spec = calibration_spec(recipe, calib, where)
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
+    if spec is not None:
+        check_known(checkpoint)
     entries = plan_entries(checkpoint, plan)
     check_apart(source, folder)
     check_companions(source)
