@@ -6,6 +6,7 @@ batch at a time, the layer is observed as it was, then rounded, then run again.
 Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_features.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,13 @@ from quantkit.arch.experts import EXPERTS, ExpertNames
 from quantkit.calibration.experts import Coverage, Routed, round_experts
 from quantkit.calibration.rounding import RoundedLinear, new_stats, round_linears
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import encode_linear
 from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.activation import fake_quantize_input
 
-OnLinear = Callable[[LinearPlan, Mapping[str, Any]], None]
+OnLinear = Callable[[LinearPlan, Mapping[str, Any], float], None]  # a linear, what is noted of it, seconds
 OnInput = Callable[[str, Tensor], Tensor]  # group and input -> what its linears compute with
 
 
@@ -49,12 +51,14 @@ class LayerWork:
         linears: Sequence[LinearPlan],
         tensors: Mapping[str, Tensor],
         on_linear: OnLinear,
+        watch: Stopwatch,
     ) -> None:
         self._skeleton = skeleton
         self._plan = plan
         self._tensors = tensors
         self._module = skeleton.fill_layer(layer, tensors)
         self._on_linear = on_linear
+        self._watch = watch
         self._groups: dict[str, list[LinearPlan]] = defaultdict(list)
         self._experts: dict[str, LinearPlan] = {}
         for linear in linears:
@@ -65,7 +69,9 @@ class LayerWork:
         self._expert_names = EXPERTS[skeleton.checkpoint.model_type] if self._experts else None
         self._rounded: dict[str, tuple[LinearPlan, RoundedLinear]] = {}
         self._coverage: Coverage | None = None
+        self._biases: dict[str, Tensor] = {}
         self._num_excluded = 0
+        self._seconds: dict[str, float] = {}
 
     def one_pass(self, streams: Streams, call: Call) -> Streams:
         """Round each linear at its first use. streams: one batch with all tokens."""
@@ -76,7 +82,8 @@ class LayerWork:
 
         def observe_and_round(group: str, x: Tensor) -> Tensor:
             stats = self._new_stats(x, group in original_inputs)
-            stats.add(self._quantized(group, x), original_inputs.pop(group, None))
+            with self._watch.measure("observe"):
+                stats.add(self._quantized(group, x), original_inputs.pop(group, None))
             self._round(group, stats)
             return self._quantized(group, x)
 
@@ -97,7 +104,8 @@ class LayerWork:
             def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = original_inputs) -> Tensor:
                 if group not in stats:
                     stats[group] = self._new_stats(x, group in inputs)
-                stats[group].add(self._quantized(group, x), inputs.pop(group, None))
+                with self._watch.measure("observe"):
+                    stats[group].add(self._quantized(group, x), inputs.pop(group, None))
                 return x
 
             self._run(
@@ -123,16 +131,13 @@ class LayerWork:
             assert linear.scheme is not None, "only quantized linears are rounded"
             for suffix, tensor in encode_linear(rounded.stored, linear.scheme).items():
                 tensors[f"{name}.{suffix}"] = tensor.cpu()
-            bias = self._tensors.get(f"{below_layer(name)}.bias")
-            if rounded.bias_N is not None and bias is not None:
-                corrected = bias.float() + rounded.bias_N.to(bias.device)
-                tensors[f"{name}.bias"] = corrected.to(self._plan.scale_dtype).cpu()
-        return tensors
+        return tensors | {f"{name}.bias": bias_N for name, bias_N in self._biases.items()}
 
     def notes(self) -> dict[str, Any]:
-        """What quantkit.json says of the layer."""
+        """What is said of the layer: of its linears, its inputs, its experts; and how long its linears took."""
         notes: dict[str, Any] = {
             "linears": {name: rounded.note for name, (_, rounded) in self._rounded.items()},
+            "linear_seconds": self._seconds,
             "excluded": self._num_excluded,
         }
         if self._coverage is not None:
@@ -146,7 +151,7 @@ class LayerWork:
         on_input: OnInput,
         on_experts: Callable[[Routed], None] = lambda routed: None,
     ) -> Tensor:
-        with self._inputs(on_input), self._routed(on_experts):
+        with self._watch.measure("forward"), self._inputs(on_input), self._routed(on_experts):
             return run_layer(self._module, hidden.to(self._skeleton.device), call)
 
     @contextmanager
@@ -207,23 +212,28 @@ class LayerWork:
 
     def _round(self, group: str, stats: InputStats) -> None:
         linears = self._groups[group]
+        started = time.perf_counter()
         weights = {linear.name: self._weight(linear) for linear in linears}
-        rounded = round_linears(self._plan, linears, weights, stats)
+        rounded = round_linears(self._plan, linears, weights, stats, self._watch)
         self._num_excluded += stats.num_excluded
+        self._time(linears, time.perf_counter() - started)
         for linear in linears:
             module, result = self._linear(linear), rounded[linear.name]
             module.get_parameter("weight").data = result.weight_NK.to(self._skeleton.dtype)
-            result = self._with_bias(module, result)
-            self._keep(linear, result)
+            self._keep(linear, result._replace(note=result.note | self._correct_bias(linear, result)))
 
-    def _with_bias(self, module: nn.Module, result: RoundedLinear) -> RoundedLinear:
+    def _correct_bias(self, linear: LinearPlan, result: RoundedLinear) -> dict[str, str]:
+        """Add to the linear's bias what rounding took; the bias computes as it is stored. Returns what to note."""
+        module = self._linear(linear)
         if result.bias_N is None:
-            return result
+            return {}
         if "bias" not in dict(module.named_parameters()):
-            return result._replace(bias_N=None, note=result.note | {"bias": "none to correct"})
+            return {"bias": "none to correct"}
         bias = module.get_parameter("bias")
-        bias.data = bias.data + result.bias_N.to(bias.dtype)
-        return result
+        corrected_N = (bias.data.float() + result.bias_N).to(self._plan.scale_dtype)
+        self._biases[linear.name] = corrected_N.cpu()
+        bias.data = corrected_N.to(bias.dtype)
+        return {}
 
     def _round_experts(self, routed: Sequence[Routed]) -> None:
         assert self._expert_names is not None, "asked for where there are experts"
@@ -231,9 +241,11 @@ class LayerWork:
 
         def round_some(weights: Mapping[str, Tensor], stats: InputStats) -> dict[str, Tensor]:
             linears = [self._experts[name] for name in weights if name in self._experts]
+            started = time.perf_counter()
             exact = {linear.name: self._weight(linear) for linear in linears}
-            rounded = round_linears(self._plan, linears, exact, stats)
+            rounded = round_linears(self._plan, linears, exact, stats, self._watch)
             self._num_excluded += stats.num_excluded
+            self._time(linears, time.perf_counter() - started)
             for linear in linears:
                 self._keep(linear, rounded[linear.name])
             return dict(weights) | {
@@ -251,6 +263,12 @@ class LayerWork:
             round_linears=round_some,
         )
 
+    def _time(self, linears: Sequence[LinearPlan], seconds: float) -> None:
+        """Share the seconds of linears that were rounded together by their weights."""
+        weights = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
+        for name, count in weights.items():
+            self._seconds[name] = round(seconds * count / sum(weights.values()), 4)
+
     def _weight(self, linear: LinearPlan) -> Tensor:
         """The weight before rounding, float32, on the device."""
         return self._tensors[f"{below_layer(linear.name)}.weight"].to(self._skeleton.device).float()
@@ -262,7 +280,7 @@ class LayerWork:
             linear,
             result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)),
         )
-        self._on_linear(linear, note)
+        self._on_linear(linear, note, self._seconds[linear.name])
 
 
 def _keep_input(inputs: dict[str, Tensor], group: str, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from quantkit.algorithms.gptq import gptq
 from quantkit.algorithms.rtn import rtn
 from quantkit.algorithms.static_inputs import static_qparams
 from quantkit.algorithms.weight_correction import weight_correction
+from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import StoredLinear
 from quantkit.numerics.sqnr import decibels, signal_and_noise
 from quantkit.observers import InputStats
@@ -41,19 +42,25 @@ def new_stats(plan: QuantPlan, num_features: int, device: torch.device, *, has_o
 
 
 def round_linears(
-    plan: QuantPlan, linears: Sequence[LinearPlan], weights: Mapping[str, Tensor], stats: InputStats
+    plan: QuantPlan,
+    linears: Sequence[LinearPlan],
+    weights: Mapping[str, Tensor],
+    stats: InputStats,
+    watch: Stopwatch,
 ) -> dict[str, RoundedLinear]:
     """Round linears of one scheme that read one input; weights by linear name, on the device of the statistics."""
-    targets, troubles = _targets(linears, weights, stats)
-    factor = factorize(stats.hessian_KK) if "gptq" in plan.recipe.algorithms else None
+    with watch.measure("factorize"):
+        targets, troubles = _targets(linears, weights, stats)
+        factor = factorize(stats.hessian_KK) if "gptq" in plan.recipe.algorithms else None
     if "gptq" in plan.recipe.algorithms and factor is None:
         troubles.append("rtn instead of gptq: the second moments of its input cannot be inverted")
-    starts = {linear.name: _nearest(plan, linear, targets[linear.name], stats) for linear in linears}
+    with watch.measure("scales"):
+        starts = {linear.name: _nearest(plan, linear, targets[linear.name], stats) for linear in linears}
     codes = {name: start.codes_NK for name, start in starts.items()}
     if factor is not None:
-        codes = _compensated(
-            linears, targets, factor, {name: start.qparams for name, start in starts.items()}
-        )
+        qparams = {name: start.qparams for name, start in starts.items()}
+        with watch.measure("round"):
+            codes = _compensated(linears, targets, factor, qparams)
     rounded = {}
     for linear in linears:
         name = linear.name

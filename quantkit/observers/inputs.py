@@ -63,7 +63,7 @@ class InputStats:
             self._abs_K += magnitude_TK.sum(dim=0)
             self._max_K = torch.maximum(self._max_K, magnitude_TK.amax(dim=0))
             if self._hessian_KK is None:
-                self._square_K += chunk_TK.square_().sum(dim=0)
+                self._square_K += chunk_TK.square().sum(dim=0)
 
     @property
     def has_hessian(self) -> bool:

@@ -9,29 +9,34 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.calibration.loop import calibrate
+from quantkit.calibration.loop import calibrate, layer_of_linear
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
 from quantkit.calibration.tune import TUNED, tune
 from quantkit.env import deterministic_cublas
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import TensorInfo
-from quantkit.formats.stage import Stage
+from quantkit.formats.stage import Stage, layer_part
 from quantkit.quantization.progress import Step
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe
 from quantkit.text import DOCS
 
 
 class Staged(NamedTuple):
-    """Tensors that calibration has made, by final name, and what there is to say of each linear."""
+    """Tensors that calibration has made, by final name, and what there is to say of each linear.
+
+    observed: what the inputs were like, for quantkit.json. seconds: where they went, for quantkit.log.json.
+    """
 
     tensors: Mapping[str, TensorInfo]
     notes: Mapping[str, Any]
+    observed: Mapping[str, Any]
+    seconds: Mapping[str, Any]
 
     @classmethod
     def nothing(cls) -> "Staged":
         """Of a run without data."""
-        return cls({}, {})
+        return cls({}, {}, {}, {})
 
 
 def calibration_spec(recipe: Recipe, calib: str | None, where: str) -> str | None:
@@ -88,15 +93,15 @@ def calibrate_into(
 ) -> Staged:
     """Calibrate every layer that is not staged in the folder yet; returns all that is."""
     stage = Stage(folder)
-    total = checkpoint.num_bytes
     quantized = [linear for linear in plan.linears if linear.scheme is not None]
     sizes = {linear.name: checkpoint.info(f"{linear.name}.weight").num_bytes for linear in quantized}
-    done = 0
+    total = sum(sizes.values())
+    done = sum(sizes[linear.name] for linear in quantized if stage.has(layer_part(layer_of_linear(linear))))
 
-    def tell(linear: LinearPlan, note: Mapping[str, Any]) -> None:
+    def tell(linear: LinearPlan, note: Mapping[str, Any], seconds: float) -> None:
         nonlocal done
         done += sizes[linear.name]
-        on_step(Step(f"{linear.name}.weight", done, total, linear, note))
+        on_step(Step(f"{linear.name}.weight", "calibrating", done, total, seconds, linear, note))
 
     calibrate(checkpoint, plan, tokens, stage, device=device, on_linear=tell)
     if "tune" in plan.recipe.algorithms:
@@ -133,9 +138,28 @@ def collect(stage: Stage) -> Staged:
     """Everything staged; what was tuned in its tuned form."""
     tensors: dict[str, TensorInfo] = {}
     notes: dict[str, dict[str, Any]] = defaultdict(dict)
+    excluded: dict[str, int] = {}
+    experts: dict[str, Any] = {}
+    seconds: dict[str, Any] = {"linears": {}, "parts": {}}
     for part in [*(part for part in stage.parts() if part != TUNED), TUNED]:
-        if stage.has(part):
-            tensors |= stage.infos(part)
-            for name, note in stage.notes(part).get("linears", {}).items():
-                notes[name] |= note
-    return Staged(tensors, notes)
+        if not stage.has(part):
+            continue
+        tensors |= stage.infos(part)
+        said = stage.notes(part)
+        for name, note in said.get("linears", {}).items():
+            notes[name] |= note
+        if said.get("excluded"):
+            excluded[part] = said["excluded"]
+        if "experts" in said:
+            experts[part] = said["experts"]
+        seconds["linears"] |= said.get("linear_seconds", {})
+        seconds["parts"] |= {part: said["seconds"]} if "seconds" in said else {}
+    return Staged(tensors, notes, {"excluded_rows": excluded, "experts": experts}, seconds)
+
+
+def staged_bytes(recipe: Recipe, quantized_bytes: int, quantized_weights: int, all_bytes: int) -> int:
+    """Most that a run has in its stage: its layers, what is tuned once more, and what tuning is to continue from."""
+    layers = all_bytes if "rotate" in recipe.algorithms else quantized_bytes
+    if "tune" not in recipe.algorithms:
+        return layers
+    return 2 * layers + (12 * quantized_weights if recipe.tune.codes else 0)
