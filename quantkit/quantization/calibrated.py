@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit.calibration.loop import calibrate, layer_of_linear
+from quantkit.calibration.self_text import NOT_WRITTEN, is_written, self_tokens
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
 from quantkit.calibration.tune import TUNED, tune
 from quantkit.env import deterministic_cublas
@@ -19,7 +20,7 @@ from quantkit.formats.safetensors_file import TensorInfo
 from quantkit.formats.stage import Stage, layer_part
 from quantkit.quantization.progress import Step
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe
-from quantkit.text import DOCS
+from quantkit.text import DOCS, SELF
 
 
 class Staged(NamedTuple):
@@ -69,17 +70,36 @@ def choose_device(name: str) -> torch.device:
 
 
 def read_tokens(
-    source: Path, recipe: Recipe, spec: str, announce: Callable[[str], None]
+    checkpoint: Checkpoint, recipe: Recipe, spec: str, device: torch.device, announce: Callable[[str], None]
 ) -> CalibrationTokens:
-    """The calibration tokens of a run."""
+    """The calibration tokens of a run; `self` holds the model and may take minutes, the first time."""
     wanted = recipe.calibration
-    tokens = calibration_tokens(source, spec, wanted.samples, wanted.length)
+    if spec == SELF:
+        progress = WritingProgress(announce)
+        tokens = self_tokens(
+            checkpoint, wanted.samples, wanted.length, seed=recipe.seed, device=device, on_token=progress
+        )
+    else:
+        tokens = calibration_tokens(checkpoint.path, spec, wanted.samples, wanted.length)
     count = len(tokens.ids_SL)
     less = (
         f", fewer than the {wanted.samples} asked for: the text has no more" if count < wanted.samples else ""
     )
     announce(f"calibrating on {count} x {wanted.length} tokens of {spec}{less}")
+    if tokens.roles is not None:
+        announce(f"roles of its conversations: {tokens.roles}")
     return tokens
+
+
+def expected_tokens(
+    checkpoint: Checkpoint, recipe: Recipe, spec: str, device: torch.device, announce: Callable[[str], None]
+) -> CalibrationTokens:
+    """As `read_tokens`, for a dry run: what the model has yet to write is so many zeros, and has no hash."""
+    wanted = recipe.calibration
+    sizes = wanted.samples, wanted.length
+    if spec == SELF and not is_written(checkpoint, *sizes, seed=recipe.seed, device=device):
+        return CalibrationTokens(torch.zeros(sizes, dtype=torch.int64), SELF, NOT_WRITTEN)
+    return read_tokens(checkpoint, recipe, spec, device, announce)
 
 
 def calibrate_into(
@@ -107,6 +127,23 @@ def calibrate_into(
     if "tune" in plan.recipe.algorithms:
         tune(checkpoint, plan, tokens, stage, device=device, on_step=TuneProgress(announce))
     return collect(stage)
+
+
+class WritingProgress:
+    """Says now and then how far the model is with its text, and how long it will take yet."""
+
+    def __init__(self, announce: Callable[[str], None], every_seconds: float = 10.0) -> None:
+        self._announce = announce
+        self._every = every_seconds
+        self._started = self._told = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many tokens are written, in each of the sequences that are written at once."""
+        now = time.monotonic()
+        if now - self._told >= self._every:
+            left = (now - self._started) / done * (total - done)
+            self._announce(f"self  token {done} of {total}  {left:.0f} s left")
+            self._told = now
 
 
 class TuneProgress:

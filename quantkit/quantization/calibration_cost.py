@@ -4,6 +4,7 @@ Shape suffixes: N out_features, K in_features.
 """
 
 import dataclasses
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from quantkit.algorithms.factor import factorize
 from quantkit.algorithms.gptq import gptq
 from quantkit.arch import Role
 from quantkit.calibration.loop import compute_dtype, layer_of_linear, layout
+from quantkit.calibration.self_text import NOT_WRITTEN, batch_size, kv_token_bytes, text_dtype
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.calibration.tune import schedule
 from quantkit.formats.checkpoint import Checkpoint
@@ -24,6 +26,7 @@ from quantkit.schemes.tiles import minmax_qparams
 SAMPLE_COLUMNS = 256
 MATMUL_SIZE = 1024
 HESSIAN_SHARE = 0.58  # of a full product: the half above the diagonal is mirrored
+WRITING_OVERHEAD = 3  # small products, attention over all tokens before, the head, sampling
 FORWARD_OVERHEAD = 1.5  # norms, activations and attention beside the matmuls, which they slow down
 
 
@@ -66,8 +69,12 @@ def calibration_cost(
         seconds=_seconds(checkpoint, plan, tokens, device),
         peak_bytes=hidden + _layer_bytes(checkpoint, plan) if has_gpu else hidden + needed,
         device_peak_bytes=needed if has_gpu else None,
-        holds_model=("tune",) if "tune" in plan.recipe.algorithms else (),
+        holds_model=(*(["self"] if tokens.hash == NOT_WRITTEN else []), *_that_hold_the_model(plan)),
     )
+
+
+def _that_hold_the_model(plan: QuantPlan) -> list[str]:
+    return [name for name in plan.recipe.algorithms if name == "tune"]
 
 
 def _seconds(
@@ -98,6 +105,8 @@ def _seconds(
         learning = schedule(plan, tokens, device, torch.get_num_threads())
         weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
         flops += learning.steps * FORWARD_OVERHEAD * 8 * weights * learning.batch * tokens.ids_SL.shape[1]
+    if tokens.hash == NOT_WRITTEN:
+        flops += WRITING_OVERHEAD * 2 * sum(math.prod(linear.shape) for linear in plan.linears) * num_tokens
     return flops / _flops_per_second(device, compute_dtype(checkpoint, plan, device)) + rounding
 
 
@@ -197,7 +206,19 @@ def _working_bytes(
     working = outside + layer + found.batch * found.sample_bytes + _statistics_bytes(plan, found.is_whole)
     if "tune" in plan.recipe.algorithms:
         working = max(working, _tune_bytes(checkpoint, plan, tokens))
+    if tokens.hash == NOT_WRITTEN:
+        working = max(working, _writing_bytes(checkpoint, tokens, device))
     return int(working)
+
+
+def _writing_bytes(checkpoint: Checkpoint, tokens: CalibrationTokens, device: torch.device) -> int:
+    """The model, and keys, values and predictions of a batch of sequences."""
+    samples, length = tokens.ids_SL.shape
+    batch = batch_size(checkpoint, samples, length, device)
+    dtype = text_dtype(checkpoint, device)
+    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    predictions = 16 * int(checkpoint.text_config["vocab_size"])
+    return weights * dtype.itemsize + batch * (kv_token_bytes(checkpoint, device) * length + predictions)
 
 
 def _statistics_bytes(plan: QuantPlan, is_whole: bool) -> int:

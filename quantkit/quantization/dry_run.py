@@ -16,7 +16,7 @@ from quantkit.calibration.skeleton import check_known
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.loaders import LinearFacts, LoaderVerdict, loader_verdicts
 from quantkit.numerics.sqnr import signal_and_noise
-from quantkit.quantization.calibrated import calibration_spec, choose_device, read_tokens
+from quantkit.quantization.calibrated import calibration_spec, choose_device, expected_tokens
 from quantkit.quantization.calibration_cost import CalibrationCost, calibration_cost
 from quantkit.quantization.linear import CHUNK_ELEMENTS
 from quantkit.quantization.run import Entry, plan_entries
@@ -77,7 +77,9 @@ def dry_run(
     cost = None
     if spec is not None:
         chosen = choose_device(device)
-        cost = calibration_cost(checkpoint, plan, read_tokens(source, recipe, spec, announce), chosen)
+        cost = calibration_cost(
+            checkpoint, plan, expected_tokens(checkpoint, recipe, spec, chosen, announce), chosen
+        )
     return DryRun(
         rows=rows,
         before_bytes=sum(row.before_bytes for row in rows),

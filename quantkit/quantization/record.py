@@ -71,6 +71,7 @@ def _calibration(tokens: CalibrationTokens, device: torch.device) -> dict[str, A
         "tokens_sha256": tokens.hash,
         "device": device.type,
         "transformers": transformers.__version__,
+        **({} if tokens.roles is None else {"roles": tokens.roles}),
     }
 
 

@@ -91,7 +91,7 @@ def quantize_checkpoint(
     check_apart(source, folder)
     check_companions(source)
     chosen = choose_device(device)
-    tokens = None if spec is None else read_tokens(source, recipe, spec, announce)
+    tokens = None if spec is None else read_tokens(checkpoint, recipe, spec, chosen, announce)
     summary = plan_summary(checkpoint, plan, base or source.name, tokens, chosen)
     stamps = source_stamps(checkpoint)
     if _claim(folder, summary, stamps, overwrite) is FolderState.FINISHED:
