@@ -44,6 +44,10 @@ class TextError(QuantkitError):
     """The text to evaluate or calibrate on is missing, empty, or unreadable."""
 
 
+class CalibrationError(QuantkitError):
+    """The calibration text, or what the model makes of it, cannot be used."""
+
+
 class UnsupportedModelError(QuantkitError):
     """The runtime has no definition for this architecture, or not for a feature it uses."""
 
