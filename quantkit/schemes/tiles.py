@@ -67,6 +67,20 @@ def from_tiles(tiles: Tensor, granularity: Granularity, num_rows: int, num_cols:
     return tiles.reshape(num_rows, num_cols)
 
 
+def expand_to_weight(qparam: Tensor, granularity: Granularity, num_rows: int, num_cols: int) -> Tensor:
+    """A scale or zero point in its shape on disk, repeated for every weight: a view or copy [num_rows, num_cols]."""
+    match granularity:
+        case PerTensor() | PerChannel():
+            return qparam.reshape(-1, 1).expand(num_rows, num_cols)
+        case PerGroup(size):
+            return qparam.repeat_interleave(size, dim=1)
+        case PerBlock(rows, cols):
+            by_row = qparam.repeat_interleave(rows, dim=0)[:num_rows]
+            return by_row.repeat_interleave(cols, dim=1)[:, :num_cols]
+        case _:
+            raise AssertionError(f"{granularity} is not for weights")
+
+
 def quantize_weight(w_NK: Tensor, spec: Spec, qparams: QParams) -> Tensor:
     """Nearest codes [N, K] on the grid that spec and qparams describe: int8, or float8_e4m3fn."""
     tiles = to_tiles(w_NK, spec.granularity)
