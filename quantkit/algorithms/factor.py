@@ -62,4 +62,5 @@ def _upper_factor(hessian_KK: Tensor, order_K: Tensor, damping: float, dtype: to
     lower_KK, failed = torch.linalg.cholesky_ex(matrix_KK)
     if int(failed) or not bool((lower_KK.diagonal() > 0).all()):
         return None
-    return lower_KK.flip(0, 1).float()
+    upper_KK: Tensor = lower_KK.flip(0, 1).float()
+    return upper_KK
