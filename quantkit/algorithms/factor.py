@@ -18,13 +18,24 @@ class Factor(NamedTuple):
     """H + damping · I = R Rᵀ, for columns in descending order of their second moment.
 
     order_K: int64; column i of R belongs to column order_K[i] of the weight. upper_KK: R, float32, upper triangular.
-    second_moment_K: diagonal of H in the weight's order. damping: what was added to the diagonal, absolute.
+    hessian_KK: H in the weight's order, as it was given. damping: what was added to its diagonal, absolute.
     """
 
     order_K: Tensor
     upper_KK: Tensor
-    second_moment_K: Tensor
+    hessian_KK: Tensor
     damping: float
+
+    @property
+    def importance_K(self) -> Tensor:
+        """What an error of a column costs that no later column makes up for: R[c, c]², in the weight's order.
+
+        At most the second moment, and the less the better later columns predict this one. As importance of the scale
+        search it belongs to gptq as the second moments do to rtn.
+        """
+        importance_K = torch.empty_like(self.upper_KK.diagonal())
+        importance_K[self.order_K] = self.upper_KK.diagonal().square()
+        return importance_K
 
 
 def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
@@ -39,15 +50,16 @@ def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
             "the second moments of an input are not finite: its values are beyond 10¹⁸",
             fix="look at the model's weights: its activations overflow; or use a data-free recipe",
         )
-    second_moment_K = hessian_KK.diagonal().clone()
-    order_K = torch.argsort(second_moment_K, descending=True, stable=True)
-    unit = second_moment_K.double().mean().item() or 1.0  # an input that was always 0: any damping will do
+    order_K = torch.argsort(hessian_KK.diagonal(), descending=True, stable=True)
+    unit = (
+        hessian_KK.diagonal().double().mean().item() or 1.0
+    )  # an input that was always 0: any damping will do
     attempts = [(torch.float32, damping)]
     attempts += [(torch.float64, damping * 10.0**retry) for retry in range(NUM_RETRIES + 1)]
     for dtype, relative in attempts:
         upper_KK = _upper_factor(hessian_KK, order_K, relative * unit, dtype)
         if upper_KK is not None:
-            return Factor(order_K, upper_KK, second_moment_K, relative * unit)
+            return Factor(order_K, upper_KK, hessian_KK, relative * unit)
     return None
 
 

@@ -1,7 +1,8 @@
 """GPTQ: columns are rounded one after another, and each makes up for what those before it lost.
 
 Columns go in descending order of their input's second moment, but groups and scales stay where they are in the
-weight ("static act-order"), so nothing in the file format changes. Scales are chosen before, from the weights.
+weight ("static act-order"), so nothing in the file format changes. Scales are chosen before, from the weights, for
+the errors that no later column can make up for (`Factor.importance_K`).
 
 With H + damping = R Rᵀ (R upper triangular, columns in the order of rounding) the loss of a row is |(w − ŵ) R|².
 Its element c is (w − ŵ)[c] · R[c, c] + Σ_{j<c} (w − ŵ)[j] · R[j, c], and rounding to nearest what makes that zero,
@@ -51,7 +52,7 @@ def gptq(
     if factor is None:
         assert isinstance(hessian, Tensor), "a factor given is a factor"
         return _nearest(w_NK, hessian, spec, _qparams(w_NK, hessian.diagonal(), spec, scale_dtype, scales))
-    qparams = _qparams(w_NK, factor.second_moment_K, spec, scale_dtype, scales)
+    qparams = _qparams(w_NK, factor.importance_K, spec, scale_dtype, scales)
     codes_NK, loss_N = gptq_codes(w_NK, factor, spec, qparams)
     return Rounded(codes_NK, qparams, loss_N.double().mean().item())
 
@@ -142,13 +143,13 @@ def _columns_in_order(w_NK: Tensor, order_K: Tensor, spec: Spec, qparams: QParam
 
 
 def _qparams(
-    w_NK: Tensor, second_moment_K: Tensor, spec: Spec, scale_dtype: torch.dtype, scales: Scales | QParams
+    w_NK: Tensor, importance_K: Tensor, spec: Spec, scale_dtype: torch.dtype, scales: Scales | QParams
 ) -> QParams:
     if isinstance(scales, QParams):
         return scales
     if scales == "minmax":
         return minmax_qparams(w_NK, spec, scale_dtype)
-    return search_qparams(w_NK, spec, scale_dtype, second_moment_K if scales == "importance" else None)
+    return search_qparams(w_NK, spec, scale_dtype, importance_K if scales == "importance" else None)
 
 
 def _nearest(w_NK: Tensor, hessian_KK: Tensor, spec: Spec, qparams: QParams) -> Rounded:

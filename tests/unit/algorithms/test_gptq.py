@@ -8,9 +8,10 @@ from quantkit.algorithms.factor import factorize
 from quantkit.algorithms.gptq import gptq, gptq_codes
 from quantkit.algorithms.rounded import output_loss
 from quantkit.algorithms.rtn import rtn
+from quantkit.algorithms.scale_search import search_qparams
 from quantkit.errors import CalibrationError
 from quantkit.schemes import FloatSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, QParams, Spec
-from quantkit.schemes.tiles import dequantize_weight, expand_to_weight, minmax_qparams
+from quantkit.schemes.tiles import dequantize_weight, expand_to_weight, minmax_qparams, quantize_weight
 from tests.unit.algorithms.correlated import hessian, weights
 
 SPECS = {
@@ -70,10 +71,31 @@ def test_it_is_rtn_when_inputs_are_uncorrelated(spec, scale_dtype):
 def test_it_beats_rtn_on_its_own_objective(spec):
     w_NK, hessian_KK = weights(40, 192), hessian(192)
     nearest = rtn(w_NK, spec, torch.bfloat16, importance_K=hessian_KK.diagonal())
-    ours = gptq(w_NK, hessian_KK, spec, torch.bfloat16)
+    ours = gptq(w_NK, hessian_KK, spec, torch.bfloat16, scales=nearest.qparams)
     theirs = output_loss(w_NK - dequantized(nearest.codes_NK, spec, nearest.qparams), hessian_KK)
-    assert torch.equal(ours.qparams.scale, nearest.qparams.scale)
     assert ours.loss < 0.9 * theirs
+
+
+@pytest.mark.parametrize("name", ["int4 group", "int4 asymmetric", "int4 channel"])
+def test_scales_for_what_cannot_be_made_up_for_beat_those_of_rtn(name):
+    spec, w_NK, hessian_KK = SPECS[name], weights(40, 192), hessian(192)
+    for_rtn = search_qparams(w_NK, spec, torch.bfloat16, hessian_KK.diagonal())
+    ours = gptq(w_NK, hessian_KK, spec, torch.bfloat16)
+    assert ours.loss < gptq(w_NK, hessian_KK, spec, torch.bfloat16, scales=for_rtn).loss
+
+
+def test_importance_is_the_variance_that_later_columns_leave():
+    hessian_KK = hessian(48)
+    factor = factorize(hessian_KK)
+    assert factor is not None
+    damped = hessian_KK.double() + factor.damping * torch.eye(48)
+    order = factor.order_K
+    for place in (0, 17, 47):
+        later = order[place + 1 :]
+        column = order[place]
+        explained = damped[column, later] @ torch.linalg.solve(damped[later][:, later], damped[later, column])
+        expected = damped[column, column] - explained
+        assert factor.importance_K[column].item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 @every_spec
@@ -153,8 +175,8 @@ def test_columns_that_never_fired_are_rounded_to_nearest_and_cost_nothing():
     hessian_KK[dead] = 0
     hessian_KK[:, dead] = 0
     ours = gptq(w_NK, hessian_KK, spec, torch.bfloat16)
-    nearest = rtn(w_NK, spec, torch.bfloat16, importance_K=hessian_KK.diagonal())
-    assert torch.equal(ours.codes_NK[:, dead], nearest.codes_NK[:, dead])
+    nearest = quantize_weight(w_NK, spec, ours.qparams)
+    assert torch.equal(ours.codes_NK[:, dead], nearest[:, dead])
     shifted = w_NK.clone()
     shifted[:, dead] = 0
     same = gptq(shifted, hessian_KK, spec, torch.bfloat16, scales=ours.qparams)
