@@ -124,9 +124,9 @@ class _Learned:
         """code − zero_point, float32."""
         exact_NK = self.w_NK / scale_NK + self.shift_NK + self.parameters[0]
         steps_NK = _straight_through(exact_NK, exact_NK.round())
-        zero_point_NK = 0 if self.zero_point_NK is None else self.zero_point_NK
-        low, high = self.spec.qmin - zero_point_NK, self.spec.qmax - zero_point_NK
-        return torch.clamp(steps_NK, min=low, max=high)
+        if self.zero_point_NK is None:
+            return steps_NK.clamp(self.spec.qmin, self.spec.qmax)
+        return steps_NK.clamp(self.spec.qmin - self.zero_point_NK, self.spec.qmax - self.zero_point_NK)
 
     def _expanded(self, qparam: Tensor) -> Tensor:
         num_rows, num_cols = self.w_NK.shape
@@ -156,6 +156,8 @@ def _loss(forward: Forward, inputs: Tensor, targets: Tensor, values: Mapping[str
 def _loss_of_all(
     forward: Forward, inputs: Tensor, targets: Tensor, values: Mapping[str, Tensor], batch: int
 ) -> float:
-    parts = zip(inputs.split(batch), targets.split(batch), strict=True)
-    losses = [_loss(forward, x, y, values).double() * len(x) for x, y in parts]
-    return (torch.stack(losses).sum() / len(inputs)).item()
+    total = 0.0
+    for start in range(0, len(inputs), batch):
+        part = slice(start, start + batch)
+        total += _loss(forward, inputs[part], targets[part], values).item() * len(inputs[part])
+    return total / len(inputs)
