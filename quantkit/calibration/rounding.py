@@ -14,7 +14,7 @@ from quantkit.algorithms.bias_correction import bias_correction
 from quantkit.algorithms.factor import Factor, factorize
 from quantkit.algorithms.gptq import gptq
 from quantkit.algorithms.rtn import rtn
-from quantkit.algorithms.static_inputs import static_qparams
+from quantkit.algorithms.static_qparams import static_qparams
 from quantkit.algorithms.weight_correction import weight_correction
 from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import StoredLinear
@@ -55,7 +55,10 @@ def round_linears(
     if "gptq" in plan.recipe.algorithms and factor is None:
         troubles.append("rtn instead of gptq: the second moments of its input cannot be inverted")
     with watch.measure("scales"):
-        starts = {linear.name: _nearest(plan, linear, targets[linear.name], stats) for linear in linears}
+        importance_K = stats.second_moment_K if factor is None else factor.importance_K
+        starts = {
+            linear.name: _nearest(plan, linear, targets[linear.name], importance_K) for linear in linears
+        }
     codes = {name: start.codes_NK for name, start in starts.items()}
     if factor is not None:
         qparams = {name: start.qparams for name, start in starts.items()}
@@ -92,14 +95,11 @@ class _Start(NamedTuple):
     qparams: QParams
 
 
-def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, stats: InputStats) -> _Start:
+def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, importance_K: Tensor) -> _Start:
     assert linear.scheme is not None, "only quantized linears are rounded"
-    importance_K = stats.second_moment_K if linear.scales == "importance" else None
-    return _Start(
-        *rtn(
-            target_NK, linear.scheme.weight, plan.scale_dtype, scales=linear.scales, importance_K=importance_K
-        )
-    )
+    weight, scales = linear.scheme.weight, linear.scales
+    wanted_K = importance_K if scales == "importance" else None
+    return _Start(*rtn(target_NK, weight, plan.scale_dtype, scales=scales, importance_K=wanted_K))
 
 
 def _compensated(

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from quantkit.errors import CalibrationError
 
-NUM_BLOCKS = 6  # the Hessian is symmetric: of 6 × 6 blocks 21 are computed, 58 % of the work
-SAMPLE_ROWS = 4096
+MIN_BLOCK, NUM_BLOCKS = 96, 6  # the Hessian is symmetric: of 6 × 6 blocks 21 are computed, 58 % of the work
+CHUNK_ROWS = 4096
+SAMPLE_ROWS = 2048
 
 
 class InputStats:
-    """Sums over tokens of one input, float32. Rows with NaN or Inf are left out and counted.
+    """Running means over the tokens of one input, float32. Rows with NaN or Inf are left out and counted.
 
     num_features: K. with_hessian: whether the K × K second moments are wanted, or only their diagonal.
     with_shift: whether `add` gets the input that the original model has at this place, too.
+    Memory: one K × K matrix in float32 (two with the shift), and at most SAMPLE_ROWS rows as they came.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class InputStats:
         shape = (num_features, num_features)
         self._hessian_KK = torch.zeros(shape, device=device) if with_hessian else None
         self._shift_KK = torch.zeros(shape, device=device) if with_shift else None
-        self._samples: list[Tensor] = []
+        self._sample = _Sample()
 
     def add(self, x_TK: Tensor, original_TK: Tensor | None = None) -> None:
         """Count tokens, in any float dtype and leading shape. original_TK: the same tokens in the original model."""
@@ -45,25 +47,26 @@ class InputStats:
             self.num_excluded += int((~is_finite_T).sum())
             x_TK = x_TK[is_finite_T]
             original_TK = None if original_TK is None else original_TK[is_finite_T]
-        self.num_tokens += len(x_TK)
-        if len(x_TK) == 0:
-            return
-        if self._hessian_KK is not None:
-            _add_lower_products(self._hessian_KK, x_TK)
-        if self._shift_KK is not None and original_TK is not None:
-            self._shift_KK += _product(original_TK - x_TK, x_TK)
-        self._add_moments(x_TK)
-        self._samples.append(x_TK[:: max(1, len(x_TK) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone())
+        for start in range(0, len(x_TK), CHUNK_ROWS):  # what is upcast or subtracted stays small
+            rows = slice(start, start + CHUNK_ROWS)
+            self._add_finite(x_TK[rows], None if original_TK is None else original_TK[rows])
 
-    def _add_moments(self, x_TK: Tensor) -> None:
-        for chunk_TK in torch.split(x_TK, SAMPLE_ROWS):
-            chunk_TK = chunk_TK.float()
-            self._sum_K += chunk_TK.sum(dim=0)
-            magnitude_TK = chunk_TK.abs()
-            self._abs_K += magnitude_TK.sum(dim=0)
-            self._max_K = torch.maximum(self._max_K, magnitude_TK.amax(dim=0))
-            if self._hessian_KK is None:
-                self._square_K += chunk_TK.square().sum(dim=0)
+    def _add_finite(self, x_TK: Tensor, original_TK: Tensor | None) -> None:
+        self._sample.add(x_TK, self.num_tokens)
+        before = self.num_tokens
+        self.num_tokens += len(x_TK)
+        keep, weight = before / self.num_tokens, 1 / self.num_tokens
+        if self._hessian_KK is not None:
+            _add_lower_products(self._hessian_KK, x_TK, keep, weight)
+        if self._shift_KK is not None and original_TK is not None:
+            _add_product(self._shift_KK, original_TK - x_TK, x_TK, keep, weight)
+        x_TK = x_TK.float()
+        self._sum_K += x_TK.sum(dim=0)
+        magnitude_TK = x_TK.abs()
+        self._abs_K += magnitude_TK.sum(dim=0)
+        self._max_K = torch.maximum(self._max_K, magnitude_TK.amax(dim=0))
+        if self._hessian_KK is None:
+            self._square_K += magnitude_TK.square_().sum(dim=0)
 
     @property
     def has_hessian(self) -> bool:
@@ -77,22 +80,24 @@ class InputStats:
 
     @property
     def hessian_KK(self) -> Tensor:
-        """Mean of x xᵀ, float32 [K, K]; asked for at construction."""
+        """Mean of x xᵀ, float32 [K, K]; not a copy: the next `add` changes it. Asked for at construction."""
         assert self._hessian_KK is not None, "this input was observed without its Hessian"
-        lower_KK = self._hessian_KK.tril() / self._count()
-        return lower_KK + lower_KK.tril(-1).T
+        self._count()
+        _mirror_lower(self._hessian_KK)
+        return self._hessian_KK
 
     @property
     def shift_KK(self) -> Tensor:
-        """Mean of (original x − x) xᵀ, float32 [K, K]; asked for at construction."""
+        """Mean of (original x − x) xᵀ, float32 [K, K]; not a copy. Asked for at construction."""
         assert self._shift_KK is not None, "this input was observed without the original's"
-        return self._shift_KK / self._count()
+        self._count()
+        return self._shift_KK
 
     @property
     def second_moment_K(self) -> Tensor:
         """Mean of x², the diagonal of the Hessian: what an error of a weight costs at the output."""
-        square_K = self._square_K if self._hessian_KK is None else self._hessian_KK.diagonal()
-        return square_K / self._count()
+        count = self._count()
+        return self._square_K / count if self._hessian_KK is None else self._hessian_KK.diagonal().clone()
 
     @property
     def mean_K(self) -> Tensor:
@@ -107,12 +112,13 @@ class InputStats:
     @property
     def absmax_K(self) -> Tensor:
         """Largest |x|."""
+        self._count()
         return self._max_K
 
     def sample(self) -> Tensor:
-        """Evenly spread rows, the same ones on every run, float32, at most 4096 for each `add`."""
+        """Evenly spread rows, float32, SAMPLE_ROWS at most; they depend only on the order of the tokens."""
         self._count()
-        return torch.cat(self._samples).float()
+        return self._sample.rows()
 
     def _count(self) -> int:
         if self.num_tokens == 0:
@@ -123,6 +129,28 @@ class InputStats:
         return self.num_tokens
 
 
+class _Sample:
+    """Every stride-th row of a stream; the stride doubles whenever there are too many."""
+
+    def __init__(self) -> None:
+        self._stride = 1
+        self._parts: list[Tensor] = []
+
+    def add(self, x_TK: Tensor, first: int) -> None:
+        """Take rows first … first + T − 1 of the stream into account."""
+        while -(-(first + len(x_TK)) // self._stride) > SAMPLE_ROWS:
+            self._stride *= 2
+            if self._parts:
+                self._parts = [torch.cat(self._parts)[::2].clone()]
+        taken_TK = x_TK[-first % self._stride :: self._stride]
+        if len(taken_TK):
+            self._parts.append(taken_TK.clone())
+
+    def rows(self) -> Tensor:
+        """What was taken, float32."""
+        return torch.cat(self._parts).float()
+
+
 def _finite_rows(x_TK: Tensor) -> Tensor:
     """Which rows hold neither NaN nor Inf, bool [T]."""
     # one pass over the data in the usual case: a sum is finite only if every addend is
@@ -131,17 +159,30 @@ def _finite_rows(x_TK: Tensor) -> Tensor:
     return torch.isfinite(x_TK).all(dim=-1)
 
 
-def _add_lower_products(sum_KK: Tensor, x_TK: Tensor) -> None:
-    """sum += XᵀX, only the blocks on and below the diagonal."""
-    num_features = x_TK.shape[1]
-    width = -(-num_features // NUM_BLOCKS) if num_features >= 64 * NUM_BLOCKS else num_features
-    for start in range(0, num_features, width):
-        rows = slice(start, start + width)
-        sum_KK[rows, : start + width] += _product(x_TK[:, rows], x_TK[:, : start + width])
+def _blocks(num_features: int) -> list[slice]:
+    width = max(MIN_BLOCK, -(-num_features // NUM_BLOCKS))
+    return [slice(start, min(start + width, num_features)) for start in range(0, num_features, width)]
 
 
-def _product(left_TC: Tensor, right_TK: Tensor) -> Tensor:
-    """leftᵀ · right in float32, [C, K]; on a GPU 16-bit inputs are multiplied as they are, summed in float32."""
-    if left_TC.dtype == torch.float32 or not left_TC.is_cuda:
-        return left_TC.float().T @ right_TK.float()
-    return torch.mm(left_TC.T, right_TK, out_dtype=torch.float32)
+def _add_lower_products(mean_KK: Tensor, x_TK: Tensor, keep: float, weight: float) -> None:
+    """mean = keep · mean + weight · XᵀX, only the blocks on and below the diagonal."""
+    for rows in _blocks(x_TK.shape[1]):
+        _add_product(mean_KK[rows, : rows.stop], x_TK[:, rows], x_TK[:, : rows.stop], keep, weight)
+
+
+def _add_product(mean_CK: Tensor, left_TC: Tensor, right_TK: Tensor, keep: float, weight: float) -> None:
+    """mean = keep · mean + weight · leftᵀ · right, in float32."""
+    if left_TC.is_cuda and left_TC.dtype != torch.float32:
+        # 16-bit inputs are multiplied as they are and summed in float32
+        product_CK = torch.mm(left_TC.T, right_TK, out_dtype=torch.float32)
+        mean_CK.mul_(keep).add_(product_CK, alpha=weight)
+    else:
+        mean_CK.addmm_(left_TC.float().T, right_TK.float(), beta=keep, alpha=weight)
+
+
+def _mirror_lower(matrix_KK: Tensor) -> None:
+    """Copy what is below the diagonal to above it, in place."""
+    for rows in _blocks(len(matrix_KK)):
+        matrix_KK[: rows.start, rows] = matrix_KK[rows, : rows.start].T
+        square_CC = matrix_KK[rows, rows].tril_()  # products are not symmetric to the last bit
+        square_CC += square_CC.tril(-1).T
