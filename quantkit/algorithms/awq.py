@@ -55,6 +55,8 @@ def scale_at(absmean_K: Tensor, ratio: float) -> Tensor:
 def _loss(w_NK: Tensor, scale_K: Tensor, hessian_KK: Tensor, spec: Spec, scale_dtype: torch.dtype) -> float:
     """Summed squared error of the outputs of one linear, if its scaled weight is rounded."""
     importance_K = hessian_KK.diagonal() / scale_K.square()
-    codes_NK, qparams = rtn(w_NK.float() * scale_K, spec, scale_dtype, importance_K=importance_K)
+    codes_NK, qparams = rtn(
+        w_NK.float() * scale_K, spec, scale_dtype, scales="importance", importance_K=importance_K
+    )
     error_NK = w_NK.float() - dequantize_weight(codes_NK, spec.granularity, qparams) / scale_K
     return output_loss(error_NK, hessian_KK) * len(w_NK)

@@ -146,6 +146,10 @@ class LayerWork:
             )
         return stats
 
+    def input_stats(self, hidden: list[Tensor], call: Call) -> dict[str, InputStats]:
+        """Statistics of the inputs of all groups, with nothing rounded yet."""
+        return self._observed(list(self._groups), Streams(hidden, None), call, None, [])
+
     @property
     def rounded_weights(self) -> set[str]:
         """Weights and biases that `stored_tensors` has, by names below the layer."""

@@ -13,16 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.arch import place_of
+from quantkit.arch import Role, place_of
+from quantkit.arch.pairs import layer_wiring, read_heads
 from quantkit.calibration.folds import Folds
 from quantkit.calibration.layer import LayerWork, OnLinear, Streams
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.smoothing import smoothed, smooths
 from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import decode_linear
 from quantkit.formats.finite import check_finite
 from quantkit.formats.stage import Stage, layer_part
+from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.tiles import dequantize_weight
 
@@ -140,15 +143,11 @@ class LayerRun:
         self._check_finite(layer, tensors)
         with self.watch.measure("fold"):
             changed = self._folded(layer, tensors)
-        work = LayerWork(
-            self.skeleton,
-            self.plan,
-            layer,
-            self.by_layer[layer],
-            tensors | changed,
-            on_linear,
-            self.watch,
-        )
+        work = self._work(layer, tensors | changed, on_linear)
+        if smooths(self.plan):
+            stats = work.input_stats(self.streams.hidden, self.calls[layer])
+            changed |= self._smoothed(layer, tensors | changed, stats)
+            work = self._work(layer, tensors | changed, on_linear)
         run = work.one_pass if self.layout.is_whole else work.in_batches
         streams = run(self.streams, self.calls[layer])
         self.streams = Streams(
@@ -162,6 +161,27 @@ class LayerRun:
         with self.watch.measure("disk"):  # counts for the next layer
             stage.write(layer_part(layer), staged, notes)
         self.skeleton.empty_layer(layer)
+
+    def _work(self, layer: int, tensors: Mapping[str, Tensor], on_linear: OnLinear) -> LayerWork:
+        return LayerWork(
+            self.skeleton, self.plan, layer, self.by_layer[layer], tensors, on_linear, self.watch
+        )
+
+    def _smoothed(
+        self, layer: int, tensors: Mapping[str, Tensor], stats: Mapping[str, InputStats]
+    ) -> dict[str, Tensor]:
+        checkpoint = self.skeleton.checkpoint
+        linears = {
+            _below_layer(linear.name): linear
+            for linear in self.by_layer[layer]
+            if linear.scheme is not None and linear.role is not Role.EXPERT
+        }
+        pairs = layer_wiring(checkpoint, layer).pairs
+        changed = smoothed(self.plan, pairs, read_heads(checkpoint), tensors, linears, stats)
+        kept = {
+            name: tensor for name, tensor in changed.items() if name.removesuffix(".weight") not in linears
+        }
+        return changed | self.folds.rounded(kept)
 
     def _folded(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What folding changes, in float32; what is not quantized afterwards as it will be served."""

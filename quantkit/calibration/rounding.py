@@ -37,7 +37,7 @@ class RoundedLinear(NamedTuple):
 def new_stats(plan: QuantPlan, num_features: int, device: torch.device, *, has_original: bool) -> InputStats:
     """Statistics with what the plan's algorithms ask for. has_original: the original's inputs will be given too."""
     algorithms = plan.recipe.algorithms
-    with_hessian = "gptq" in algorithms or has_original
+    with_hessian = has_original or bool({"gptq", "awq"} & {*algorithms})
     return InputStats(num_features, device=device, with_hessian=with_hessian, with_shift=has_original)
 
 

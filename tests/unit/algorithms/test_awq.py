@@ -15,7 +15,9 @@ SPECS = [IntSpec(bits=4, granularity=PerGroup(32)), IntSpec(bits=3, granularity=
 
 def loss(w_NK, scale_K, hessian_KK, spec) -> float:
     importance_K = hessian_KK.diagonal() / scale_K**2
-    codes_NK, qparams = rtn(w_NK * scale_K, spec, torch.bfloat16, importance_K=importance_K)
+    codes_NK, qparams = rtn(
+        w_NK * scale_K, spec, torch.bfloat16, scales="importance", importance_K=importance_K
+    )
     w_hat_NK = dequantize_weight(codes_NK, spec.granularity, qparams) / scale_K
     return output_loss(w_NK - w_hat_NK, hessian_KK) * len(w_NK)
 

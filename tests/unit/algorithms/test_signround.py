@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
+from quantkit.algorithms.factor import factorize
 from quantkit.algorithms.gptq import gptq
 from quantkit.algorithms.rounded import Rounded
 from quantkit.algorithms.rtn import rtn
@@ -82,7 +83,8 @@ def test_it_starts_from_the_codes_it_is_given():
     """Many of GPTQ's codes are not the nearest; they are where the learning starts, and what it improves."""
     layer, spec = Layer(), SPECS["int4 group"]
     x_TK = layer.inputs.flatten(0, 1)
-    start = gptq(layer.weights["up"], x_TK.T @ x_TK / 120, spec, torch.bfloat16)
+    qparams = layer.starts(spec)["up"].qparams
+    start = Rounded(gptq(layer.weights["up"], factorize(x_TK.T @ x_TK / 120), spec, qparams), qparams, 0.0)
     nearest_NK = quantize_weight(layer.weights["up"], spec, start.qparams)
     moved_NK = start.codes_NK != nearest_NK
     assert moved_NK.float().mean() > 0.05
