@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.algorithms.bias_correction import bias_correction
 from quantkit.algorithms.factor import Factor, factorize
 from quantkit.algorithms.gptq import gptq
+from quantkit.algorithms.refine import Refined, refine
 from quantkit.algorithms.rtn import rtn
 from quantkit.algorithms.static_qparams import static_qparams
 from quantkit.algorithms.weight_correction import weight_correction
@@ -59,18 +60,17 @@ def round_linears(
         starts = {
             linear.name: _nearest(plan, linear, targets[linear.name], importance_K) for linear in linears
         }
-    codes = {name: start.codes_NK for name, start in starts.items()}
+    chosen = starts
     if factor is not None:
-        qparams = {name: start.qparams for name, start in starts.items()}
         with watch.measure("round"):
-            codes = _compensated(linears, targets, factor, qparams)
+            chosen = _compensated(plan, linears, targets, factor, starts, stats)
+    note = {"fallback": "; ".join(troubles)} if troubles else {}
     rounded = {}
     for linear in linears:
         name = linear.name
-        stored = StoredLinear(codes[name], starts[name].qparams, _input_qparams(linear, stats))
-        note = {"fallback": "; ".join(troubles)} if troubles else {}
+        stored = StoredLinear(*chosen[name], _input_qparams(linear, stats))
         rounded[name] = _described(
-            plan, linear, stored, targets[name], weights[name], starts[name].codes_NK, stats, note
+            plan, linear, stored, targets[name], weights[name], starts[name], stats, note
         )
     return rounded
 
@@ -90,39 +90,48 @@ def _targets(
     return {name: w_NK for name, w_NK in corrected.items() if w_NK is not None}, []
 
 
-class _Start(NamedTuple):
-    codes_NK: Tensor
-    qparams: QParams
-
-
-def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, importance_K: Tensor) -> _Start:
+def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, importance_K: Tensor) -> Refined:
     assert linear.scheme is not None, "only quantized linears are rounded"
     weight, scales = linear.scheme.weight, linear.scales
     wanted_K = importance_K if scales == "importance" else None
-    return _Start(*rtn(target_NK, weight, plan.scale_dtype, scales=scales, importance_K=wanted_K))
+    return Refined(*rtn(target_NK, weight, plan.scale_dtype, scales=scales, importance_K=wanted_K))
 
 
 def _compensated(
+    plan: QuantPlan,
     linears: Sequence[LinearPlan],
     targets: Mapping[str, Tensor],
     factor: Factor,
-    qparams: Mapping[str, QParams],
-) -> dict[str, Tensor]:
+    starts: Mapping[str, Refined],
+    stats: InputStats,
+) -> dict[str, Refined]:
     """GPTQ codes; linears whose scales belong to rows are rounded as one, which is faster and the same."""
     scheme = linears[0].scheme
     assert scheme is not None, "only quantized linears are rounded"
-    if not isinstance(scheme.weight.granularity, PerChannel | PerGroup):
-        return {
-            linear.name: gptq(targets[linear.name], factor, scheme.weight, qparams[linear.name])
-            for linear in linears
-        }
+    spec = scheme.weight
+
+    def compensate(w_NK: Tensor, qparams: QParams) -> Refined:
+        codes_NK = gptq(w_NK, factor, spec, qparams)
+        if "refine" in plan.recipe.algorithms:
+            return refine(w_NK, codes_NK, qparams, stats.hessian_KK, factor, spec)
+        return Refined(codes_NK, qparams)
+
     names = [linear.name for linear in linears]
-    zero_points = [point for name in names if (point := qparams[name].zero_point) is not None]
-    together = QParams(
-        torch.cat([qparams[name].scale for name in names]), torch.cat(zero_points) if zero_points else None
-    )
-    codes_NK = gptq(torch.cat([targets[name] for name in names]), factor, scheme.weight, together)
-    return dict(zip(names, torch.split(codes_NK, [len(targets[name]) for name in names]), strict=True))
+    if not isinstance(spec.granularity, PerChannel | PerGroup):
+        return {name: compensate(targets[name], starts[name].qparams) for name in names}
+    scale = torch.cat([starts[name].qparams.scale for name in names])
+    points = [point for name in names if (point := starts[name].qparams.zero_point) is not None]
+    together = QParams(scale, torch.cat(points) if points else None)
+    codes_NK, found = compensate(torch.cat([targets[name] for name in names]), together)
+    ends = torch.tensor([len(targets[name]) for name in names]).cumsum(0).tolist()
+    rows = [slice(end - len(targets[name]), end) for name, end in zip(names, ends, strict=True)]
+    return {name: _rows(Refined(codes_NK, found), part) for name, part in zip(names, rows, strict=True)}
+
+
+def _rows(whole: Refined, rows: slice) -> Refined:
+    zero_point = whole.qparams.zero_point
+    qparams = QParams(whole.qparams.scale[rows], None if zero_point is None else zero_point[rows])
+    return Refined(whole.codes_NK[rows], qparams)
 
 
 def _input_qparams(linear: LinearPlan, stats: InputStats) -> QParams | None:
@@ -138,14 +147,14 @@ def _described(
     stored: StoredLinear,
     target_NK: Tensor,
     weight_NK: Tensor,
-    nearest_NK: Tensor,
+    nearest: Refined,
     stats: InputStats,
     note: dict[str, Any],
 ) -> RoundedLinear:
     assert linear.scheme is not None, "only quantized linears are rounded"
     granularity = linear.scheme.weight.granularity
     dequantized_NK = dequantize_weight(stored.codes_NK, granularity, stored.qparams)
-    nearest_NK = dequantize_weight(nearest_NK, granularity, stored.qparams)
+    nearest_NK = dequantize_weight(nearest.codes_NK, granularity, nearest.qparams)
     sqnr = decibels(*signal_and_noise(weight_NK, dequantized_NK))
     note = note | {
         "loss_rtn": _significant(output_loss(target_NK - nearest_NK, stats)),

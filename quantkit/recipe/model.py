@@ -12,7 +12,7 @@ WeightGranularity = Literal["auto", "group", "channel", "tensor", "block"]
 Scales = Literal["auto", "minmax", "mse", "importance"]
 # In the order in which they can be applied.
 AlgorithmName = Literal[
-    "rotate", "smoothquant", "awq", "weight_correction", "rtn", "gptq", "bias_correction", "tune"
+    "rotate", "smoothquant", "awq", "weight_correction", "rtn", "gptq", "refine", "bias_correction", "tune"
 ]
 ALGORITHM_ORDER: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
 WITHOUT_DATA = {"rotate", "rtn"}
@@ -92,9 +92,9 @@ class Recipe(_Strict):
         "rtn",
         description="One, or a list applied in order. rotate: Hadamard rotations folded into the weights. "
         "smoothquant, awq: scales of input channels folded into the weights. weight_correction: weights that make up "
-        "for what the layers before lost. rtn: round to nearest; gptq: round, making up for each column's error in the "
-        "others. bias_correction: biases that make up for the mean error. tune: scales, norms and codes learned end to "
-        "end from the original's logits.",
+        "for what the layers before lost. rtn: round to nearest; gptq: round, making up for each column's error in "
+        "the others. refine: scales and codes improved in turn, after gptq. bias_correction: biases that make up for "
+        "the mean error. tune: scales, norms and codes learned end to end from the original's logits.",
     )
     scales: Scales = Field(
         "auto",
@@ -164,6 +164,8 @@ class Recipe(_Strict):
             raise ValueError(f"algorithm {doubled} is given twice")
         if {"rtn", "gptq"} <= {*given}:
             raise ValueError("algorithms rtn and gptq exclude each other: each chooses the codes")
+        if "refine" in given and "gptq" not in given:
+            raise ValueError("algorithm refine improves what gptq chose, and needs it before")
         if {"smoothquant", "awq"} <= {*given}:
             raise ValueError(
                 "algorithms smoothquant and awq exclude each other: each scales the same channels"
