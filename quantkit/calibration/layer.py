@@ -84,15 +84,15 @@ class LayerWork:
         return Streams([after], originals)
 
     def two_passes(self, streams: Streams, call: Call) -> Streams:
-        """Observe all batches, round, run all batches again."""
+        """Observe all batches, round, run all batches again; each takes the place of the one that went in."""
         stats: dict[str, InputStats] = {}
         routed: list[Routed] = []
-        originals = None if streams.originals is None else list[Tensor]()
         for number, batch in enumerate(streams.hidden):
             original_inputs: dict[str, Tensor] = {}
-            if originals is not None and streams.originals is not None:
+            if streams.originals is not None:
                 keep = partial(_keep_input, original_inputs)
-                originals.append(self._run(streams.originals[number], call, keep))
+                original = streams.originals[number]
+                streams.originals[number] = self._run(original, call, keep).to(original.device)
 
             def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = original_inputs) -> Tensor:
                 if group not in stats:
@@ -107,7 +107,9 @@ class LayerWork:
             self._round(group, stats.pop(group))
         if self._experts:
             self._round_experts(routed)
-        return Streams([self._run(batch, call, self._quantized) for batch in streams.hidden], originals)
+        for number, batch in enumerate(streams.hidden):
+            streams.hidden[number] = self._run(batch, call, self._quantized).to(batch.device)
+        return streams
 
     @property
     def rounded_weights(self) -> set[str]:

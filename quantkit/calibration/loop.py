@@ -8,6 +8,7 @@ Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from quantkit.arch import place_of
 from quantkit.calibration.folds import Folds
 from quantkit.calibration.layer import LayerWork, Streams
+from quantkit.calibration.overlap import ReadAhead, WriteBehind
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.formats.checkpoint import Checkpoint
@@ -55,6 +57,7 @@ def calibrate(
             run.pass_through(layer, stage)
         else:
             run.quantize(layer, stage, on_linear)
+    run.writing.wait()
 
 
 class Layout(NamedTuple):
@@ -108,6 +111,9 @@ class LayerRun:
         self.by_layer: dict[int, list[LinearPlan]] = defaultdict(list)
         for linear in plan.linears:
             self.by_layer[layer_of_linear(linear)].append(linear)
+        is_beside = device.type == "cuda"
+        self.reading = ReadAhead(self.skeleton.read_layer, self.skeleton.num_layers, is_ahead=is_beside)
+        self.writing = WriteBehind(is_behind=is_beside)
         self.streams = Streams([], None)
         self.calls: list[Call] = []
 
@@ -118,12 +124,13 @@ class LayerRun:
         if changed and not stage.has(OUTSIDE):
             stage.write(OUTSIDE, self.folds.rounded(changed), {})
         embedded, self.calls = self.skeleton.start(self.ids_SL, outside | changed, self.layout.batch)
+        self.skeleton.empty_outside()
         corrects = "weight_correction" in self.plan.recipe.algorithms
-        self.streams = Streams(self._placed(embedded), self._placed(embedded) if corrects else None)
+        self.streams = Streams(self._placed(embedded), self._placed(list(embedded)) if corrects else None)
 
     def pass_through(self, layer: int, stage: Stage) -> None:
         """Advance through a layer that is staged."""
-        tensors = self.skeleton.read_layer(layer)
+        tensors = self.reading.layer(layer)
         tensors |= self.folds.layer(layer, tensors)
         hidden, originals = self.streams
         if originals is not None:
@@ -133,7 +140,7 @@ class LayerRun:
 
     def quantize(self, layer: int, stage: Stage, on_linear: OnLinear) -> None:
         """Observe and round a layer, stage it, and advance through it."""
-        tensors = self.skeleton.read_layer(layer)
+        tensors = self.reading.layer(layer)
         changed = self.folds.layer(layer, tensors)
         work = LayerWork(self.skeleton, self.plan, layer, self.by_layer[layer], tensors | changed, on_linear)
         run = work.one_pass if self.layout.is_whole else work.two_passes
@@ -143,15 +150,17 @@ class LayerRun:
         )
         leftovers = {name: changed[name] for name in changed if name not in work.rounded_weights}
         named = {self.skeleton.name_on_disk(layer, name): tensor for name, tensor in leftovers.items()}
-        stage.write(layer_part(layer), self.folds.rounded(named) | work.stored_tensors(), work.notes())
+        tensors, notes = self.folds.rounded(named) | work.stored_tensors(), work.notes()
+        self.writing.write(partial(stage.write, layer_part(layer), tensors, notes))
         self.skeleton.empty_layer(layer)
 
     def _advanced(self, layer: int, tensors: Mapping[str, Tensor], hidden: list[Tensor]) -> list[Tensor]:
         module = self.skeleton.fill_layer(layer, tensors)
         device = self.skeleton.device
-        after = self._placed([run_layer(module, part.to(device), self.calls[layer]) for part in hidden])
+        for number, part in enumerate(hidden):  # in place: there may be no room for all tokens twice
+            hidden[number] = run_layer(module, part.to(device), self.calls[layer]).to(part.device)
         self.skeleton.empty_layer(layer)
-        return after
+        return hidden
 
     def _placed(self, hidden: list[Tensor]) -> list[Tensor]:
         """Hidden states where they stay between layers: on the GPU only if they take little of it."""

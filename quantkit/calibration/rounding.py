@@ -37,7 +37,13 @@ def new_stats(plan: QuantPlan, num_features: int, device: torch.device, *, has_o
     """Statistics with what the plan's algorithms ask for. has_original: the original's inputs will be given too."""
     algorithms = plan.recipe.algorithms
     with_hessian = "gptq" in algorithms or has_original
-    return InputStats(num_features, device=device, with_hessian=with_hessian, with_shift=has_original)
+    return InputStats(
+        num_features,
+        device=device,
+        with_hessian=with_hessian,
+        with_shift=has_original,
+        with_sample=any(scheme.is_static for scheme in plan.schemes.values() if scheme),
+    )
 
 
 def round_linears(
@@ -101,10 +107,11 @@ def _compensated(
     factor: Factor,
     qparams: Mapping[str, QParams],
 ) -> dict[str, Tensor]:
-    """GPTQ codes; linears whose scales belong to rows are rounded as one, which is faster and the same."""
+    """GPTQ codes; on a CPU linears whose scales belong to rows are rounded as one, which is faster and the same."""
     scheme = linears[0].scheme
     assert scheme is not None, "only quantized linears are rounded"
-    if not isinstance(scheme.weight.granularity, PerChannel | PerGroup):
+    is_on_gpu = targets[linears[0].name].is_cuda  # there one linear is work enough, and memory is dear
+    if is_on_gpu or not isinstance(scheme.weight.granularity, PerChannel | PerGroup):
         return {
             linear.name: gptq(targets[linear.name], factor, scheme.weight, qparams[linear.name])
             for linear in linears

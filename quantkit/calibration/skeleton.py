@@ -80,8 +80,7 @@ class Skeleton:
     def empty_layer(self, layer: int) -> None:
         """Drop the layer's weights."""
         for module in self.base.layers[layer].modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            _empty(module)
 
     def module_name(self, name: str) -> str:
         """A linear's name below the layer as its module has it (experts excepted: they are one module)."""
@@ -116,10 +115,23 @@ class Skeleton:
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.requires_grad_(False)
 
+    def empty_outside(self) -> None:
+        """Drop the weights that are in no layer; call after `start`, since the layers do not need them."""
+        layers = self.base.layers
+        inside = {id(module) for module in layers.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                _empty(module)
+
     def outside_names(self) -> list[str]:
         """Tensors of the language model that are in no layer, by their names on disk."""
         wanted = {name for name, _ in self.model.named_parameters()}
         return [name for name in self.checkpoint.tensors if text_name(name) in wanted and not place_of(name)]
+
+
+def _empty(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 class _Recorder(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 from quantkit.errors import CalibrationError
 
 NUM_BLOCKS = 6  # the Hessian is symmetric: of 6 × 6 blocks 21 are computed, 58 % of the work
+ALIGNED_FEATURES = 256  # what a block of a wide Hessian is a multiple of: matrix units need even more than 8
 SAMPLE_ROWS = 4096
 
 
@@ -16,11 +17,18 @@ class InputStats:
     """Sums over tokens of one input, float32. Rows with NaN or Inf are left out and counted.
 
     num_features: K. with_hessian: whether the K × K second moments are wanted, or only their diagonal.
-    with_shift: whether `add` gets the input that the original model has at this place, too.
+    with_shift: whether `add` gets the input that the original model has at this place, too. with_sample: whether
+    `sample` will be asked for. What is read ends the adding.
     """
 
     def __init__(
-        self, num_features: int, *, device: torch.device, with_hessian: bool, with_shift: bool = False
+        self,
+        num_features: int,
+        *,
+        device: torch.device,
+        with_hessian: bool,
+        with_shift: bool = False,
+        with_sample: bool = True,
     ) -> None:
         self.num_tokens = 0
         self.num_excluded = 0
@@ -31,10 +39,13 @@ class InputStats:
         shape = (num_features, num_features)
         self._hessian_KK = torch.zeros(shape, device=device) if with_hessian else None
         self._shift_KK = torch.zeros(shape, device=device) if with_shift else None
+        self._with_sample = with_sample
         self._samples: list[Tensor] = []
+        self._is_hessian_finished = False
 
     def add(self, x_TK: Tensor, original_TK: Tensor | None = None) -> None:
         """Count tokens, in any float dtype and leading shape. original_TK: the same tokens in the original model."""
+        assert not self._is_hessian_finished, "the Hessian has been asked for"
         assert (original_TK is not None) == (self._shift_KK is not None), "given exactly if asked for"
         x_TK = x_TK.reshape(-1, x_TK.shape[-1])
         is_finite_T = _finite_rows(x_TK)
@@ -53,9 +64,19 @@ class InputStats:
         if self._shift_KK is not None and original_TK is not None:
             self._shift_KK += _product(original_TK - x_TK, x_TK)
         self._add_moments(x_TK)
-        self._samples.append(x_TK[:: max(1, len(x_TK) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone())
+        if self._with_sample:
+            self._samples.append(x_TK[:: max(1, len(x_TK) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone())
 
     def _add_moments(self, x_TK: Tensor) -> None:
+        if x_TK.is_cuda:
+            from quantkit_kernels.moments import moments  # CUDA builds of torch have Triton, others need not
+
+            added = moments(x_TK)
+            self._sum_K += added.sum_K
+            self._abs_K += added.abs_K
+            self._square_K += added.square_K
+            self._max_K = torch.maximum(self._max_K, added.max_K)
+            return
         for chunk_TK in torch.split(x_TK, SAMPLE_ROWS):
             chunk_TK = chunk_TK.float()
             self._sum_K += chunk_TK.sum(dim=0)
@@ -79,8 +100,10 @@ class InputStats:
     def hessian_KK(self) -> Tensor:
         """Mean of x xᵀ, float32 [K, K]; asked for at construction."""
         assert self._hessian_KK is not None, "this input was observed without its Hessian"
-        lower_KK = self._hessian_KK.tril() / self._count()
-        return lower_KK + lower_KK.tril(-1).T
+        if not self._is_hessian_finished:
+            _mirror(self._hessian_KK.div_(self._count()))
+            self._is_hessian_finished = True
+        return self._hessian_KK
 
     @property
     def shift_KK(self) -> Tensor:
@@ -91,8 +114,9 @@ class InputStats:
     @property
     def second_moment_K(self) -> Tensor:
         """Mean of x², the diagonal of the Hessian: what an error of a weight costs at the output."""
-        square_K = self._square_K if self._hessian_KK is None else self._hessian_KK.diagonal()
-        return square_K / self._count()
+        if self._hessian_KK is None:
+            return self._square_K / self._count()
+        return self.hessian_KK.diagonal()
 
     @property
     def mean_K(self) -> Tensor:
@@ -111,6 +135,7 @@ class InputStats:
 
     def sample(self) -> Tensor:
         """Evenly spread rows, the same ones on every run, float32, at most 4096 for each `add`."""
+        assert self._with_sample, "this input was observed without a sample"
         self._count()
         return torch.cat(self._samples).float()
 
@@ -131,13 +156,36 @@ def _finite_rows(x_TK: Tensor) -> Tensor:
     return torch.isfinite(x_TK).all(dim=-1)
 
 
+def _blocks(num_features: int) -> list[slice]:
+    """Rows of the Hessian that are computed together, from the first column to their own."""
+    width = num_features
+    if num_features >= 64 * NUM_BLOCKS:
+        width = -(-num_features // NUM_BLOCKS)
+    if width >= ALIGNED_FEATURES:
+        width = -(-width // ALIGNED_FEATURES) * ALIGNED_FEATURES
+    return [slice(start, min(start + width, num_features)) for start in range(0, num_features, width)]
+
+
 def _add_lower_products(sum_KK: Tensor, x_TK: Tensor) -> None:
     """sum += XᵀX, only the blocks on and below the diagonal."""
-    num_features = x_TK.shape[1]
-    width = -(-num_features // NUM_BLOCKS) if num_features >= 64 * NUM_BLOCKS else num_features
-    for start in range(0, num_features, width):
-        rows = slice(start, start + width)
-        sum_KK[rows, : start + width] += _product(x_TK[:, rows], x_TK[:, : start + width])
+    for rows in _blocks(x_TK.shape[1]):
+        part_CK = sum_KK[rows, : rows.stop]
+        if (
+            x_TK.is_cuda and x_TK.dtype != torch.float32
+        ):  # in place: the sum is as large as the product is costly
+            left_CT, right_TK = x_TK[:, rows].T, x_TK[:, : rows.stop]
+            torch.addmm(part_CK, left_CT, right_TK, out_dtype=torch.float32, out=part_CK)
+        else:
+            part_CK += _product(x_TK[:, rows], x_TK[:, : rows.stop])
+
+
+def _mirror(lower_KK: Tensor) -> Tensor:
+    """Copy what is below the diagonal to the other side, in place."""
+    for rows in _blocks(len(lower_KK)):
+        block_CC = lower_KK[rows, rows].tril()
+        lower_KK[rows, rows] = block_CC + block_CC.tril(-1).T
+        lower_KK[: rows.start, rows] = lower_KK[rows, : rows.start].T
+    return lower_KK
 
 
 def _product(left_TC: Tensor, right_TK: Tensor) -> Tensor:
