@@ -12,7 +12,7 @@ QUANTKIT := $(BIN)/quantkit
 demo: $(READY)  ## quantize, evaluate and generate with a real small model, on the CPU
 	$(QUANTKIT) quantize demo -r fp8 -o demo/fp8
 	$(QUANTKIT) quantize demo -r int8 -o demo/int8
-	$(QUANTKIT) quantize demo -r int4 -o demo/int4
+	$(QUANTKIT) quantize demo -r int4 --set calibration.samples=32 -o demo/int4
 	$(QUANTKIT) verify demo/int4
 	$(QUANTKIT) eval demo demo/fp8 demo/int8 demo/int4 --windows 12
 	$(QUANTKIT) generate demo/int4 "What is water made of?"

@@ -6,6 +6,8 @@ SPEC is one of
     PATH                         .txt (documents end at blank lines), .jsonl, .parquet, or a folder of those
     hf:DATASET[/CONFIG][:SPLIT]  a dataset on the Hugging Face hub; DATASET is OWNER/NAME or NAME
     docs                         the language reference of the running Python
+
+`self`, text that the model writes, is calibration's: no document has been written yet.
 """
 
 import json
@@ -17,6 +19,7 @@ from typing import Any
 from quantkit.errors import TextError
 
 DOCS = "docs"
+SELF = "self"
 HUB_PREFIX = "hf:"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 DEFAULT_SPLIT = "train"
@@ -25,6 +28,14 @@ _SPEC_FIX = (
     f"give a {', '.join(SUFFIXES)} file, a folder of those, `hf:OWNER/NAME[/CONFIG][:SPLIT]`, or `docs`"
 )
 _ROW_FIX = 'each row needs a string "text", or "messages": [{"role": …, "content": …}, …]'
+
+Message = dict[str, Any]
+Render = Callable[[list[Message], str], str]  # a conversation, and its place for errors -> its text
+
+
+def contents(messages: list[Message], place: str) -> str:
+    """A conversation without its roles: what was said, one after another."""
+    return "\n\n".join(message["content"] for message in messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +56,24 @@ class Documents:
             raise TextError(f"{self.spec}: holds no text", fix="give a text that is not empty")
 
 
-def load_documents(spec: str) -> Documents:
+def load_documents(spec: str, render: Render = contents) -> Documents:
     """The documents that SPEC names; nothing but file names is read before iterating.
 
-    Raises TextError for a SPEC that names nothing readable.
+    render: makes a document of a conversation, whose messages have a role, a content that is a string, and what
+    else the data gives them. Raises TextError for a SPEC that names nothing readable.
     """
     if spec == DOCS:
         return Documents(spec, _read_docs)
+    if spec == SELF:
+        raise TextError(
+            f"{SELF}: text that the model writes is for calibration only",
+            fix=f"{_SPEC_FIX}; for a file of that name, ./{SELF}",
+        )
     if spec.startswith(HUB_PREFIX):
         name, config, split = _parse_hub(spec)
-        return Documents(spec, lambda: _read_hub(spec, name, config, split))
+        return Documents(spec, lambda: _read_hub(spec, name, config, split, render))
     files = _files(spec)
-    return Documents(spec, lambda: (text for file in files for text in _READERS[file.suffix](file)))
+    return Documents(spec, lambda: (text for file in files for text in _READERS[file.suffix](file, render)))
 
 
 def _files(spec: str) -> list[Path]:
@@ -74,7 +91,7 @@ def _files(spec: str) -> list[Path]:
     return [path]
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _read_txt(path: Path, render: Render) -> Iterator[str]:
     """Paragraph blocks: lines up to the next blank one."""
     block: list[str] = []
     try:
@@ -91,12 +108,12 @@ def _read_txt(path: Path) -> Iterator[str]:
         yield "".join(block).removesuffix("\n")
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path, render: Render) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _row_text(_parse_line(line, f"{path}:{number}"), f"{path}:{number}")
+                    yield _row_text(_parse_line(line, f"{path}:{number}"), f"{path}:{number}", render)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from None
 
@@ -108,7 +125,7 @@ def _parse_line(line: str, place: str) -> Any:
         raise TextError(f"{place}: not valid JSON ({error})", fix="write one JSON object per line") from None
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path, render: Render) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
@@ -121,14 +138,14 @@ def _read_parquet(path: Path) -> Iterator[str]:
             first_row = 0
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for index, row in enumerate(batch.to_pylist(), start=first_row):
-                    yield _row_text(row, f"{path}: row {index}")
+                    yield _row_text(row, f"{path}: row {index}", render)
                 first_row += batch.num_rows
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise TextError(f"{path}: not readable as parquet ({reason})", fix="write the file again") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, Render], Iterator[str]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -146,13 +163,13 @@ def _parse_hub(spec: str) -> tuple[str, str | None, str]:
     return "/".join(parts[:2]), config, split or DEFAULT_SPLIT
 
 
-def _read_hub(spec: str, name: str, config: str | None, split: str) -> Iterator[str]:
+def _read_hub(spec: str, name: str, config: str | None, split: str, render: Render) -> Iterator[str]:
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        yield from row_texts(rows, spec)
+        yield from row_texts(rows, spec, render)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # its own, and its HTTP client's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = (
@@ -161,20 +178,20 @@ def _read_hub(spec: str, name: str, config: str | None, split: str) -> Iterator[
         raise TextError(f"{spec}: cannot be loaded ({reason})", fix=fix) from error
 
 
-def row_texts(rows: Iterable[Any], place: str) -> Iterator[str]:
+def row_texts(rows: Iterable[Any], place: str, render: Render = contents) -> Iterator[str]:
     """The text of each row of a dataset. Raises TextError naming the row that has none."""
     for index, row in enumerate(rows):
-        yield _row_text(row, f"{place}: row {index}")
+        yield _row_text(row, f"{place}: row {index}", render)
 
 
-def _row_text(row: Any, place: str) -> str:
-    """`text` of a row, or the contents of its `messages`, one after another; "" where they are null."""
+def _row_text(row: Any, place: str, render: Render) -> str:
+    """`text` of a row, "" where it is null, or its rendered `messages`."""
     if not isinstance(row, dict):
         raise TextError(f"{place}: not an object but {type(row).__name__}", fix=_ROW_FIX)
     if "text" in row:
         text = row["text"] or ""
     elif isinstance(row.get("messages"), list):
-        text = "\n\n".join(_message_text(message, place) for message in row["messages"])
+        text = render([_message(message, place) for message in row["messages"]], place)
     else:
         raise TextError(
             f"{place}: neither text nor messages, only {', '.join(row) or 'nothing'}", fix=_ROW_FIX
@@ -190,14 +207,17 @@ def _row_text(row: Any, place: str) -> str:
     return text
 
 
-def _message_text(message: Any, place: str) -> str:
-    """`content` of one chat message: a string, null (a tool call), or a list of parts of which some are text."""
+def _message(message: Any, place: str) -> Message:
+    """A message whose content is a string, without the keys that are null (as columns of a table are).
+
+    On disk it may be null (a tool call), or a list of parts of which some are text.
+    """
     content = message.get("content", "") if isinstance(message, dict) and "role" in message else 0
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "\n\n".join(part["text"] for part in content if isinstance(part.get("text"), str))
     if content is not None and not isinstance(content, str):
         raise TextError(f"{place}: a message is not of the form {{role, content}}", fix=_ROW_FIX)
-    return content or ""
+    return {key: value for key, value in message.items() if value is not None} | {"content": content or ""}
 
 
 def _read_docs() -> Iterable[str]:

@@ -12,8 +12,9 @@ QUANTKIT = (sys.executable, "-m", "quantkit")
 
 
 def quantize_command(source: Path, output: Path) -> list[str]:
-    """Every linear to INT4."""
-    return [*QUANTKIT, "quantize", str(source), "-r", "int4-all", "-o", str(output)]
+    """Every linear to INT4, without data."""
+    settings = ["--set", "algorithm=rtn"]
+    return [*QUANTKIT, "quantize", str(source), "-r", "int4-all", *settings, "-o", str(output)]
 
 
 def finish(

@@ -49,7 +49,8 @@ def gptq(w_NK: Tensor, factor: Factor, spec: Spec, qparams: QParams) -> Tensor:
     """
     num_rows, num_cols = w_NK.shape
     order_K = factor.order_K
-    w_KN = w_NK.T[order_K].contiguous()  # transposed, so that a column of the weight is a contiguous row
+    # transposed, so that a column of the weight is a contiguous row
+    w_KN = w_NK.T[order_K].clone(memory_format=torch.contiguous_format)
     w_KN[factor.dead_K[order_K]] = 0  # nothing is lost there, and nothing has to be made up for
     scales = column_scales(qparams, spec.granularity, num_rows, num_cols)
     group_K = scales.group_K[order_K]
@@ -82,7 +83,9 @@ def column_scales(qparams: QParams, granularity: Granularity, num_rows: int, num
     def by_column(qparam: Tensor) -> Tensor:
         if isinstance(granularity, PerBlock):
             qparam = qparam.repeat_interleave(granularity.rows, dim=0)[:num_rows]
-        return qparam.reshape(len(qparam), -1).expand(num_rows, -1).T.contiguous()
+        by_row = qparam.reshape(len(qparam), -1).expand(num_rows, -1)
+        # a copy, because .contiguous() keeps odd strides where there is a single row
+        return by_row.T.clone(memory_format=torch.contiguous_format)
 
     zero_point = qparams.zero_point
     return ColumnScales(

@@ -47,14 +47,13 @@ class Heads(NamedTuple):
 
 
 def read_heads(checkpoint: Checkpoint) -> Heads:
-    """The heads of a checkpoint's attention, by config.json."""
-    config = checkpoint.text_config
-    num = int(config["num_attention_heads"])
+    """The heads of a checkpoint's attention, by config.json and, where it is silent, transformers' defaults."""
+    from quantkit.arch.skeleton import language_config  # transformers takes seconds to import
+
+    config = language_config(checkpoint).to_dict()
+    num, dim = config["num_attention_heads"], config.get("head_dim")
     num_kv = config.get("num_key_value_heads")
-    dim = config.get("head_dim")
-    return Heads(
-        num, num if num_kv is None else num_kv, int(config["hidden_size"]) // num if dim is None else dim
-    )
+    return Heads(num, num_kv or num, dim or config["hidden_size"] // num)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ def build_language_model(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _build(checkpoint: Checkpoint, empty: AbstractContextManager[Any]) -> nn.Module:
-    config = _config(checkpoint)
+    config = language_config(checkpoint)
     try:
         with empty:
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -94,7 +94,8 @@ def _build(checkpoint: Checkpoint, empty: AbstractContextManager[Any]) -> nn.Mod
     return model
 
 
-def _config(checkpoint: Checkpoint) -> Any:
+def language_config(checkpoint: Checkpoint) -> Any:
+    """The language model's config as transformers understands it; raises UnsupportedModelError if it does not."""
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     if checkpoint.model_type not in known:
         remote = (

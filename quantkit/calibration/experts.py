@@ -1,14 +1,13 @@
 """Every expert of a layer calibrated on the tokens that reach it, or on all tokens where too few do.
 
-A forward pre-hook keeps what the module of experts is called with; then the experts are treated one after the
-other, so that one expert's statistics are in memory at a time, not all of them. What is rounded how is the
-caller's: this module knows tokens and experts, neither schemes nor algorithms.
+The caller keeps what the module of experts is called with; then the experts are treated one after the other, so
+that one expert's statistics are in memory at a time, not all of them. What is rounded how is the caller's, too:
+this module knows tokens and experts, neither schemes nor algorithms.
 
 Shape suffixes: T tokens, E hidden size, A experts of one token, N, K of a linear.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -47,25 +46,6 @@ class Coverage(NamedTuple):
 
     num_tokens: tuple[int, ...]
     starved: tuple[int, ...]
-
-
-@contextmanager
-def captured(module: nn.Module, device: torch.device) -> Iterator[list[Routed]]:
-    """Calls of a module of experts while the context is open, kept on `device`.
-
-    That is the hidden states of all tokens once more: T · E values in the model's dtype.
-    """
-    calls: list[Routed] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hidden_TE, experts_TA = args[:2]
-        calls.append(Routed(hidden_TE.detach().to(device), experts_TA.to(device)))
-
-    handle = module.register_forward_pre_hook(keep)
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 def coverage(calls: Sequence[Routed], num_experts: int, in_features: int) -> Coverage:

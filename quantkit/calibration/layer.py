@@ -1,11 +1,14 @@
 """One decoder layer: its inputs observed, its linears rounded, the tokens sent on through the rounded layer.
 
-In one pass each linear is rounded when its input arrives, so that o_proj sees the rounded q, k and v. In two, a
-batch at a time, the layer is observed as it was, then rounded, then run again.
+In one pass each linear is rounded when its input arrives, so that o_proj sees the rounded q, k and v. In batches,
+the layer is observed as it was, then rounded, then run again.
 
 Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_features.
 """
 
+import contextlib
+import copy
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +22,13 @@ from quantkit.arch.experts import EXPERTS, ExpertNames
 from quantkit.calibration.experts import Coverage, Routed, round_experts
 from quantkit.calibration.rounding import RoundedLinear, new_stats, round_linears
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import encode_linear
 from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.activation import fake_quantize_input
 
-OnLinear = Callable[[LinearPlan, Mapping[str, Any]], None]
+OnLinear = Callable[[LinearPlan, Mapping[str, Any], float], None]  # a linear, what is noted of it, seconds
 OnInput = Callable[[str, Tensor], Tensor]  # group and input -> what its linears compute with
 
 
@@ -36,7 +40,7 @@ class Streams(NamedTuple):
 
 
 class LayerWork:
-    """A layer while it is rounded. Use `one_pass` or `two_passes`, then ask for what came out.
+    """A layer while it is rounded. Use `one_pass` or `in_batches`, then ask for what came out.
 
     tensors: the layer by names on disk below it. Owns the layer's module in the skeleton meanwhile.
     """
@@ -49,12 +53,14 @@ class LayerWork:
         linears: Sequence[LinearPlan],
         tensors: Mapping[str, Tensor],
         on_linear: OnLinear,
+        watch: Stopwatch,
     ) -> None:
         self._skeleton = skeleton
         self._plan = plan
         self._tensors = tensors
         self._module = skeleton.fill_layer(layer, tensors)
         self._on_linear = on_linear
+        self._watch = watch
         self._groups: dict[str, list[LinearPlan]] = defaultdict(list)
         self._experts: dict[str, LinearPlan] = {}
         for linear in linears:
@@ -65,7 +71,9 @@ class LayerWork:
         self._expert_names = EXPERTS[skeleton.checkpoint.model_type] if self._experts else None
         self._rounded: dict[str, tuple[LinearPlan, RoundedLinear]] = {}
         self._coverage: Coverage | None = None
+        self._biases: dict[str, Tensor] = {}
         self._num_excluded = 0
+        self._seconds: dict[str, float] = {}
 
     def one_pass(self, streams: Streams, call: Call) -> Streams:
         """Round each linear at its first use. streams: one batch with all tokens."""
@@ -76,40 +84,73 @@ class LayerWork:
 
         def observe_and_round(group: str, x: Tensor) -> Tensor:
             stats = self._new_stats(x, group in original_inputs)
-            stats.add(self._quantized(group, x), original_inputs.pop(group, None))
+            with self._watch.measure("observe"):
+                stats.add(self._quantized(group, x), original_inputs.pop(group, None))
             self._round(group, stats)
             return self._quantized(group, x)
 
         after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
         return Streams([after], originals)
 
-    def two_passes(self, streams: Streams, call: Call) -> Streams:
-        """Observe all batches, round, run all batches again; each takes the place of the one that went in."""
-        stats: dict[str, InputStats] = {}
+    def in_batches(self, streams: Streams, call: Call) -> Streams:
+        """Observe all batches and round, then run all batches through what came out; each takes its input's place.
+
+        Where weights are corrected, group by group: what one group makes up for, the next must not make up for again.
+        """
+        original = copy.deepcopy(self._module) if streams.originals is not None else None
+        together = [list(self._groups)] if original is None else [[group] for group in self._groups]
         routed: list[Routed] = []
-        for number, batch in enumerate(streams.hidden):
-            original_inputs: dict[str, Tensor] = {}
-            if streams.originals is not None:
-                keep = partial(_keep_input, original_inputs)
-                original = streams.originals[number]
-                streams.originals[number] = self._run(original, call, keep).to(original.device)
-
-            def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = original_inputs) -> Tensor:
-                if group not in stats:
-                    stats[group] = self._new_stats(x, group in inputs)
-                stats[group].add(self._quantized(group, x), inputs.pop(group, None))
-                return x
-
-            self._run(
-                batch, call, observe, lambda call: routed.append(Routed(*(part.cpu() for part in call)))
-            )
-        for group in self._groups:
-            self._round(group, stats.pop(group))
+        for groups in together:
+            stats = self._observed(groups, streams, call, original, routed)
+            for group in groups:
+                self._round(group, stats.pop(group))
         if self._experts:
+            if not routed:
+                self._observed([], streams, call, None, routed)
             self._round_experts(routed)
+        if original is not None and streams.originals is not None:
+            with self._watch.measure("forward"):
+                for number, batch in enumerate(streams.originals):
+                    streams.originals[number] = run_layer(original, self._there(batch), call).to(batch.device)
         for number, batch in enumerate(streams.hidden):
             streams.hidden[number] = self._run(batch, call, self._quantized).to(batch.device)
         return streams
+
+    def _observed(
+        self,
+        groups: Sequence[str],
+        streams: Streams,
+        call: Call,
+        original: nn.Module | None,
+        routed: list[Routed],
+    ) -> dict[str, InputStats]:
+        """Statistics of some groups' inputs over all batches; every pass ends where the last of them has its input."""
+        stats: dict[str, InputStats] = {}
+        wants_experts = bool(self._experts) and original is None
+        for number, batch in enumerate(streams.hidden):
+            inputs: dict[str, Tensor] = {}
+            if original is not None and streams.originals is not None:
+                keep = partial(_keep_input, inputs)
+                self._run(streams.originals[number], call, _until(groups, keep), module=original)
+
+            def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = inputs) -> Tensor:
+                x = self._quantized(group, x)
+                if group in groups:
+                    if group not in stats:
+                        stats[group] = self._new_stats(x, group in inputs)
+                    with self._watch.measure("observe"):
+                        stats[group].add(x, inputs.pop(group, None))
+                return x
+
+            on_input = observe if wants_experts or not groups else _until(groups, observe)
+            self._run(
+                batch, call, on_input, lambda found: routed.append(Routed(*(part.cpu() for part in found)))
+            )
+        return stats
+
+    def input_stats(self, hidden: list[Tensor], call: Call) -> dict[str, InputStats]:
+        """Statistics of the inputs of all groups, with nothing rounded yet."""
+        return self._observed(list(self._groups), Streams(hidden, None), call, None, [])
 
     @property
     def rounded_weights(self) -> set[str]:
@@ -125,16 +166,13 @@ class LayerWork:
             assert linear.scheme is not None, "only quantized linears are rounded"
             for suffix, tensor in encode_linear(rounded.stored, linear.scheme).items():
                 tensors[f"{name}.{suffix}"] = tensor.cpu()
-            bias = self._tensors.get(f"{below_layer(name)}.bias")
-            if rounded.bias_N is not None and bias is not None:
-                corrected = bias.float() + rounded.bias_N.to(bias.device)
-                tensors[f"{name}.bias"] = corrected.to(self._plan.scale_dtype).cpu()
-        return tensors
+        return tensors | {f"{name}.bias": bias_N for name, bias_N in self._biases.items()}
 
     def notes(self) -> dict[str, Any]:
-        """What quantkit.json says of the layer."""
+        """What is said of the layer: of its linears, its inputs, its experts; and how long its linears took."""
         notes: dict[str, Any] = {
             "linears": {name: rounded.note for name, (_, rounded) in self._rounded.items()},
+            "linear_seconds": self._seconds,
             "excluded": self._num_excluded,
         }
         if self._coverage is not None:
@@ -147,12 +185,24 @@ class LayerWork:
         call: Call,
         on_input: OnInput,
         on_experts: Callable[[Routed], None] = lambda routed: None,
+        module: nn.Module | None = None,
     ) -> Tensor:
-        with self._inputs(on_input), self._routed(on_experts):
-            return run_layer(self._module, hidden.to(self._skeleton.device), call)
+        """Hidden states after the layer, or as they came if `on_input` ended the pass."""
+        module = self._module if module is None else module
+        with (
+            self._watch.measure("forward"),
+            self._inputs(module, on_input),
+            self._routed(on_experts),
+            contextlib.suppress(_Seen),
+        ):
+            return run_layer(module, self._there(hidden), call)
+        return hidden
+
+    def _there(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self._skeleton.device)
 
     @contextmanager
-    def _inputs(self, on_input: OnInput) -> Iterator[None]:
+    def _inputs(self, layer: nn.Module, on_input: OnInput) -> Iterator[None]:
         """While open, the first linear of a group that is called tells of their common input."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -164,7 +214,9 @@ class LayerWork:
             return (used,)
 
         handles = [
-            self._linear(linear).register_forward_pre_hook(lambda _, args, group=group: look(group, args))
+            self._linear(layer, linear).register_forward_pre_hook(
+                lambda _, args, group=group: look(group, args)
+            )
             for group, linears in self._groups.items()
             for linear in linears
         ]
@@ -187,8 +239,8 @@ class LayerWork:
         finally:
             handle.remove()
 
-    def _linear(self, linear: LinearPlan) -> nn.Module:
-        return self._module.get_submodule(self._skeleton.module_name(below_layer(linear.name)))
+    def _linear(self, layer: nn.Module, linear: LinearPlan) -> nn.Module:
+        return layer.get_submodule(self._skeleton.module_name(below_layer(linear.name)))
 
     def _quantized(self, group: str, x: Tensor) -> Tensor:
         """The input as the quantized linears get it; until its static scale is chosen, as it is."""
@@ -209,23 +261,28 @@ class LayerWork:
 
     def _round(self, group: str, stats: InputStats) -> None:
         linears = self._groups[group]
+        started = time.perf_counter()
         weights = {linear.name: self._weight(linear) for linear in linears}
-        rounded = round_linears(self._plan, linears, weights, stats)
+        rounded = round_linears(self._plan, linears, weights, stats, self._watch)
         self._num_excluded += stats.num_excluded
+        self._time(linears, time.perf_counter() - started)
         for linear in linears:
-            module, result = self._linear(linear), rounded[linear.name]
+            module, result = self._linear(self._module, linear), rounded[linear.name]
             module.get_parameter("weight").data = result.weight_NK.to(self._skeleton.dtype)
-            result = self._with_bias(module, result)
-            self._keep(linear, result)
+            self._keep(linear, result._replace(note=result.note | self._correct_bias(linear, result)))
 
-    def _with_bias(self, module: nn.Module, result: RoundedLinear) -> RoundedLinear:
+    def _correct_bias(self, linear: LinearPlan, result: RoundedLinear) -> dict[str, str]:
+        """Add to the linear's bias what rounding took; the bias computes as it is stored. Returns what to note."""
+        module = self._linear(self._module, linear)
         if result.bias_N is None:
-            return result
+            return {}
         if "bias" not in dict(module.named_parameters()):
-            return result._replace(bias_N=None, note=result.note | {"bias": "none to correct"})
+            return {"bias": "none to correct"}
         bias = module.get_parameter("bias")
-        bias.data = bias.data + result.bias_N.to(bias.dtype)
-        return result
+        corrected_N = (bias.data.float() + result.bias_N).to(self._plan.scale_dtype)
+        self._biases[linear.name] = corrected_N.cpu()
+        bias.data = corrected_N.to(bias.dtype)
+        return {}
 
     def _round_experts(self, routed: Sequence[Routed]) -> None:
         assert self._expert_names is not None, "asked for where there are experts"
@@ -233,9 +290,11 @@ class LayerWork:
 
         def round_some(weights: Mapping[str, Tensor], stats: InputStats) -> dict[str, Tensor]:
             linears = [self._experts[name] for name in weights if name in self._experts]
+            started = time.perf_counter()
             exact = {linear.name: self._weight(linear) for linear in linears}
-            rounded = round_linears(self._plan, linears, exact, stats)
+            rounded = round_linears(self._plan, linears, exact, stats, self._watch)
             self._num_excluded += stats.num_excluded
+            self._time(linears, time.perf_counter() - started)
             for linear in linears:
                 self._keep(linear, rounded[linear.name])
             return dict(weights) | {
@@ -253,6 +312,12 @@ class LayerWork:
             round_linears=round_some,
         )
 
+    def _time(self, linears: Sequence[LinearPlan], seconds: float) -> None:
+        """Share the seconds of linears that were rounded together by their weights."""
+        weights = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
+        for name, count in weights.items():
+            self._seconds[name] = round(seconds * count / sum(weights.values()), 4)
+
     def _weight(self, linear: LinearPlan) -> Tensor:
         """The weight before rounding, float32, on the device."""
         return self._tensors[f"{below_layer(linear.name)}.weight"].to(self._skeleton.device).float()
@@ -264,7 +329,25 @@ class LayerWork:
             linear,
             result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)),
         )
-        self._on_linear(linear, note)
+        self._on_linear(linear, note, self._seconds[linear.name])
+
+
+class _Seen(Exception):  # noqa: N818 (nothing is wrong: it ends a pass through a layer)
+    """All inputs that were asked for have been seen."""
+
+
+def _until(groups: Sequence[str], on_input: OnInput) -> OnInput:
+    """`on_input`, ending the pass when it has been told of all these groups."""
+    missing = set(groups)
+
+    def look(group: str, x: Tensor) -> Tensor:
+        used = on_input(group, x)
+        missing.discard(group)
+        if not missing:
+            raise _Seen
+        return used
+
+    return look
 
 
 def _keep_input(inputs: dict[str, Tensor], group: str, x: Tensor) -> Tensor:

@@ -7,22 +7,27 @@ Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantkit.arch import place_of
+from quantkit.arch import Role, place_of
+from quantkit.arch.pairs import layer_wiring, read_heads
 from quantkit.calibration.folds import Folds
-from quantkit.calibration.layer import LayerWork, Streams
+from quantkit.calibration.layer import LayerWork, OnLinear, Streams
 from quantkit.calibration.overlap import ReadAhead, WriteBehind
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.smoothing import smoothed, smooths
+from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import decode_linear
+from quantkit.formats.finite import check_finite
 from quantkit.formats.stage import Stage, layer_part
+from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.tiles import dequantize_weight
 
@@ -30,8 +35,6 @@ WHOLE_BYTES = 4 << 30  # activations of all tokens in one layer that go through 
 BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # the same of a batch, where they do not
 FLOAT32_LAYER_WEIGHTS = 50_000_000  # on a GPU, layers up to this size are computed in float32 (TF32 products)
 OUTSIDE = "outside"
-
-OnLinear = Callable[[LinearPlan, Mapping[str, Any]], None]
 
 
 def calibrate(
@@ -61,10 +64,11 @@ def calibrate(
 
 
 class Layout(NamedTuple):
-    """How tokens go through a layer: samples of a batch, and whether one batch holds all."""
+    """How tokens go through a layer: samples of a batch, whether one batch holds all, activations of a sample."""
 
     batch: int
     is_whole: bool
+    sample_bytes: int
 
 
 def layout(checkpoint: Checkpoint, plan: QuantPlan, ids_SL: Tensor, device: torch.device) -> Layout:
@@ -76,8 +80,8 @@ def layout(checkpoint: Checkpoint, plan: QuantPlan, ids_SL: Tensor, device: torc
     num_streams = 2 if "weight_correction" in plan.recipe.algorithms else 1
     sample_bytes = length * (4 * hidden_size + 3 * inner_size) * element_bytes * num_streams
     if num_samples * sample_bytes <= WHOLE_BYTES:
-        return Layout(num_samples, True)
-    return Layout(max(1, BATCH_BYTES[device.type] // sample_bytes), False)
+        return Layout(num_samples, True, sample_bytes)
+    return Layout(max(1, BATCH_BYTES[device.type] // sample_bytes), False, sample_bytes)
 
 
 def compute_dtype(checkpoint: Checkpoint, plan: QuantPlan, device: torch.device) -> torch.dtype:
@@ -111,11 +115,12 @@ class LayerRun:
         self.by_layer: dict[int, list[LinearPlan]] = defaultdict(list)
         for linear in plan.linears:
             self.by_layer[layer_of_linear(linear)].append(linear)
+        self.streams = Streams([], None)
+        self.calls: list[Call] = []
+        self.watch = Stopwatch(device)
         is_beside = device.type == "cuda"
         self.reading = ReadAhead(self.skeleton.read_layer, self.skeleton.num_layers, is_ahead=is_beside)
         self.writing = WriteBehind(is_behind=is_beside)
-        self.streams = Streams([], None)
-        self.calls: list[Call] = []
 
     def start(self, stage: Stage) -> None:
         """Embed the tokens; what a rotation changes outside the layers is staged."""
@@ -131,7 +136,7 @@ class LayerRun:
     def pass_through(self, layer: int, stage: Stage) -> None:
         """Advance through a layer that is staged."""
         tensors = self.reading.layer(layer)
-        tensors |= self.folds.layer(layer, tensors)
+        tensors |= self._folded(layer, tensors)
         hidden, originals = self.streams
         if originals is not None:
             originals = self._advanced(layer, tensors, originals)
@@ -140,19 +145,67 @@ class LayerRun:
 
     def quantize(self, layer: int, stage: Stage, on_linear: OnLinear) -> None:
         """Observe and round a layer, stage it, and advance through it."""
-        tensors = self.reading.layer(layer)
-        changed = self.folds.layer(layer, tensors)
-        work = LayerWork(self.skeleton, self.plan, layer, self.by_layer[layer], tensors | changed, on_linear)
-        run = work.one_pass if self.layout.is_whole else work.two_passes
+        with self.watch.measure("disk"):
+            tensors = self.reading.layer(layer)
+        self._check_finite(layer, tensors)
+        with self.watch.measure("fold"):
+            changed = self._folded(layer, tensors)
+        work = self._work(layer, tensors | changed, on_linear)
+        if smooths(self.plan):
+            stats = work.input_stats(self.streams.hidden, self.calls[layer])
+            changed |= self._smoothed(layer, tensors | changed, stats)
+            work = self._work(layer, tensors | changed, on_linear)
+        run = work.one_pass if self.layout.is_whole else work.in_batches
         streams = run(self.streams, self.calls[layer])
         self.streams = Streams(
             self._placed(streams.hidden), streams.originals and self._placed(streams.originals)
         )
         leftovers = {name: changed[name] for name in changed if name not in work.rounded_weights}
         named = {self.skeleton.name_on_disk(layer, name): tensor for name, tensor in leftovers.items()}
-        tensors, notes = self.folds.rounded(named) | work.stored_tensors(), work.notes()
-        self.writing.write(partial(stage.write, layer_part(layer), tensors, notes))
+        with self.watch.measure("pack"):
+            staged = self.folds.rounded(named) | work.stored_tensors()
+        notes = work.notes() | {"seconds": self.watch.take()}
+        with self.watch.measure("disk"):  # counts for the next layer
+            self.writing.write(partial(stage.write, layer_part(layer), staged, notes))
         self.skeleton.empty_layer(layer)
+
+    def _work(self, layer: int, tensors: Mapping[str, Tensor], on_linear: OnLinear) -> LayerWork:
+        return LayerWork(
+            self.skeleton, self.plan, layer, self.by_layer[layer], tensors, on_linear, self.watch
+        )
+
+    def _smoothed(
+        self, layer: int, tensors: Mapping[str, Tensor], stats: Mapping[str, InputStats]
+    ) -> dict[str, Tensor]:
+        checkpoint = self.skeleton.checkpoint
+        linears = {
+            _below_layer(linear.name): linear
+            for linear in self.by_layer[layer]
+            if linear.scheme is not None and linear.role is not Role.EXPERT
+        }
+        pairs = layer_wiring(checkpoint, layer).pairs
+        changed = smoothed(self.plan, pairs, read_heads(checkpoint), tensors, linears, stats)
+        kept = {
+            name: tensor for name, tensor in changed.items() if name.removesuffix(".weight") not in linears
+        }
+        return changed | self.folds.rounded(kept)
+
+    def _folded(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What folding changes, in float32; what is not quantized afterwards as it will be served."""
+        changed = self.folds.layer(layer, tensors)
+        quantized = {
+            f"{_below_layer(one.name)}.weight" for one in self.by_layer[layer] if one.scheme is not None
+        }
+        return changed | self.folds.rounded(
+            {name: changed[name] for name in changed if name not in quantized}
+        )
+
+    def _check_finite(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Only what is quantized has to be finite, as in a run without data."""
+        for linear in self.by_layer[layer]:
+            if linear.scheme is not None:
+                name = f"{linear.name}.weight"
+                check_finite(self.skeleton.checkpoint.info(name), tensors[_below_layer(name)])
 
     def _advanced(self, layer: int, tensors: Mapping[str, Tensor], hidden: list[Tensor]) -> list[Tensor]:
         module = self.skeleton.fill_layer(layer, tensors)

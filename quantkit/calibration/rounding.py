@@ -14,8 +14,9 @@ from quantkit.algorithms.bias_correction import bias_correction
 from quantkit.algorithms.factor import Factor, factorize
 from quantkit.algorithms.gptq import gptq
 from quantkit.algorithms.rtn import rtn
-from quantkit.algorithms.static_inputs import static_qparams
+from quantkit.algorithms.static_qparams import static_qparams
 from quantkit.algorithms.weight_correction import weight_correction
+from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import StoredLinear
 from quantkit.numerics.sqnr import decibels, signal_and_noise
 from quantkit.observers import InputStats
@@ -36,30 +37,33 @@ class RoundedLinear(NamedTuple):
 def new_stats(plan: QuantPlan, num_features: int, device: torch.device, *, has_original: bool) -> InputStats:
     """Statistics with what the plan's algorithms ask for. has_original: the original's inputs will be given too."""
     algorithms = plan.recipe.algorithms
-    with_hessian = "gptq" in algorithms or has_original
-    return InputStats(
-        num_features,
-        device=device,
-        with_hessian=with_hessian,
-        with_shift=has_original,
-        with_sample=any(scheme.is_static for scheme in plan.schemes.values() if scheme),
-    )
+    with_hessian = has_original or bool({"gptq", "awq"} & {*algorithms})
+    return InputStats(num_features, device=device, with_hessian=with_hessian, with_shift=has_original)
 
 
 def round_linears(
-    plan: QuantPlan, linears: Sequence[LinearPlan], weights: Mapping[str, Tensor], stats: InputStats
+    plan: QuantPlan,
+    linears: Sequence[LinearPlan],
+    weights: Mapping[str, Tensor],
+    stats: InputStats,
+    watch: Stopwatch,
 ) -> dict[str, RoundedLinear]:
     """Round linears of one scheme that read one input; weights by linear name, on the device of the statistics."""
-    targets, troubles = _targets(linears, weights, stats)
-    factor = factorize(stats.hessian_KK) if "gptq" in plan.recipe.algorithms else None
+    with watch.measure("factorize"):
+        targets, troubles = _targets(linears, weights, stats)
+        factor = factorize(stats.hessian_KK) if "gptq" in plan.recipe.algorithms else None
     if "gptq" in plan.recipe.algorithms and factor is None:
         troubles.append("rtn instead of gptq: the second moments of its input cannot be inverted")
-    starts = {linear.name: _nearest(plan, linear, targets[linear.name], stats) for linear in linears}
+    with watch.measure("scales"):
+        importance_K = stats.second_moment_K if factor is None else factor.importance_K
+        starts = {
+            linear.name: _nearest(plan, linear, targets[linear.name], importance_K) for linear in linears
+        }
     codes = {name: start.codes_NK for name, start in starts.items()}
     if factor is not None:
-        codes = _compensated(
-            linears, targets, factor, {name: start.qparams for name, start in starts.items()}
-        )
+        qparams = {name: start.qparams for name, start in starts.items()}
+        with watch.measure("round"):
+            codes = _compensated(linears, targets, factor, qparams)
     rounded = {}
     for linear in linears:
         name = linear.name
@@ -91,14 +95,11 @@ class _Start(NamedTuple):
     qparams: QParams
 
 
-def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, stats: InputStats) -> _Start:
+def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, importance_K: Tensor) -> _Start:
     assert linear.scheme is not None, "only quantized linears are rounded"
-    importance_K = stats.second_moment_K if linear.scales == "importance" else None
-    return _Start(
-        *rtn(
-            target_NK, linear.scheme.weight, plan.scale_dtype, scales=linear.scales, importance_K=importance_K
-        )
-    )
+    weight, scales = linear.scheme.weight, linear.scales
+    wanted_K = importance_K if scales == "importance" else None
+    return _Start(*rtn(target_NK, weight, plan.scale_dtype, scales=scales, importance_K=wanted_K))
 
 
 def _compensated(

@@ -34,13 +34,7 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        if checkpoint.model_type not in FAMILIES:
-            raise UnsupportedModelError(
-                f"{checkpoint.path}: nothing is known about the layers of {checkpoint.model_type}: which linears share "
-                "an input, and which norm feeds them",
-                fix="use a data-free recipe, such as int4-rtn, int8 or fp8; calibration knows "
-                f"{', '.join(sorted(FAMILIES))}",
-            )
+        check_known(checkpoint)
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
@@ -82,6 +76,13 @@ class Skeleton:
         for module in self.base.layers[layer].modules():
             _empty(module)
 
+    def empty_outside(self) -> None:
+        """Drop the weights that are in no layer; after `start` the layers do not need them."""
+        inside = {id(module) for module in self.base.layers.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                _empty(module)
+
     def module_name(self, name: str) -> str:
         """A linear's name below the layer as its module has it (experts excepted: they are one module)."""
         return _module_name(name, EXPERTS.get(self.checkpoint.model_type))
@@ -113,20 +114,26 @@ class Skeleton:
         """Give weights to what is in no layer; a tied head becomes the embedding."""
         state = {text_name(name): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         self.model.load_state_dict(state, strict=False, assign=True)
+        head = self.model.get_submodule("lm_head")
+        if head.get_parameter("weight").is_meta:
+            head.register_parameter("weight", self.base.embed_tokens.weight)
         self.model.requires_grad_(False)
-
-    def empty_outside(self) -> None:
-        """Drop the weights that are in no layer; call after `start`, since the layers do not need them."""
-        layers = self.base.layers
-        inside = {id(module) for module in layers.modules()}
-        for module in self.model.modules():
-            if id(module) not in inside:
-                _empty(module)
 
     def outside_names(self) -> list[str]:
         """Tensors of the language model that are in no layer, by their names on disk."""
         wanted = {name for name, _ in self.model.named_parameters()}
         return [name for name in self.checkpoint.tensors if text_name(name) in wanted and not place_of(name)]
+
+
+def check_known(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError for a family whose layers are not known."""
+    if checkpoint.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: nothing is known about the layers of {checkpoint.model_type}: which linears share "
+            "an input, and which norm feeds them",
+            fix="use a data-free recipe, such as int4-rtn, int8 or fp8; calibration knows "
+            f"{', '.join(sorted(FAMILIES))}",
+        )
 
 
 def _empty(module: nn.Module) -> None:

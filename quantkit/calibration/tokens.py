@@ -8,24 +8,31 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import TextError
-from quantkit.text import load_documents
-from quantkit.tokens import load_tokenizer, read_windows, tokenize
+from quantkit.text import Message, contents, load_documents
+from quantkit.tokens import Tokenizer, load_tokenizer, read_windows, tokenize
 
 
 class CalibrationTokens(NamedTuple):
-    """ids_SL: int64 [samples, length], no padding. spec: as the user wrote it. hash: SHA-256 of shape and ids."""
+    """ids_SL: int64 [samples, length], no padding. spec: as the user wrote it. hash: SHA-256 of shape and ids.
+
+    roles: how the roles of conversations are in the text, in words; None where there were none.
+    """
 
     ids_SL: Tensor
     spec: str
     hash: str
+    roles: str | None = None
 
 
 def calibration_tokens(model: Path, spec: str, samples: int, length: int) -> CalibrationTokens:
     """Windows of the text that SPEC names, by the model's tokenizer; at most `samples`, as many as the text has.
 
+    Conversations are rendered by the model's chat template, then joined by blank lines as all documents are.
     Raises TextError where the text is unreadable or has not a single window.
     """
-    with tokenize(load_documents(spec), load_tokenizer(model)) as stream:
+    tokenizer = load_tokenizer(model)
+    render = ChatTemplate(tokenizer)
+    with tokenize(load_documents(spec, render), tokenizer) as stream:
         fitting = len(stream) // length
         if fitting == 0:
             raise TextError(
@@ -33,7 +40,7 @@ def calibration_tokens(model: Path, spec: str, samples: int, length: int) -> Cal
                 fix=f"give more text, or --set calibration.length={max(2, len(stream) // 4)}",
             )
         windows = list(read_windows(stream, min(samples, fitting), length))
-    return with_hash(torch.stack(windows), spec)
+    return with_hash(torch.stack(windows), spec)._replace(roles=render.roles)
 
 
 def with_hash(ids_SL: Tensor, spec: str) -> CalibrationTokens:
@@ -41,3 +48,40 @@ def with_hash(ids_SL: Tensor, spec: str) -> CalibrationTokens:
     digest = hashlib.sha256(f"{tuple(ids_SL.shape)}\0".encode())
     digest.update(ids_SL.numpy().astype("<i4").tobytes())
     return CalibrationTokens(ids_SL, spec, digest.hexdigest())
+
+
+class ChatTemplate:
+    """Renders conversations as the model is given them, or, if it has no template, what was said alone."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_rendered = 0
+
+    @property
+    def roles(self) -> str | None:
+        """What became of the roles, in words; None if nothing was rendered."""
+        if self.num_rendered == 0:
+            return None
+        if self._tokenizer.backend.chat_template:
+            return "by the model's chat template"
+        return "left out: the model has no chat template"
+
+    def __call__(self, messages: list[Message], place: str) -> str:
+        """The text of a conversation. Raises TextError naming the place if the template refuses it."""
+        from jinja2 import TemplateError
+
+        self.num_rendered += 1
+        if not self._tokenizer.backend.chat_template:
+            return contents(messages, place)
+        try:
+            text: str = self._tokenizer.backend.apply_chat_template(messages, tokenize=False)
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+        ) as error:  # of what it does with a message it did not expect
+            raise TextError(
+                f"{place}: the model's chat template does not take this conversation ({error})",
+                fix="repair or remove the row; or give its text as `text` instead of `messages`",
+            ) from error
+        return text

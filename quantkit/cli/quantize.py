@@ -1,18 +1,20 @@
 """`quantkit quantize`: parse, run with a progress bar, print what was done."""
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
     from rich.table import Table
 
     from quantkit.quantization import DryRun, QuantReport, Step
+    from quantkit.quantization.calibration_cost import CalibrationCost
 
 
 def quantize(
@@ -43,7 +45,7 @@ def quantize(
     Killed or interrupted, the same command continues where it stopped.
     """
     if dry_run:
-        _print_dry_run(source, recipe, settings or [], revision, as_json)
+        _print_dry_run(source, recipe, settings or [], revision, calib, device, as_json)
         return
     from rich.console import Console
 
@@ -66,7 +68,13 @@ def quantize(
 
 
 def _print_dry_run(
-    source: str, recipe: str, settings: Sequence[str], revision: str | None, as_json: bool
+    source: str,
+    recipe: str,
+    settings: Sequence[str],
+    revision: str | None,
+    calib: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     from rich.console import Console
 
@@ -75,8 +83,9 @@ def _print_dry_run(
     from quantkit.recipe import load_recipe
 
     chosen = load_recipe(recipe, tuple(settings))
-    path = resolve_source(source, revision=revision, announce=lambda line: typer.echo(line, err=True))
-    plan = dry_run(path, chosen, where=recipe)
+    to_stderr = partial(typer.echo, err=True)
+    path = resolve_source(source, revision=revision, announce=to_stderr)
+    plan = dry_run(path, chosen, where=recipe, calib=calib, device=device, announce=to_stderr)
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2))
         return
@@ -86,10 +95,19 @@ def _print_dry_run(
     console.print(f"size    {before:.3f} GB -> {after:.3f} GB ({after / before:.0%})")
     console.print(f"memory  {plan.peak_bytes / 1e9:.2f} GB at the peak (estimated)")
     console.print(f"time    {plan.seconds:.0f} s (estimated from a sample on this machine)")
-
+    if plan.calibration is not None:
+        console.print(_calibration_lines(plan.calibration), highlight=False, soft_wrap=True)
     for verdict in plan.loaders:
         why = "; ".join(reason.text for reason in verdict.reasons)
         console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False, soft_wrap=True)
+
+
+def _calibration_lines(cost: "CalibrationCost") -> str:
+    text = f"text    {cost.samples} x {cost.length} tokens of {cost.text}, "
+    text += f"{cost.passes} x through each layer on {cost.device}"
+    if cost.device_peak_bytes is not None:
+        text += f"\nGPU     {cost.device_peak_bytes / 1e9:.2f} GB at the peak (estimated)"
+    return text + "".join(f"\nmodel   {name} holds the whole model in memory" for name in cost.holds_model)
 
 
 def _plan_table(plan: "DryRun") -> "Table":
@@ -119,8 +137,7 @@ class _Progress:
             console=console,
             transient=True,
         )
-        self._task = self._bar.add_task("quantizing", total=None)
-        self._last = time.monotonic()
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -137,14 +154,23 @@ class _Progress:
         """Take one finished tensor into account."""
         from quantkit.schemes.labels import scheme_label
 
-        now = time.monotonic()
-        self._bar.update(self._task, completed=step.done_bytes, total=step.total_bytes)
+        if step.phase not in self._tasks:
+            self._tasks[step.phase] = self._bar.add_task(step.phase, total=None)
+        self._bar.update(self._tasks[step.phase], completed=step.done_bytes, total=step.total_bytes)
         if step.linear is not None and step.linear.scheme is not None:
-            sqnr = "exact" if step.note["sqnr_db"] is None else f"{step.note['sqnr_db']:.1f} dB"
             label = scheme_label(step.linear.scheme)
-            algorithm = step.note.get("algorithm", "rtn")
-            self.say(f"{step.linear.name}  {label}  {algorithm}  {sqnr}  {now - self._last:.2f} s")
-        self._last = now
+            self.say(f"{step.linear.name}  {label}  {_describe(step.note)}  {step.seconds:.2f} s")
+
+
+def _describe(note: Mapping[str, Any]) -> str:
+    """What came of a linear: algorithm, signal to noise, and its output's error beside that of the nearest codes."""
+    parts = [
+        note.get("algorithm", "rtn"),
+        "exact" if note["sqnr_db"] is None else f"{note['sqnr_db']:.1f} dB",
+    ]
+    if note.get("loss_rtn"):
+        parts.append(f"loss {note['loss']:.3g} ({note['loss'] / note['loss_rtn']:.0%} of rtn)")
+    return "  ".join(parts + ([f"fallback: {note['fallback']}"] if "fallback" in note else []))
 
 
 def _print_report(report: "QuantReport", as_json: bool) -> None:

@@ -66,7 +66,7 @@ class ShardWriter:
 
     Use as a context manager. `num_done` entries are on disk already; `notes` are what was journalled with
     them. Owns DIR's shards, index and journal. key: what the output depends on; a journal with another key or
-    another layout is refused.
+    another layout is refused. also_needed_bytes: room on the disk that is needed beside the shards.
     """
 
     def __init__(
@@ -75,8 +75,11 @@ class ShardWriter:
         entries: Sequence[Sequence[OutputTensor]],
         key: str,
         limits: Limits = DEFAULT_LIMITS,
+        *,
+        also_needed_bytes: int = 0,
     ) -> None:
         self._folder = folder
+        self._also_needed_bytes = also_needed_bytes
         self._entries = entries
         self._limits = limits
         self._shards = _split(entries, limits.shard_bytes)
@@ -200,7 +203,7 @@ class ShardWriter:
 
     def _check_space(self) -> None:
         written = sum(file.stat().st_blocks * 512 for file in self._folder.glob("model*.safetensors*"))
-        needed = self.num_bytes - written
+        needed = self.num_bytes - written + self._also_needed_bytes
         folder = self._folder.absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if needed > free:

@@ -46,6 +46,11 @@ class Stage:
         data = (as_bytes(tensor.contiguous()) for tensor in tensors.values())
         write_parts_atomically(self._path(part), itertools.chain([header], data))
 
+    @property
+    def num_bytes(self) -> int:
+        """Room on disk that the stage takes now."""
+        return sum(file.stat().st_blocks * 512 for file in self._folder.glob("*"))
+
     def has(self, part: str) -> bool:
         """Whether the part is finished."""
         return self._path(part).is_file()

@@ -8,27 +8,22 @@ from torch import Tensor
 
 from quantkit.errors import CalibrationError
 
-NUM_BLOCKS = 6  # the Hessian is symmetric: of 6 × 6 blocks 21 are computed, 58 % of the work
-ALIGNED_FEATURES = 256  # what a block of a wide Hessian is a multiple of: matrix units need even more than 8
-SAMPLE_ROWS = 4096
+MIN_BLOCK, NUM_BLOCKS = 96, 6  # the Hessian is symmetric: of 6 × 6 blocks 21 are computed, 58 % of the work
+ALIGNED = 256  # wide blocks are a multiple of it: a GPU's matrix units read whole rows of 16 bytes
+CHUNK_ROWS = 4096
+SAMPLE_ROWS = 2048
 
 
 class InputStats:
-    """Sums over tokens of one input, float32. Rows with NaN or Inf are left out and counted.
+    """Running means over the tokens of one input, float32. Rows with NaN or Inf are left out and counted.
 
     num_features: K. with_hessian: whether the K × K second moments are wanted, or only their diagonal.
-    with_shift: whether `add` gets the input that the original model has at this place, too. with_sample: whether
-    `sample` will be asked for. What is read ends the adding.
+    with_shift: whether `add` gets the input that the original model has at this place, too.
+    Memory: one K × K matrix in float32 (two with the shift), and at most SAMPLE_ROWS rows as they came.
     """
 
     def __init__(
-        self,
-        num_features: int,
-        *,
-        device: torch.device,
-        with_hessian: bool,
-        with_shift: bool = False,
-        with_sample: bool = True,
+        self, num_features: int, *, device: torch.device, with_hessian: bool, with_shift: bool = False
     ) -> None:
         self.num_tokens = 0
         self.num_excluded = 0
@@ -39,13 +34,10 @@ class InputStats:
         shape = (num_features, num_features)
         self._hessian_KK = torch.zeros(shape, device=device) if with_hessian else None
         self._shift_KK = torch.zeros(shape, device=device) if with_shift else None
-        self._with_sample = with_sample
-        self._samples: list[Tensor] = []
-        self._is_hessian_finished = False
+        self._sample = _Sample()
 
     def add(self, x_TK: Tensor, original_TK: Tensor | None = None) -> None:
         """Count tokens, in any float dtype and leading shape. original_TK: the same tokens in the original model."""
-        assert not self._is_hessian_finished, "the Hessian has been asked for"
         assert (original_TK is not None) == (self._shift_KK is not None), "given exactly if asked for"
         x_TK = x_TK.reshape(-1, x_TK.shape[-1])
         is_finite_T = _finite_rows(x_TK)
@@ -56,16 +48,22 @@ class InputStats:
             self.num_excluded += int((~is_finite_T).sum())
             x_TK = x_TK[is_finite_T]
             original_TK = None if original_TK is None else original_TK[is_finite_T]
+        # what is upcast or subtracted stays small; nothing is where a GPU reads 16 bits as they are
+        num_rows = len(x_TK) if _is_read_as_it_is(x_TK) and original_TK is None else CHUNK_ROWS
+        for start in range(0, len(x_TK), num_rows):
+            rows = slice(start, start + num_rows)
+            self._add_finite(x_TK[rows], None if original_TK is None else original_TK[rows])
+
+    def _add_finite(self, x_TK: Tensor, original_TK: Tensor | None) -> None:
+        self._sample.add(x_TK, self.num_tokens)
+        before = self.num_tokens
         self.num_tokens += len(x_TK)
-        if len(x_TK) == 0:
-            return
+        keep, weight = before / self.num_tokens, 1 / self.num_tokens
         if self._hessian_KK is not None:
-            _add_lower_products(self._hessian_KK, x_TK)
+            _add_lower_products(self._hessian_KK, x_TK, keep, weight)
         if self._shift_KK is not None and original_TK is not None:
-            self._shift_KK += _product(original_TK - x_TK, x_TK)
+            _add_product(self._shift_KK, original_TK - x_TK, x_TK, keep, weight)
         self._add_moments(x_TK)
-        if self._with_sample:
-            self._samples.append(x_TK[:: max(1, len(x_TK) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone())
 
     def _add_moments(self, x_TK: Tensor) -> None:
         if x_TK.is_cuda:
@@ -77,14 +75,13 @@ class InputStats:
             self._square_K += added.square_K
             self._max_K = torch.maximum(self._max_K, added.max_K)
             return
-        for chunk_TK in torch.split(x_TK, SAMPLE_ROWS):
-            chunk_TK = chunk_TK.float()
-            self._sum_K += chunk_TK.sum(dim=0)
-            magnitude_TK = chunk_TK.abs()
-            self._abs_K += magnitude_TK.sum(dim=0)
-            self._max_K = torch.maximum(self._max_K, magnitude_TK.amax(dim=0))
-            if self._hessian_KK is None:
-                self._square_K += chunk_TK.square_().sum(dim=0)
+        x_TK = x_TK.float()
+        self._sum_K += x_TK.sum(dim=0)
+        magnitude_TK = x_TK.abs()
+        self._abs_K += magnitude_TK.sum(dim=0)
+        self._max_K = torch.maximum(self._max_K, magnitude_TK.amax(dim=0))
+        if self._hessian_KK is None:
+            self._square_K += magnitude_TK.square_().sum(dim=0)
 
     @property
     def has_hessian(self) -> bool:
@@ -98,25 +95,24 @@ class InputStats:
 
     @property
     def hessian_KK(self) -> Tensor:
-        """Mean of x xᵀ, float32 [K, K]; asked for at construction."""
+        """Mean of x xᵀ, float32 [K, K]; not a copy: the next `add` changes it. Asked for at construction."""
         assert self._hessian_KK is not None, "this input was observed without its Hessian"
-        if not self._is_hessian_finished:
-            _mirror(self._hessian_KK.div_(self._count()))
-            self._is_hessian_finished = True
+        self._count()
+        _mirror_lower(self._hessian_KK)
         return self._hessian_KK
 
     @property
     def shift_KK(self) -> Tensor:
-        """Mean of (original x − x) xᵀ, float32 [K, K]; asked for at construction."""
+        """Mean of (original x − x) xᵀ, float32 [K, K]; not a copy. Asked for at construction."""
         assert self._shift_KK is not None, "this input was observed without the original's"
-        return self._shift_KK / self._count()
+        self._count()
+        return self._shift_KK
 
     @property
     def second_moment_K(self) -> Tensor:
         """Mean of x², the diagonal of the Hessian: what an error of a weight costs at the output."""
-        if self._hessian_KK is None:
-            return self._square_K / self._count()
-        return self.hessian_KK.diagonal()
+        count = self._count()
+        return self._square_K / count if self._hessian_KK is None else self._hessian_KK.diagonal().clone()
 
     @property
     def mean_K(self) -> Tensor:
@@ -131,13 +127,13 @@ class InputStats:
     @property
     def absmax_K(self) -> Tensor:
         """Largest |x|."""
+        self._count()
         return self._max_K
 
     def sample(self) -> Tensor:
-        """Evenly spread rows, the same ones on every run, float32, at most 4096 for each `add`."""
-        assert self._with_sample, "this input was observed without a sample"
+        """Evenly spread rows, float32, SAMPLE_ROWS at most; they depend only on the order of the tokens."""
         self._count()
-        return torch.cat(self._samples).float()
+        return self._sample.rows()
 
     def _count(self) -> int:
         if self.num_tokens == 0:
@@ -148,6 +144,28 @@ class InputStats:
         return self.num_tokens
 
 
+class _Sample:
+    """Every stride-th row of a stream; the stride doubles whenever there are too many."""
+
+    def __init__(self) -> None:
+        self._stride = 1
+        self._parts: list[Tensor] = []
+
+    def add(self, x_TK: Tensor, first: int) -> None:
+        """Take rows first … first + T − 1 of the stream into account."""
+        while -(-(first + len(x_TK)) // self._stride) > SAMPLE_ROWS:
+            self._stride *= 2
+            if self._parts:
+                self._parts = [torch.cat(self._parts)[::2].clone()]
+        taken_TK = x_TK[-first % self._stride :: self._stride]
+        if len(taken_TK):
+            self._parts.append(taken_TK.clone())
+
+    def rows(self) -> Tensor:
+        """What was taken, float32."""
+        return torch.cat(self._parts).float()
+
+
 def _finite_rows(x_TK: Tensor) -> Tensor:
     """Which rows hold neither NaN nor Inf, bool [T]."""
     # one pass over the data in the usual case: a sum is finite only if every addend is
@@ -156,40 +174,37 @@ def _finite_rows(x_TK: Tensor) -> Tensor:
     return torch.isfinite(x_TK).all(dim=-1)
 
 
+def _is_read_as_it_is(x_TK: Tensor) -> bool:
+    """Whether products take the input in its 16 bits."""
+    return x_TK.is_cuda and x_TK.dtype != torch.float32
+
+
 def _blocks(num_features: int) -> list[slice]:
-    """Rows of the Hessian that are computed together, from the first column to their own."""
-    width = num_features
-    if num_features >= 64 * NUM_BLOCKS:
-        width = -(-num_features // NUM_BLOCKS)
-    if width >= ALIGNED_FEATURES:
-        width = -(-width // ALIGNED_FEATURES) * ALIGNED_FEATURES
+    width = max(MIN_BLOCK, -(-num_features // NUM_BLOCKS))
+    if width > ALIGNED:
+        width = -(-width // ALIGNED) * ALIGNED
     return [slice(start, min(start + width, num_features)) for start in range(0, num_features, width)]
 
 
-def _add_lower_products(sum_KK: Tensor, x_TK: Tensor) -> None:
-    """sum += XᵀX, only the blocks on and below the diagonal."""
+def _add_lower_products(mean_KK: Tensor, x_TK: Tensor, keep: float, weight: float) -> None:
+    """mean = keep · mean + weight · XᵀX, only the blocks on and below the diagonal."""
     for rows in _blocks(x_TK.shape[1]):
-        part_CK = sum_KK[rows, : rows.stop]
-        if (
-            x_TK.is_cuda and x_TK.dtype != torch.float32
-        ):  # in place: the sum is as large as the product is costly
-            left_CT, right_TK = x_TK[:, rows].T, x_TK[:, : rows.stop]
-            torch.addmm(part_CK, left_CT, right_TK, out_dtype=torch.float32, out=part_CK)
-        else:
-            part_CK += _product(x_TK[:, rows], x_TK[:, : rows.stop])
+        _add_product(mean_KK[rows, : rows.stop], x_TK[:, rows], x_TK[:, : rows.stop], keep, weight)
 
 
-def _mirror(lower_KK: Tensor) -> Tensor:
-    """Copy what is below the diagonal to the other side, in place."""
-    for rows in _blocks(len(lower_KK)):
-        block_CC = lower_KK[rows, rows].tril()
-        lower_KK[rows, rows] = block_CC + block_CC.tril(-1).T
-        lower_KK[: rows.start, rows] = lower_KK[rows, : rows.start].T
-    return lower_KK
+def _add_product(mean_CK: Tensor, left_TC: Tensor, right_TK: Tensor, keep: float, weight: float) -> None:
+    """mean = keep · mean + weight · leftᵀ · right, in float32."""
+    if _is_read_as_it_is(left_TC):  # and summed in float32
+        torch.addmm(
+            mean_CK, left_TC.T, right_TK, out_dtype=torch.float32, beta=keep, alpha=weight, out=mean_CK
+        )
+    else:
+        mean_CK.addmm_(left_TC.float().T, right_TK.float(), beta=keep, alpha=weight)
 
 
-def _product(left_TC: Tensor, right_TK: Tensor) -> Tensor:
-    """leftᵀ · right in float32, [C, K]; on a GPU 16-bit inputs are multiplied as they are, summed in float32."""
-    if left_TC.dtype == torch.float32 or not left_TC.is_cuda:
-        return left_TC.float().T @ right_TK.float()
-    return torch.mm(left_TC.T, right_TK, out_dtype=torch.float32)
+def _mirror_lower(matrix_KK: Tensor) -> None:
+    """Copy what is below the diagonal to above it, in place."""
+    for rows in _blocks(len(matrix_KK)):
+        matrix_KK[: rows.start, rows] = matrix_KK[rows, : rows.start].T
+        square_CC = matrix_KK[rows, rows].tril_()  # products are not symmetric to the last bit
+        square_CC += square_CC.tril(-1).T

@@ -9,29 +9,35 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.calibration.loop import calibrate
+from quantkit.calibration.loop import calibrate, layer_of_linear
+from quantkit.calibration.self_text import NOT_WRITTEN, is_written, self_tokens
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
 from quantkit.calibration.tune import TUNED, tune
 from quantkit.env import deterministic_cublas
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import TensorInfo
-from quantkit.formats.stage import Stage
+from quantkit.formats.stage import Stage, layer_part
 from quantkit.quantization.progress import Step
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe
-from quantkit.text import DOCS
+from quantkit.text import DOCS, SELF
 
 
 class Staged(NamedTuple):
-    """Tensors that calibration has made, by final name, and what there is to say of each linear."""
+    """Tensors that calibration has made, by final name, and what there is to say of each linear.
+
+    observed: what the inputs were like, for quantkit.json. seconds: where they went, for quantkit.log.json.
+    """
 
     tensors: Mapping[str, TensorInfo]
     notes: Mapping[str, Any]
+    observed: Mapping[str, Any]
+    seconds: Mapping[str, Any]
 
     @classmethod
     def nothing(cls) -> "Staged":
         """Of a run without data."""
-        return cls({}, {})
+        return cls({}, {}, {}, {})
 
 
 def calibration_spec(recipe: Recipe, calib: str | None, where: str) -> str | None:
@@ -64,17 +70,36 @@ def choose_device(name: str) -> torch.device:
 
 
 def read_tokens(
-    source: Path, recipe: Recipe, spec: str, announce: Callable[[str], None]
+    checkpoint: Checkpoint, recipe: Recipe, spec: str, device: torch.device, announce: Callable[[str], None]
 ) -> CalibrationTokens:
-    """The calibration tokens of a run."""
+    """The calibration tokens of a run; `self` holds the model and may take minutes, the first time."""
     wanted = recipe.calibration
-    tokens = calibration_tokens(source, spec, wanted.samples, wanted.length)
+    if spec == SELF:
+        progress = WritingProgress(announce)
+        tokens = self_tokens(
+            checkpoint, wanted.samples, wanted.length, seed=recipe.seed, device=device, on_token=progress
+        )
+    else:
+        tokens = calibration_tokens(checkpoint.path, spec, wanted.samples, wanted.length)
     count = len(tokens.ids_SL)
     less = (
         f", fewer than the {wanted.samples} asked for: the text has no more" if count < wanted.samples else ""
     )
     announce(f"calibrating on {count} x {wanted.length} tokens of {spec}{less}")
+    if tokens.roles is not None:
+        announce(f"roles of its conversations: {tokens.roles}")
     return tokens
+
+
+def expected_tokens(
+    checkpoint: Checkpoint, recipe: Recipe, spec: str, device: torch.device, announce: Callable[[str], None]
+) -> CalibrationTokens:
+    """As `read_tokens`, for a dry run: what the model has yet to write is so many zeros, and has no hash."""
+    wanted = recipe.calibration
+    sizes = wanted.samples, wanted.length
+    if spec == SELF and not is_written(checkpoint, *sizes, seed=recipe.seed, device=device):
+        return CalibrationTokens(torch.zeros(sizes, dtype=torch.int64), SELF, NOT_WRITTEN)
+    return read_tokens(checkpoint, recipe, spec, device, announce)
 
 
 def calibrate_into(
@@ -88,20 +113,37 @@ def calibrate_into(
 ) -> Staged:
     """Calibrate every layer that is not staged in the folder yet; returns all that is."""
     stage = Stage(folder)
-    total = checkpoint.num_bytes
     quantized = [linear for linear in plan.linears if linear.scheme is not None]
     sizes = {linear.name: checkpoint.info(f"{linear.name}.weight").num_bytes for linear in quantized}
-    done = 0
+    total = sum(sizes.values())
+    done = sum(sizes[linear.name] for linear in quantized if stage.has(layer_part(layer_of_linear(linear))))
 
-    def tell(linear: LinearPlan, note: Mapping[str, Any]) -> None:
+    def tell(linear: LinearPlan, note: Mapping[str, Any], seconds: float) -> None:
         nonlocal done
         done += sizes[linear.name]
-        on_step(Step(f"{linear.name}.weight", done, total, linear, note))
+        on_step(Step(f"{linear.name}.weight", "calibrating", done, total, seconds, linear, note))
 
     calibrate(checkpoint, plan, tokens, stage, device=device, on_linear=tell)
     if "tune" in plan.recipe.algorithms:
         tune(checkpoint, plan, tokens, stage, device=device, on_step=TuneProgress(announce))
     return collect(stage)
+
+
+class WritingProgress:
+    """Says now and then how far the model is with its text, and how long it will take yet."""
+
+    def __init__(self, announce: Callable[[str], None], every_seconds: float = 10.0) -> None:
+        self._announce = announce
+        self._every = every_seconds
+        self._started = self._told = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many tokens are written, in each of the sequences that are written at once."""
+        now = time.monotonic()
+        if now - self._told >= self._every:
+            left = (now - self._started) / done * (total - done)
+            self._announce(f"self  token {done} of {total}  {left:.0f} s left")
+            self._told = now
 
 
 class TuneProgress:
@@ -133,9 +175,28 @@ def collect(stage: Stage) -> Staged:
     """Everything staged; what was tuned in its tuned form."""
     tensors: dict[str, TensorInfo] = {}
     notes: dict[str, dict[str, Any]] = defaultdict(dict)
+    excluded: dict[str, int] = {}
+    experts: dict[str, Any] = {}
+    seconds: dict[str, Any] = {"linears": {}, "parts": {}}
     for part in [*(part for part in stage.parts() if part != TUNED), TUNED]:
-        if stage.has(part):
-            tensors |= stage.infos(part)
-            for name, note in stage.notes(part).get("linears", {}).items():
-                notes[name] |= note
-    return Staged(tensors, notes)
+        if not stage.has(part):
+            continue
+        tensors |= stage.infos(part)
+        said = stage.notes(part)
+        for name, note in said.get("linears", {}).items():
+            notes[name] |= note
+        if said.get("excluded"):
+            excluded[part] = said["excluded"]
+        if "experts" in said:
+            experts[part] = said["experts"]
+        seconds["linears"] |= said.get("linear_seconds", {})
+        seconds["parts"] |= {part: said["seconds"]} if "seconds" in said else {}
+    return Staged(tensors, notes, {"excluded_rows": excluded, "experts": experts}, seconds)
+
+
+def staged_bytes(recipe: Recipe, quantized_bytes: int, quantized_weights: int, all_bytes: int) -> int:
+    """Most that a run has in its stage: its layers, what is tuned once more, and what tuning is to continue from."""
+    layers = all_bytes if "rotate" in recipe.algorithms else quantized_bytes
+    if "tune" not in recipe.algorithms:
+        return layers
+    return 2 * layers + (12 * quantized_weights if recipe.tune.codes else 0)

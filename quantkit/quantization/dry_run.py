@@ -4,7 +4,7 @@ import dataclasses
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch
 
 from quantkit.algorithms.rtn import rtn
 from quantkit.arch import Role
+from quantkit.calibration.skeleton import check_known
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.loaders import LinearFacts, LoaderVerdict, loader_verdicts
 from quantkit.numerics.sqnr import signal_and_noise
+from quantkit.quantization.calibrated import calibration_spec, choose_device, expected_tokens
+from quantkit.quantization.calibration_cost import CalibrationCost, calibration_cost
 from quantkit.quantization.linear import CHUNK_ELEMENTS
 from quantkit.quantization.run import Entry, plan_entries
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
@@ -39,7 +42,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """The plan in numbers. seconds and peak_bytes are estimates."""
+    """The plan in numbers. seconds and peak_bytes are estimates, calibration included (None: no data is used)."""
 
     rows: tuple[Row, ...]
     before_bytes: int
@@ -47,25 +50,45 @@ class DryRun:
     peak_bytes: int
     seconds: float
     loaders: tuple[LoaderVerdict, ...]
+    calibration: CalibrationCost | None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return dataclasses.asdict(self)
 
 
-def dry_run(source: Path, recipe: Recipe, *, where: str = "recipe") -> DryRun:
-    """Plan a run; raises what `quantize_checkpoint` would raise before writing."""
+def dry_run(
+    source: Path,
+    recipe: Recipe,
+    *,
+    where: str = "recipe",
+    calib: str | None = None,
+    device: str = "cpu",
+    announce: Callable[[str], None] = lambda line: None,
+) -> DryRun:
+    """Plan a run; raises what `quantize_checkpoint` would raise before writing. The calibration text is read."""
     checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint, recipe, where=where)
+    spec = calibration_spec(recipe, calib, where)
+    plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
+    if spec is not None:
+        check_known(checkpoint)
     entries = plan_entries(checkpoint, plan)
     rows = tuple(_rows(checkpoint, plan, entries))
+    cost = None
+    if spec is not None:
+        chosen = choose_device(device)
+        cost = calibration_cost(
+            checkpoint, plan, expected_tokens(checkpoint, recipe, spec, chosen, announce), chosen
+        )
     return DryRun(
         rows=rows,
         before_bytes=sum(row.before_bytes for row in rows),
         after_bytes=sum(row.after_bytes for row in rows),
-        peak_bytes=_peak_bytes(plan),
-        seconds=_seconds(checkpoint, plan, sum(row.after_bytes for row in rows)),
+        peak_bytes=_peak_bytes(plan) + (cost.peak_bytes if cost else 0),
+        seconds=_seconds(checkpoint, plan, sum(row.after_bytes for row in rows))
+        + (cost.seconds if cost else 0),
         loaders=tuple(loader_verdicts([_facts(linear) for linear in plan.linears], plan.kv)),
+        calibration=cost,
     )
 
 

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from quantkit.algorithms.rtn import rtn
-from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import StoredLinear
+from quantkit.formats.finite import check_finite
 from quantkit.numerics.sqnr import decibels, signal_and_noise
 from quantkit.recipe import LinearPlan
 from quantkit.schemes import PerBlock, PerTensor, QParams
@@ -34,7 +33,7 @@ def quantize_linear(
     signal = noise = 0.0
     for start, stop in _row_chunks(linear, chunk_elements):
         w_NK = checkpoint.read_rows(f"{linear.name}.weight", start, stop).float()
-        _check_finite(checkpoint, linear, w_NK)
+        check_finite(checkpoint.info(f"{linear.name}.weight"), w_NK)
         result = rtn(w_NK, spec, scale_dtype, scales=linear.scales)
         sums = signal_and_noise(w_NK, dequantize_weight(result.codes_NK, spec.granularity, result.qparams))
         signal, noise = signal + sums[0], noise + sums[1]
@@ -59,13 +58,3 @@ def _row_chunks(linear: LinearPlan, chunk_elements: int) -> Iterator[tuple[int, 
             step = -(-step // rows) * rows
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
-
-
-def _check_finite(checkpoint: Checkpoint, linear: LinearPlan, w_NK: Tensor) -> None:
-    if not torch.isfinite(w_NK).all():
-        kind = "NaN" if w_NK.isnan().any() else "infinite"
-        info = checkpoint.info(f"{linear.name}.weight")
-        raise SourceError(
-            f"{info.file}: {info.name} has {kind} weights",
-            fix="fetch the checkpoint again: it is damaged; or list the linear under `ignore`",
-        )

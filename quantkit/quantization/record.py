@@ -25,15 +25,18 @@ from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.labels import kv_label, scheme_label
 from quantkit.version import __version__
 
+OBSERVED, SECONDS = "observed", "seconds"  # among the notes of linears: what calibration says of itself
+
 
 class QuantReport(NamedTuple):
-    """What a run left: `was_finished` if it found the work done already."""
+    """What a run left: `was_finished` if it found the work done already. peak_device_bytes: None on a CPU."""
 
     folder: Path
     before_bytes: int
     after_bytes: int
     seconds: float
     peak_rss_bytes: int
+    peak_device_bytes: int | None
     was_finished: bool
 
 
@@ -68,6 +71,7 @@ def _calibration(tokens: CalibrationTokens, device: torch.device) -> dict[str, A
         "tokens_sha256": tokens.hash,
         "device": device.type,
         "transformers": transformers.__version__,
+        **({} if tokens.roles is None else {"roles": tokens.roles}),
     }
 
 
@@ -117,6 +121,7 @@ def write_companions(
     summary: dict[str, Any],
     stamps: list[list[Any]],
     report: QuantReport,
+    seconds: Mapping[str, Any],
 ) -> None:
     """Everything but the shards; quantkit.json last, because it says that the folder is complete."""
     folder = report.folder
@@ -142,7 +147,9 @@ def write_companions(
     log = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds_of_last_run": round(report.seconds, 3),
+        "seconds_of_calibration": seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
+        "peak_device_bytes": report.peak_device_bytes,
         "source_files": stamps,
     }
     write_json(folder / LOG_NAME, log)

@@ -5,6 +5,7 @@ they are packed. With data, layers are calibrated and staged first, then written
 instant and started again, a run continues, and ends with the same bytes.
 """
 
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit.arch import place_of
-from quantkit.errors import OutputError, SourceError
+from quantkit.calibration.skeleton import check_known
+from quantkit.errors import CalibrationError, OutputError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.compressed_tensors import encode_linear, linear_layout
 from quantkit.formats.folder import FolderState, check_apart, check_companions, folder_state, remove_run
@@ -31,10 +33,13 @@ from quantkit.quantization.calibrated import (
     calibration_spec,
     choose_device,
     read_tokens,
+    staged_bytes,
 )
 from quantkit.quantization.linear import quantize_linear
 from quantkit.quantization.progress import Step
 from quantkit.quantization.record import (
+    OBSERVED,
+    SECONDS,
     QuantReport,
     attention_modules,
     is_same_run,
@@ -73,37 +78,47 @@ def quantize_checkpoint(
     base: the source's name on the card. where: the recipe's name in errors. calib: SPEC of the calibration text; a
     recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for calibration.
     announce: told, in a line, what will take a while. Raises QuantkitError before anything is written, except for
-    weights that are not finite, which are met on the way: then what was written is removed, since it cannot be
-    continued.
+    weights and inputs that are not finite, which are met on the way: then what was written is removed, since it
+    cannot be continued.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
     spec = calibration_spec(recipe, calib, where)
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
+    if spec is not None:
+        check_known(checkpoint)
     entries = plan_entries(checkpoint, plan)
     check_apart(source, folder)
     check_companions(source)
     chosen = choose_device(device)
-    tokens = None if spec is None else read_tokens(source, recipe, spec, announce)
+    tokens = None if spec is None else read_tokens(checkpoint, recipe, spec, chosen, announce)
     summary = plan_summary(checkpoint, plan, base or source.name, tokens, chosen)
     stamps = source_stamps(checkpoint)
     if _claim(folder, summary, stamps, overwrite) is FolderState.FINISHED:
         after_bytes = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-        return _report(checkpoint, folder, after_bytes, started, was_finished=True)
+        return _report(checkpoint, folder, after_bytes, started, chosen, was_finished=True)
     key = json.dumps([summary, stamps], sort_keys=True)
     try:
-        with ShardWriter(folder, [entry.tensors for entry in entries], key, limits) as writer:
+        with ShardWriter(
+            folder,
+            [entry.tensors for entry in entries],
+            key,
+            limits,
+            also_needed_bytes=0 if tokens is None else _stage_needs(recipe, entries, Stage(folder)),
+        ) as writer:
             staged = Staged.nothing()
             if tokens is not None and writer.num_done < len(entries):
                 staged = calibrate_into(folder, checkpoint, plan, tokens, chosen, on_step, announce)
             _write_tensors(checkpoint, plan, entries, staged, writer, on_step)
             writer.finish()
-            report = _report(checkpoint, folder, writer.num_bytes, started, was_finished=False)
+            report = _report(checkpoint, folder, writer.num_bytes, started, chosen, was_finished=False)
             summary["linears"] = linear_notes(plan, writer.notes)
-            write_companions(checkpoint, plan, summary, stamps, report)
+            if tokens is not None:
+                summary["observed"] = writer.notes[OBSERVED]
+            write_companions(checkpoint, plan, summary, stamps, report, writer.notes.get(SECONDS, {}))
             Stage(folder).remove()
             writer.remove_journal()
-    except SourceError:
+    except (SourceError, CalibrationError):
         remove_run(folder)
         raise
     return report
@@ -149,7 +164,10 @@ def _write_tensors(
     done = sum(
         checkpoint.info(entry.source).num_bytes for entry in entries[: writer.num_done] if entry.source
     )
+    # journalled with the first entry: the stage may be gone when they are needed
+    about = {OBSERVED: staged.observed, SECONDS: staged.seconds} if staged.tensors else {}
     for entry in entries[writer.num_done :]:
+        started = time.perf_counter()
         note: dict[str, Any] = {}
         if entry.tensors[0].name in staged.tensors:
             for tensor in entry.tensors:
@@ -166,11 +184,22 @@ def _write_tensors(
             for suffix, data in encode_linear(stored, entry.linear.scheme).items():
                 writer.write(f"{entry.linear.name}.{suffix}", data)
             note = {"sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None}
-        writer.finish_entry({entry.linear.name: note} if entry.linear else {})
+        writer.finish_entry(({entry.linear.name: note} if entry.linear else {}) | about)
+        about = {}
         if entry.source:
             done += checkpoint.info(entry.source).num_bytes
-            is_told = entry.tensors[0].name in staged.tensors  # when it was staged
-            on_step(Step(entry.source, done, total, None if is_told else entry.linear, note))
+            told = entry.tensors[0].name in staged.tensors  # when it was staged
+            seconds = time.perf_counter() - started
+            on_step(Step(entry.source, "writing", done, total, seconds, None if told else entry.linear, note))
+
+
+def _stage_needs(recipe: Recipe, entries: Sequence[Entry], stage: Stage) -> int:
+    """Room on disk that the stage will take beyond what it has."""
+    sizes = [sum(tensor.num_bytes for tensor in entry.tensors) for entry in entries]
+    quantized = [entry.linear is not None for entry in entries]
+    weights = sum(math.prod(entry.linear.shape) for entry in entries if entry.linear is not None)
+    quantized_bytes = sum(itertools.compress(sizes, quantized))
+    return max(0, staged_bytes(recipe, quantized_bytes, weights, sum(sizes)) - stage.num_bytes)
 
 
 def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:
@@ -194,7 +223,13 @@ def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overw
 
 
 def _report(
-    checkpoint: Checkpoint, folder: Path, after_bytes: int, started: float, *, was_finished: bool
+    checkpoint: Checkpoint,
+    folder: Path,
+    after_bytes: int,
+    started: float,
+    device: torch.device,
+    *,
+    was_finished: bool,
 ) -> QuantReport:
     return QuantReport(
         folder=folder,
@@ -202,6 +237,7 @@ def _report(
         after_bytes=after_bytes,
         seconds=time.monotonic() - started,
         peak_rss_bytes=_peak_rss_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         was_finished=was_finished,
     )
 

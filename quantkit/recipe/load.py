@@ -131,6 +131,8 @@ def _invalid(
     error: ValidationError, file: Path, lines: dict[str, int], settings: tuple[str, ...]
 ) -> RecipeError:
     first = error.errors()[0]
+    if not first["loc"]:  # keys that do not go together
+        return RecipeError(f"{file}: {first['msg'].removeprefix('Value error, ')}", fix=_VALUE_FIX)
     path = _dotted(first)
     place = _place(path, file, lines, settings)
     if first["type"] in _UNKNOWN_KEY:

@@ -62,14 +62,14 @@ OTHERS = {
     ),
 }
 RECIPES = {
-    "int4-all": ("int4-all", ()),
-    "int4": ("int4", ()),
-    "int4-attn8": ("int4-attn8", ()),
+    "int4-all": ("int4-all", ("algorithm=rtn",)),
+    "int4": ("int4", ("algorithm=rtn",)),
+    "int4-attn8": ("int4-attn8", ("algorithm=rtn",)),
     "int8-all": ("int8-all", ()),
     "fp8-all": ("fp8-all", ()),
     "fp8-block": ("fp8-block", ()),
     "w4a8-fp8": ("w4a8-fp8", ()),
-    "int4-all-kv-fp8": ("int4-all", ("kv_cache=fp8",)),
+    "int4-all-kv-fp8": ("int4-all", ("algorithm=rtn", "kv_cache=fp8")),
     "int8-weight": ("int8-weight", ()),
 }
 # transformers fails on these experts: it unpacks INT ones, and has no block scales for FP8 ones

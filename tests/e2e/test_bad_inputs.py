@@ -15,7 +15,7 @@ from tests import broken
 from tests.gguf_files import write_gguf
 from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
-QUANTIZE = ("quantize", "{}/model", "-r", "int4", "-o", "{}/out")
+QUANTIZE = ("quantize", "{}/model", "-r", "int4", "--set", "algorithm=rtn", "-o", "{}/out")
 EVAL = ("eval", "{}/model", "{}/model", "--windows", "2", "--length", "16", "--data", "{}/text.txt")
 GENERATE = ("generate", "{}/model")
 INSPECT = ("inspect", "{}/model")
@@ -81,7 +81,7 @@ def gguf(damage: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return apply
 
 
-FROM_GGUF = ("quantize", "{}/model.gguf", "-r", "int4", "-o", "{}/out")
+FROM_GGUF = ("quantize", "{}/model.gguf", "-r", "int4-rtn", "-o", "{}/out")
 WITH = ("quantize", "{}/model", "-r", "{}/recipe.yaml", "-o", "{}/out")
 
 

@@ -59,7 +59,8 @@ def write_model(folder: Path, layers: int) -> Path:
 def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
     """The command line in a process of its own."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "quantkit", "quantize", source, "-r", "int4-all", "-o", output]
+    command = [sys.executable, "-m", "quantkit", "quantize", source, "-r", "int4-all"]
+    command += ["--set", "algorithm=rtn", "-o", output]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, preexec_fn=_hear_ctrl_c)
 

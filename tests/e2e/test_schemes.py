@@ -59,7 +59,7 @@ def settings(scheme: Scheme) -> list[str]:
 @pytest.mark.parametrize("name", RECIPE_SCHEMES)
 def test_a_scheme_that_a_recipe_says(source, tmp_path, name):
     folder = tmp_path / "quantized"
-    quantkit.quantize(source, "int4", folder, settings=settings(SCHEMES[name]))
+    quantkit.quantize(source, "int4", folder, settings=("algorithm=rtn", *settings(SCHEMES[name])))
     report = verify_checkpoint(folder)
     assert report.findings == ()
     assert report.num_compared == report.num_quantized == (3 if name == "fp8-block" else 7)
@@ -91,7 +91,7 @@ def test_a_cache(source, tmp_path, name):
     else:
         folder = tmp_path / "quantized"
         given = [f"kv_cache={kv.dtype}", f"kv_granularity={kv.granularity}"]
-        quantkit.quantize(source, "int4-all", folder, settings=given)
+        quantkit.quantize(source, "int4-all", folder, settings=("algorithm=rtn", *given))
     report = verify_checkpoint(folder)
     assert report.findings == ()
     assert report.num_compared == report.num_quantized > 0

@@ -30,8 +30,8 @@ def weights(rows: int = 48, cols: int = 192, seed: int = 0) -> torch.Tensor:
 def loss(w_NK: torch.Tensor, spec, qparams, importance_K=None) -> torch.Tensor:
     """The objective of each row."""
     w_hat_NK = dequantize_weight(quantize_weight(w_NK, spec, qparams), spec.granularity, qparams)
-    error = (w_hat_NK - w_NK).double().abs() ** 2.5
-    return (error if importance_K is None else error * importance_K).sum(dim=1)
+    error = (w_hat_NK - w_NK).double().abs()
+    return (error**2.5 if importance_K is None else error.square() * importance_K).sum(dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -57,6 +57,35 @@ def test_importance_moves_the_error_to_channels_that_do_not_matter(spec):
     weighted = search_qparams(w_NK, spec, torch.float32, importance_K)
     assert loss(w_NK, spec, weighted, importance_K).sum() < loss(w_NK, spec, plain, importance_K).sum()
     assert loss(w_NK, spec, weighted).sum() > loss(w_NK, spec, plain).sum()
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_importance_alike_everywhere_is_the_squared_error(spec):
+    """Its objective is the output's error, so scaling all importance changes nothing, and squares are what it beats."""
+    w_NK = weights()
+    ones_K = torch.ones(w_NK.shape[1])
+    searched, minmax = (
+        search_qparams(w_NK, spec, torch.bfloat16, ones_K),
+        minmax_qparams(w_NK, spec, torch.bfloat16),
+    )
+    assert torch.equal(searched.scale, search_qparams(w_NK, spec, torch.bfloat16, 4 * ones_K).scale)
+    assert loss(w_NK, spec, searched, ones_K).sum() < loss(w_NK, spec, minmax, ones_K).sum()
+
+
+@pytest.mark.parametrize("name", ["int4 group", "int2"])
+def test_a_fine_grid_of_ratios_finds_little_more(name):
+    spec, w_NK = SPECS[name], weights()
+    importance_K = torch.rand(w_NK.shape[1], generator=torch.Generator().manual_seed(1)) ** 4
+    ours = loss(w_NK, spec, search_qparams(w_NK, spec, torch.float32, importance_K), importance_K)
+    base = minmax_qparams(w_NK, spec, torch.float32).scale
+    tiles = w_NK.view(*base.shape, -1)
+    sign = torch.where(tiles.amax(-1) > -tiles.amin(-1), -1.0, 1.0)
+    best = torch.full_like(base, torch.inf)
+    for ratio in torch.linspace(0.5, 1.1, 61):
+        scale = (base * sign * ratio).unsqueeze(-1)
+        error = ((tiles / scale).round().clamp(spec.qmin, spec.qmax) * scale - tiles).square()
+        best = torch.minimum(best, (error * importance_K.view(base.shape[1], -1)).sum(-1))
+    assert ours.sum() <= 1.01 * best.sum()
 
 
 def test_only_few_bit_symmetric_integers_have_scales_of_either_sign():

@@ -18,6 +18,7 @@ from quantkit.quantization.linear import quantize_linear
 from quantkit.recipe import load_recipe, make_plan
 from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
+DATA_FREE = ("algorithm=rtn",)
 SMALL = Limits(shard_bytes=12_000, commit_bytes=1, commit_seconds=0)
 
 
@@ -49,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def quantize(source: Path, folder: Path, recipe: str = "int4-all", **options: object) -> None:
     """One run in small steps."""
-    quantize_checkpoint(source, load_recipe(recipe), folder, limits=SMALL, **options)
+    quantize_checkpoint(source, load_recipe(recipe, DATA_FREE), folder, limits=SMALL, **options)
 
 
 def test_what_is_left(source, tmp_path):
@@ -94,7 +95,7 @@ def test_the_same_run_gives_the_same_bytes(source, tmp_path):
 @pytest.mark.parametrize("recipe", ["int4-all", "int8-all", "fp8-all"])
 def test_codes_do_not_depend_on_the_chunk(source, recipe):
     checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint, load_recipe(recipe))
+    plan = make_plan(checkpoint, load_recipe(recipe, DATA_FREE))
     whole, _ = quantize_linear(checkpoint, plan.linears[0], plan.scale_dtype)
     parts, _ = quantize_linear(checkpoint, plan.linears[0], plan.scale_dtype, chunk_elements=100)
     assert torch.equal(whole.codes_NK.view(torch.uint8), parts.codes_NK.view(torch.uint8))
@@ -137,7 +138,7 @@ def test_killed_before_any_step_it_continues_to_the_same_bytes(source, tmp_path,
                 break
         quantize(source, out)
         assert content(out) == expected
-        quantize_checkpoint(source, load_recipe("int4-all"), out, limits=SMALL, overwrite=True)
+        quantize_checkpoint(source, load_recipe("int4-all", DATA_FREE), out, limits=SMALL, overwrite=True)
         assert content(out) == expected
         import shutil
 
@@ -191,7 +192,7 @@ def test_a_finished_run_is_left_alone(source, tmp_path):
     out = tmp_path / "out"
     quantize(source, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    report = quantize_checkpoint(source, load_recipe("int4-all"), out)
+    report = quantize_checkpoint(source, load_recipe("int4-all", DATA_FREE), out)
     assert report.was_finished
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
@@ -213,8 +214,8 @@ def test_weights_that_are_not_finite_leave_nothing(source, tmp_path):
 
 
 def test_the_dry_run_foretells_every_byte(source, tmp_path):
-    plan = dry_run(source, load_recipe("int4-all"))
-    quantize_checkpoint(source, load_recipe("int4-all"), tmp_path / "out")
+    plan = dry_run(source, load_recipe("int4-all", DATA_FREE))
+    quantize_checkpoint(source, load_recipe("int4-all", DATA_FREE), tmp_path / "out")
     assert plan.after_bytes == open_checkpoint(tmp_path / "out").num_bytes
     assert plan.before_bytes == open_checkpoint(source).num_bytes
     assert {row.name for row in plan.rows} == set(open_checkpoint(source).tensors)

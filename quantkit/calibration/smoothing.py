@@ -1,0 +1,55 @@
+"""Scales of input channels folded into the weights before rounding: SmoothQuant for inputs, AWQ for weights.
+
+Shape suffixes: K in_features.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from quantkit.algorithms.awq import awq_scale
+from quantkit.algorithms.smoothquant import smoothquant_scale
+from quantkit.arch.pairs import Heads, Link, Pair
+from quantkit.calibration.folding import fold_scale
+from quantkit.observers import InputStats
+from quantkit.recipe import LinearPlan, QuantPlan
+
+
+def smooths(plan: QuantPlan) -> bool:
+    """Whether the plan scales input channels."""
+    return bool({"awq", "smoothquant"} & {*plan.recipe.algorithms})
+
+
+def smoothed(
+    plan: QuantPlan,
+    pairs: Sequence[Pair],
+    heads: Heads,
+    tensors: Mapping[str, Tensor],
+    linears: Mapping[str, LinearPlan],
+    stats: Mapping[str, InputStats],
+) -> dict[str, Tensor]:
+    """The tensors that change, by names below the layer, float32; each pair scaled by what was seen of its input.
+
+    linears: those that are rounded, by names below the layer, experts left out. stats: of their inputs, by group.
+    A pair is left alone where nothing behind it is rounded, or where query heads share the values between them.
+    """
+    changed: dict[str, Tensor] = {}
+    for pair in pairs:
+        rounded = [linears[name] for name in pair.to if name in linears]
+        shares_values = pair.link is Link.VALUES and heads.num != heads.num_kv
+        if not rounded or shares_values:
+            continue
+        now = {**tensors, **changed}
+        scale_K = _scale(
+            plan, rounded[0], [now[f"{name}.weight"] for name in pair.to], stats[rounded[0].group]
+        )
+        changed |= fold_scale(now, pair, scale_K.cpu(), heads=heads, dtype=plan.scale_dtype)
+    return changed
+
+
+def _scale(plan: QuantPlan, linear: LinearPlan, weights: Sequence[Tensor], stats: InputStats) -> Tensor:
+    assert linear.scheme is not None, "only quantized linears are rounded"
+    there = [weight.to(stats.absmax_K.device) for weight in weights]
+    if "awq" in plan.recipe.algorithms:
+        return awq_scale(there, stats.absmean_K, stats.hessian_KK, linear.scheme.weight, plan.scale_dtype)
+    return smoothquant_scale(stats.absmax_K, there)

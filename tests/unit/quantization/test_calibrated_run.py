@@ -1,0 +1,279 @@
+"""Runs with data: the same bytes however often they die, refusals, and what they say about themselves."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from quantkit.calibration import tune
+from quantkit.calibration.tokens import calibration_tokens
+from quantkit.errors import CalibrationError, OutputError, RecipeError, SourceError, UnsupportedModelError
+from quantkit.formats.folder import FolderState, folder_state
+from quantkit.formats.stage import STAGE_NAME
+from quantkit.quantization import dry_run, quantize_checkpoint
+from quantkit.quantization.progress import Step
+from quantkit.recipe import load_recipe
+from quantkit.verify import verify_checkpoint
+from tests.tiny_llama import tiny_tensors, write_tiny_llama
+
+SMALL = ("calibration.samples=4", "calibration.length=16")
+EVERYTHING = (
+    *SMALL,
+    "algorithm=[rotate,weight_correction,gptq,bias_correction,tune]",
+    "tune.epochs=1",
+    "tune.batch=2",
+)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """Forty sentences, of which no two windows are alike."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(f"The {word} fox jumps over {word} dogs." for word in map(str, range(40))))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A tiny Llama with biases that can be corrected."""
+    biases = {
+        f"model.layers.{n}.self_attn.{p}_proj.bias": 16 if p != "q" else 32 for n in (0, 1) for p in "qkv"
+    }
+    tensors = tiny_tensors() | {name: torch.ones(size).bfloat16() for name, size in biases.items()}
+    tensors |= {f"model.layers.{n}.self_attn.o_proj.bias": torch.zeros(32).bfloat16() for n in (0, 1)}
+    return write_tiny_llama(tmp_path_factory.mktemp("source") / "model", tensors, attention_bias=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a result but the log, which has dates and seconds."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "quantkit.log.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def quantize(source: Path, folder: Path, text: str | None, *settings: str, **options: object) -> list[Step]:
+    """One run to INT4; returns what it told."""
+    told: list[Step] = []
+    recipe = load_recipe("int4-all", settings or SMALL)
+    quantize_checkpoint(source, recipe, folder, calib=text, on_step=told.append, **options)
+    return told
+
+
+def test_what_it_says_of_itself(source, tmp_path, text):
+    out = tmp_path / "out"
+    told = quantize(source, out, text)
+    plan = json.loads((out / "quantkit.json").read_text())
+    tokens = calibration_tokens(source, text, 4, 16)
+    assert plan["calibration"]["tokens_sha256"] == tokens.hash
+    assert (plan["calibration"]["samples"], plan["calibration"]["length"]) == (4, 16)
+    assert plan["observed"] == {"excluded_rows": {}, "experts": {}}
+    note = plan["linears"][Q]
+    assert note["algorithm"] == "gptq" and note["scales"] == "importance"
+    assert 0 < note["loss"] < note["loss_rtn"]
+    assert 10 < note["sqnr_db"] < 30
+    log = json.loads((out / "quantkit.log.json").read_text())
+    assert log["seconds_of_calibration"]["linears"].keys() == plan["linears"].keys()
+    assert log["seconds_of_calibration"]["parts"].keys() == {"00000", "00001"}
+    assert log["peak_device_bytes"] is None
+    assert not (out / STAGE_NAME).exists()
+    assert verify_checkpoint(out).findings == ()
+
+    calibrating = [step for step in told if step.phase == "calibrating"]
+    assert {step.name for step in calibrating} == {f"{name}.weight" for name in plan["linears"]}
+    assert calibrating[-1].done_bytes == calibrating[-1].total_bytes
+    writing = [step for step in told if step.phase == "writing"]
+    assert writing[-1].done_bytes == writing[-1].total_bytes
+    assert all(step.linear is None for step in writing), "each linear is told of once"
+
+
+def test_the_same_run_gives_the_same_bytes_and_other_text_others(source, tmp_path, text):
+    quantize(source, tmp_path / "a", text)
+    quantize(source, tmp_path / "b", text)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    other = tmp_path / "other.txt"
+    other.write_text("Why would 3 dogs mind?\n\n" * 40)
+    quantize(source, tmp_path / "c", str(other))
+    weights = [content(tmp_path / name)["model.safetensors"] for name in "ac"]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize("operation", ["os.fsync", "os.pwrite", "pathlib.Path.replace"])
+def test_killed_before_any_step_it_continues_to_the_same_bytes(
+    source, tmp_path, text, monkeypatch, operation
+):
+    """Every call of one kind dies once, on what the one before left; then the run is continued and compared."""
+    monkeypatch.setattr(tune, "KEEP_SECONDS", 0.0)
+    quantize(source, tmp_path / "undisturbed", text, *EVERYTHING)
+    expected = content(tmp_path / "undisturbed")
+    module_name, _, rest = operation.partition(".")
+    owner = importlib.import_module(module_name)
+    *path, name = rest.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real = getattr(owner, name)
+    out, step, is_done = tmp_path / "out", 0, False
+    while not is_done:
+        calls = iter(range(10_000))
+
+        def dying(*arguments, _calls=calls, _step=step, **options):
+            if next(_calls) == _step:
+                raise Killed
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dying)
+            try:
+                quantize(source, out, text, *EVERYTHING)
+                is_done = True
+            except Killed:
+                step += 1
+        if is_done or step % 2:
+            quantize(source, out, text, *EVERYTHING)
+            assert content(out) == expected
+            quantize_started_again(source, out, text)
+    assert step > 3
+
+
+def quantize_started_again(source: Path, out: Path, text: str) -> None:
+    """Another plan in the same folder, so that the next run starts from nothing."""
+    import shutil
+
+    with pytest.raises(OutputError, match="another plan"):
+        quantize(source, out, text)
+    shutil.rmtree(out)
+
+
+def interrupted(source: Path, out: Path, text: str, *settings: str) -> None:
+    """A run that stops in the second layer."""
+
+    def stop(step: Step) -> None:
+        if step.name.startswith("model.layers.1"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize_checkpoint(source, load_recipe("int4-all", settings or SMALL), out, calib=text, on_step=stop)
+    assert folder_state(out) is FolderState.UNFINISHED
+    assert [file.name for file in (out / STAGE_NAME).iterdir()] == ["00000.safetensors"]
+
+
+def test_a_finished_layer_is_not_observed_again(source, tmp_path, text):
+    out = tmp_path / "out"
+    interrupted(source, out, text)
+    told = quantize(source, out, text)
+    calibrated = [step for step in told if step.phase == "calibrating"]
+    assert all(step.name.startswith("model.layers.1.") for step in calibrated)
+    assert calibrated[-1].done_bytes == calibrated[-1].total_bytes
+    quantize(source, tmp_path / "undisturbed", text)
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+def test_an_unfinished_run_of_another_plan_or_text_is_refused(source, tmp_path, text):
+    out = tmp_path / "out"
+    interrupted(source, out, text)
+    before = content(out)
+    other = tmp_path / "other.txt"
+    other.write_text("Why would 3 dogs mind?\n\n" * 40)
+    for calib, settings in ((str(other), SMALL), (text, ("calibration.samples=3", SMALL[1]))):
+        with pytest.raises(OutputError, match="another plan"):
+            quantize(source, out, calib, *settings)
+    with pytest.raises(OutputError, match="another plan"):
+        quantize(source, out, None, "algorithm=rtn")
+    assert content(out) == before
+    quantize(source, out, str(other), overwrite=True)
+    assert folder_state(out) is FolderState.FINISHED
+    with pytest.raises(OutputError, match="finished run of another plan"):
+        quantize(source, out, text)
+
+
+def test_a_finished_run_is_left_alone(source, tmp_path, text):
+    out = tmp_path / "out"
+    quantize(source, out, text)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    report = quantize_checkpoint(source, load_recipe("int4-all", SMALL), out, calib=text)
+    assert report.was_finished
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight"]
+)
+def test_what_is_not_finite_leaves_nothing(tmp_path, text, name, value):
+    tensors = tiny_tensors()
+    tensors[name].view(-1)[:] = value
+    broken = write_tiny_llama(tmp_path / "broken", tensors)
+    with pytest.raises((SourceError, CalibrationError)):
+        quantize(broken, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_where_nothing_uses_it_is_refused(source, tmp_path, text):
+    with pytest.raises(RecipeError, match="has no effect") as caught:
+        quantize_checkpoint(source, load_recipe("int4-rtn"), tmp_path / "out", calib=text)
+    assert "algorithm=gptq" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_makes_rounding_to_nearest_weigh_its_errors(source, tmp_path, text):
+    quantize(source, tmp_path / "with", text, *SMALL, "algorithm=rtn")
+    quantize(source, tmp_path / "without", None, *SMALL, "algorithm=rtn")
+    plans = [json.loads((tmp_path / name / "quantkit.json").read_text()) for name in ("with", "without")]
+    assert [plan["linears"][Q]["scales"] for plan in plans] == ["importance", "mse"]
+    assert plans[1]["calibration"] is None and "observed" not in plans[1]
+
+
+def test_scales_by_importance_need_no_word_about_text(source, tmp_path):
+    told: list[str] = []
+    recipe = load_recipe("int8-all", ("scales=importance", *SMALL))
+    quantize_checkpoint(source, recipe, tmp_path / "out", announce=told.append)
+    assert told == ["calibrating on 4 x 16 tokens of docs"]
+
+
+def test_a_family_nobody_knows_is_refused_before_anything_is_written(tmp_path, text):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.StableLmConfig(**sizes, num_hidden_layers=1, vocab_size=320)
+    transformers.utils.logging.disable_progress_bar()
+    source = write_tiny_llama(tmp_path / "model")
+    (source / "model.safetensors").unlink()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    with pytest.raises(UnsupportedModelError, match="nothing is known about the layers of stablelm"):
+        quantize(source, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UnsupportedModelError, match="nothing is known"):
+        dry_run(source, load_recipe("int4-all", SMALL), calib=text)
+    quantize(source, tmp_path / "out", None, "algorithm=rtn")
+
+
+@pytest.mark.parametrize("settings", [SMALL, EVERYTHING])
+def test_the_dry_run_says_what_calibrating_takes(source, tmp_path, text, settings):
+    plan = dry_run(source, load_recipe("int4-all", settings), calib=text)
+    cost = plan.calibration
+    assert cost is not None
+    passes = 2 if settings == EVERYTHING else 1  # where weights are corrected, the original runs alongside
+    assert (cost.text, cost.samples, cost.length, cost.passes) == (text, 4, 16, passes)
+    assert cost.tokens_sha256 == calibration_tokens(source, text, 4, 16).hash
+    assert cost.holds_model == (("tune",) if settings == EVERYTHING else ())
+    assert 0 < cost.seconds < plan.seconds < 600
+    assert cost.device_peak_bytes is None and 0 < cost.peak_bytes < plan.peak_bytes
+    json.dumps(plan.as_dict())
+    without = dry_run(source, load_recipe("int4-all", ("algorithm=rtn",)))
+    assert without.calibration is None
+    assert without.after_bytes == plan.after_bytes
+
+
+def test_room_on_the_disk_is_asked_for_the_stage_too(source, tmp_path, text, monkeypatch):
+    quantize(source, tmp_path / "fits", text)
+    size = (tmp_path / "fits" / "model.safetensors").stat().st_size
+    usage = __import__("shutil").disk_usage(tmp_path)._replace(free=size + 1000)
+    monkeypatch.setattr("quantkit.formats.shards.shutil.disk_usage", lambda path: usage)
+    quantize(source, tmp_path / "without-data", None, "algorithm=rtn")
+    with pytest.raises(OutputError, match="are left there"):
+        quantize(source, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
