@@ -93,7 +93,7 @@ class LayerWork:
         return Streams([after], originals)
 
     def in_batches(self, streams: Streams, call: Call) -> Streams:
-        """Observe all batches and round, then run all batches through what came out.
+        """Observe all batches and round, then run all batches through what came out; each takes its input's place.
 
         Where weights are corrected, group by group: what one group makes up for, the next must not make up for again.
         """
@@ -108,11 +108,13 @@ class LayerWork:
             if not routed:
                 self._observed([], streams, call, None, routed)
             self._round_experts(routed)
-        originals = None
         if original is not None and streams.originals is not None:
             with self._watch.measure("forward"):
-                originals = [run_layer(original, self._there(batch), call) for batch in streams.originals]
-        return Streams([self._run(batch, call, self._quantized) for batch in streams.hidden], originals)
+                for number, batch in enumerate(streams.originals):
+                    streams.originals[number] = run_layer(original, self._there(batch), call).to(batch.device)
+        for number, batch in enumerate(streams.hidden):
+            streams.hidden[number] = self._run(batch, call, self._quantized).to(batch.device)
+        return streams
 
     def _observed(
         self,

@@ -8,6 +8,7 @@ Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size.
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from quantkit.arch import Role, place_of
 from quantkit.arch.pairs import layer_wiring, read_heads
 from quantkit.calibration.folds import Folds
 from quantkit.calibration.layer import LayerWork, OnLinear, Streams
+from quantkit.calibration.overlap import ReadAhead, WriteBehind
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
 from quantkit.calibration.smoothing import smoothed, smooths
 from quantkit.calibration.stopwatch import Stopwatch
@@ -58,6 +60,7 @@ def calibrate(
             run.pass_through(layer, stage)
         else:
             run.quantize(layer, stage, on_linear)
+    run.writing.wait()
 
 
 class Layout(NamedTuple):
@@ -115,6 +118,9 @@ class LayerRun:
         self.streams = Streams([], None)
         self.calls: list[Call] = []
         self.watch = Stopwatch(device)
+        is_beside = device.type == "cuda"
+        self.reading = ReadAhead(self.skeleton.read_layer, self.skeleton.num_layers, is_ahead=is_beside)
+        self.writing = WriteBehind(is_behind=is_beside)
 
     def start(self, stage: Stage) -> None:
         """Embed the tokens; what a rotation changes outside the layers is staged."""
@@ -123,12 +129,13 @@ class LayerRun:
         if changed and not stage.has(OUTSIDE):
             stage.write(OUTSIDE, self.folds.rounded(changed), {})
         embedded, self.calls = self.skeleton.start(self.ids_SL, outside | changed, self.layout.batch)
+        self.skeleton.empty_outside()
         corrects = "weight_correction" in self.plan.recipe.algorithms
-        self.streams = Streams(self._placed(embedded), self._placed(embedded) if corrects else None)
+        self.streams = Streams(self._placed(embedded), self._placed(list(embedded)) if corrects else None)
 
     def pass_through(self, layer: int, stage: Stage) -> None:
         """Advance through a layer that is staged."""
-        tensors = self.skeleton.read_layer(layer)
+        tensors = self.reading.layer(layer)
         tensors |= self._folded(layer, tensors)
         hidden, originals = self.streams
         if originals is not None:
@@ -139,7 +146,7 @@ class LayerRun:
     def quantize(self, layer: int, stage: Stage, on_linear: OnLinear) -> None:
         """Observe and round a layer, stage it, and advance through it."""
         with self.watch.measure("disk"):
-            tensors = self.skeleton.read_layer(layer)
+            tensors = self.reading.layer(layer)
         self._check_finite(layer, tensors)
         with self.watch.measure("fold"):
             changed = self._folded(layer, tensors)
@@ -159,7 +166,7 @@ class LayerRun:
             staged = self.folds.rounded(named) | work.stored_tensors()
         notes = work.notes() | {"seconds": self.watch.take()}
         with self.watch.measure("disk"):  # counts for the next layer
-            stage.write(layer_part(layer), staged, notes)
+            self.writing.write(partial(stage.write, layer_part(layer), staged, notes))
         self.skeleton.empty_layer(layer)
 
     def _work(self, layer: int, tensors: Mapping[str, Tensor], on_linear: OnLinear) -> LayerWork:
@@ -203,9 +210,10 @@ class LayerRun:
     def _advanced(self, layer: int, tensors: Mapping[str, Tensor], hidden: list[Tensor]) -> list[Tensor]:
         module = self.skeleton.fill_layer(layer, tensors)
         device = self.skeleton.device
-        after = self._placed([run_layer(module, part.to(device), self.calls[layer]) for part in hidden])
+        for number, part in enumerate(hidden):  # in place: there may be no room for all tokens twice
+            hidden[number] = run_layer(module, part.to(device), self.calls[layer]).to(part.device)
         self.skeleton.empty_layer(layer)
-        return after
+        return hidden
 
     def _placed(self, hidden: list[Tensor]) -> list[Tensor]:
         """Hidden states where they stay between layers: on the GPU only if they take little of it."""

@@ -105,7 +105,7 @@ def _compensated(
     starts: Mapping[str, Refined],
     stats: InputStats,
 ) -> dict[str, Refined]:
-    """GPTQ codes; linears whose scales belong to rows are rounded as one, which is faster and the same."""
+    """GPTQ codes; on a CPU linears whose scales belong to rows are rounded as one, which is faster and the same."""
     scheme = linears[0].scheme
     assert scheme is not None, "only quantized linears are rounded"
     spec = scheme.weight
@@ -117,7 +117,8 @@ def _compensated(
         return Refined(codes_NK, qparams)
 
     names = [linear.name for linear in linears]
-    if not isinstance(spec.granularity, PerChannel | PerGroup):
+    is_on_gpu = targets[names[0]].is_cuda  # there one linear is work enough, and memory is dear
+    if is_on_gpu or not isinstance(spec.granularity, PerChannel | PerGroup):
         return {name: compensate(targets[name], starts[name].qparams) for name in names}
     scale = torch.cat([starts[name].qparams.scale for name in names])
     points = [point for name in names if (point := starts[name].qparams.zero_point) is not None]

@@ -74,8 +74,14 @@ class Skeleton:
     def empty_layer(self, layer: int) -> None:
         """Drop the layer's weights."""
         for module in self.base.layers[layer].modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            _empty(module)
+
+    def empty_outside(self) -> None:
+        """Drop the weights that are in no layer; after `start` the layers do not need them."""
+        inside = {id(module) for module in self.base.layers.modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                _empty(module)
 
     def module_name(self, name: str) -> str:
         """A linear's name below the layer as its module has it (experts excepted: they are one module)."""
@@ -128,6 +134,11 @@ def check_known(checkpoint: Checkpoint) -> None:
             fix="use a data-free recipe, such as int4-rtn, int8 or fp8; calibration knows "
             f"{', '.join(sorted(FAMILIES))}",
         )
+
+
+def _empty(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 class _Recorder(nn.Module):

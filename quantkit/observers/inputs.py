@@ -9,6 +9,7 @@ from torch import Tensor
 from quantkit.errors import CalibrationError
 
 MIN_BLOCK, NUM_BLOCKS = 96, 6  # the Hessian is symmetric: of 6 × 6 blocks 21 are computed, 58 % of the work
+ALIGNED = 256  # wide blocks are a multiple of it: a GPU's matrix units read whole rows of 16 bytes
 CHUNK_ROWS = 4096
 SAMPLE_ROWS = 2048
 
@@ -47,8 +48,10 @@ class InputStats:
             self.num_excluded += int((~is_finite_T).sum())
             x_TK = x_TK[is_finite_T]
             original_TK = None if original_TK is None else original_TK[is_finite_T]
-        for start in range(0, len(x_TK), CHUNK_ROWS):  # what is upcast or subtracted stays small
-            rows = slice(start, start + CHUNK_ROWS)
+        # what is upcast or subtracted stays small; nothing is where a GPU reads 16 bits as they are
+        num_rows = len(x_TK) if _is_read_as_it_is(x_TK) and original_TK is None else CHUNK_ROWS
+        for start in range(0, len(x_TK), num_rows):
+            rows = slice(start, start + num_rows)
             self._add_finite(x_TK[rows], None if original_TK is None else original_TK[rows])
 
     def _add_finite(self, x_TK: Tensor, original_TK: Tensor | None) -> None:
@@ -60,6 +63,18 @@ class InputStats:
             _add_lower_products(self._hessian_KK, x_TK, keep, weight)
         if self._shift_KK is not None and original_TK is not None:
             _add_product(self._shift_KK, original_TK - x_TK, x_TK, keep, weight)
+        self._add_moments(x_TK)
+
+    def _add_moments(self, x_TK: Tensor) -> None:
+        if x_TK.is_cuda:
+            from quantkit_kernels.moments import moments  # CUDA builds of torch have Triton, others need not
+
+            added = moments(x_TK)
+            self._sum_K += added.sum_K
+            self._abs_K += added.abs_K
+            self._square_K += added.square_K
+            self._max_K = torch.maximum(self._max_K, added.max_K)
+            return
         x_TK = x_TK.float()
         self._sum_K += x_TK.sum(dim=0)
         magnitude_TK = x_TK.abs()
@@ -159,8 +174,15 @@ def _finite_rows(x_TK: Tensor) -> Tensor:
     return torch.isfinite(x_TK).all(dim=-1)
 
 
+def _is_read_as_it_is(x_TK: Tensor) -> bool:
+    """Whether products take the input in its 16 bits."""
+    return x_TK.is_cuda and x_TK.dtype != torch.float32
+
+
 def _blocks(num_features: int) -> list[slice]:
     width = max(MIN_BLOCK, -(-num_features // NUM_BLOCKS))
+    if width > ALIGNED:
+        width = -(-width // ALIGNED) * ALIGNED
     return [slice(start, min(start + width, num_features)) for start in range(0, num_features, width)]
 
 
@@ -172,10 +194,10 @@ def _add_lower_products(mean_KK: Tensor, x_TK: Tensor, keep: float, weight: floa
 
 def _add_product(mean_CK: Tensor, left_TC: Tensor, right_TK: Tensor, keep: float, weight: float) -> None:
     """mean = keep · mean + weight · leftᵀ · right, in float32."""
-    if left_TC.is_cuda and left_TC.dtype != torch.float32:
-        # 16-bit inputs are multiplied as they are and summed in float32
-        product_CK = torch.mm(left_TC.T, right_TK, out_dtype=torch.float32)
-        mean_CK.mul_(keep).add_(product_CK, alpha=weight)
+    if _is_read_as_it_is(left_TC):  # and summed in float32
+        torch.addmm(
+            mean_CK, left_TC.T, right_TK, out_dtype=torch.float32, beta=keep, alpha=weight, out=mean_CK
+        )
     else:
         mean_CK.addmm_(left_TC.float().T, right_TK.float(), beta=keep, alpha=weight)
 
