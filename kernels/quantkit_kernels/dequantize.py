@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
+from quantkit_kernels.dense import linear
 from quantkit_kernels.float8 import REBIAS, decode_shifted
 from quantkit_kernels.weight import LinearWeight
 

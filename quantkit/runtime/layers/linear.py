@@ -12,6 +12,7 @@ from quantkit.formats.compressed_tensors import StoredLinear
 from quantkit.schemes import IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, Spec
 from quantkit.schemes.activation import fake_quantize_input, input_qparams, to_codes
 from quantkit_kernels.catalog import Kernel, choose_float, choose_int8
+from quantkit_kernels.dense import linear
 from quantkit_kernels.weight import LinearWeight
 
 
@@ -28,7 +29,7 @@ class Linear(nn.Module):
 
     def forward(self, x_TK: Tensor) -> Tensor:
         """[T, K] to [T, N]."""
-        return nn.functional.linear(x_TK, self.weight, self.bias)
+        return linear(x_TK, self.weight, self.bias)
 
 
 class QuantLinear(nn.Module):
