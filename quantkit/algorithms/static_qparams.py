@@ -21,10 +21,11 @@ def static_qparams(
     absmax: Tensor,
     spec: Spec,
     *,
+    scale_dtype: torch.dtype = torch.float32,
     method: Literal["mse", "percentile"] = "mse",
     percentile: float = PERCENTILE,
 ) -> QParams:
-    """Scale float32 [1] (and zero point int8 [1] for an asymmetric grid) of a linear's input.
+    """Scale [1] in scale_dtype (and zero point int8 [1] for an asymmetric grid) of a linear's input.
 
     sample_TK: some of its inputs, float32. absmax: largest magnitude of all inputs, also those not in the sample.
     `mse`: the range that holds everything times the ratio, from 0.3 to 1, of least squared error over the sample:
@@ -33,9 +34,9 @@ def static_qparams(
     """
     values = sample_TK[:: -(-sample_TK.numel() // MAX_ELEMENTS)].float().flatten()
     if method == "percentile":
-        return _from_range(*_percentile_range(values, spec, percentile), spec)
+        return _from_range(*_percentile_range(values, spec, percentile), spec, scale_dtype)
     low, high = _full_range(values, absmax)
-    candidates = [_from_range(low * ratio, high * ratio, spec) for ratio in RATIOS]
+    candidates = [_from_range(low * ratio, high * ratio, spec, scale_dtype) for ratio in RATIOS]
     errors = torch.stack([_squared_error(values, qparams, spec) for qparams in candidates])
     return candidates[int(errors.argmin())]
 
@@ -58,18 +59,19 @@ def _percentile_range(values: Tensor, spec: Spec, percentile: float) -> tuple[Te
     return low.clamp(max=0), high.clamp(min=0)
 
 
-def _from_range(low: Tensor, high: Tensor, spec: Spec) -> QParams:
+def _from_range(low: Tensor, high: Tensor, spec: Spec, scale_dtype: torch.dtype) -> QParams:
     ends = torch.stack([low, high]).reshape(1, 2)
     if isinstance(spec, IntSpec) and not spec.symmetric:
         scale, zero_point = affine.choose_asymmetric(ends, spec.qmin, spec.qmax)
-        return QParams(scale.reshape(1), zero_point.reshape(1).to(torch.int8))
+        return QParams(scale.reshape(1).to(scale_dtype), zero_point.reshape(1).to(torch.int8))
     half_range = affine.E4M3_MAX if isinstance(spec, FloatSpec) else (spec.qmax - spec.qmin) / 2
-    return QParams(affine.choose_symmetric(ends, half_range).reshape(1))
+    return QParams(affine.choose_symmetric(ends, half_range).reshape(1).to(scale_dtype))
 
 
 def _squared_error(values: Tensor, qparams: QParams, spec: Spec) -> Tensor:
+    scale = qparams.scale.float()
     if isinstance(spec, FloatSpec):
-        codes = affine.quantize_e4m3(values, qparams.scale)
+        codes = affine.quantize_e4m3(values, scale)
     else:
-        codes = affine.quantize_int(values, qparams.scale, qparams.zero_point, spec.qmin, spec.qmax)
-    return (affine.dequantize(codes, qparams.scale, qparams.zero_point) - values).square().mean()
+        codes = affine.quantize_int(values, scale, qparams.zero_point, spec.qmin, spec.qmax)
+    return (affine.dequantize(codes, scale, qparams.zero_point) - values).square().mean()

@@ -68,7 +68,7 @@ def round_linears(
     rounded = {}
     for linear in linears:
         name = linear.name
-        stored = StoredLinear(*chosen[name], _input_qparams(linear, stats))
+        stored = StoredLinear(*chosen[name], _input_qparams(plan, linear, stats))
         rounded[name] = _described(
             plan, linear, stored, targets[name], weights[name], starts[name], stats, note
         )
@@ -135,11 +135,12 @@ def _rows(whole: Refined, rows: slice) -> Refined:
     return Refined(whole.codes_NK[rows], qparams)
 
 
-def _input_qparams(linear: LinearPlan, stats: InputStats) -> QParams | None:
+def _input_qparams(plan: QuantPlan, linear: LinearPlan, stats: InputStats) -> QParams | None:
     assert linear.scheme is not None, "only quantized linears are rounded"
     if not linear.scheme.is_static or linear.scheme.activation is None:
         return None
-    return static_qparams(stats.sample(), stats.absmax_K.amax(), linear.scheme.activation)
+    spec = linear.scheme.activation
+    return static_qparams(stats.sample(), stats.absmax_K.amax(), spec, scale_dtype=plan.scale_dtype)
 
 
 def _described(

@@ -44,6 +44,18 @@ def test_shapes_and_dtypes_are_those_on_disk(spec, method):
 
 
 @every_spec
+def test_a_scale_is_chosen_as_it_will_be_stored(spec):
+    x_TK = heavy_tailed()
+    coarse = static_qparams(x_TK, x_TK.abs().max(), spec, scale_dtype=torch.bfloat16)
+    fine = static_qparams(x_TK, x_TK.abs().max(), spec)
+    assert coarse.scale.dtype == torch.bfloat16
+    later = QParams(fine.scale.bfloat16().float(), fine.zero_point)
+    stored = QParams(coarse.scale.float(), coarse.zero_point)
+    errors = [(rounded(x_TK, spec, q) - x_TK).square().mean() for q in (stored, later)]
+    assert errors[0] <= errors[1]
+
+
+@every_spec
 def test_least_squares_is_no_worse_than_the_full_range(spec):
     x_TK = heavy_tailed()
     ours = static_qparams(x_TK, x_TK.abs().max(), spec)
