@@ -19,6 +19,7 @@ from quantkit.arch import LinearInfo, Role, Survey, find_linears, survey
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.folder_checks import check_files, check_head, check_kv, check_plan
+from quantkit.formats.kv_cache import StoredKV
 from quantkit.formats.linear_checks import (
     QUANTIZED_SUFFIXES,
     Finding,
@@ -30,7 +31,7 @@ from quantkit.formats.loaders import LinearFacts, LoaderVerdict, loader_verdicts
 from quantkit.formats.quantization_config import QuantizedModules, read_quantization
 from quantkit.formats.safetensors_file import TensorInfo
 from quantkit.schemes import Scheme
-from quantkit.schemes.labels import kv_label, scheme_label
+from quantkit.schemes.labels import kv_plan_label, scheme_label
 
 _CODE_DTYPES = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 
@@ -109,11 +110,11 @@ def verify_checkpoint(
         num_tensors=len(checkpoint.tensors),
         num_bytes=checkpoint.num_bytes,
         schemes=dict(Counter("16 bits" if one is None else scheme_label(one) for one in schemes.values())),
-        kv_cache=None if kv is None else kv_label(kv.scheme),
+        kv_cache=None if kv is None else kv_plan_label(kv.scheme, kv.kept_layers),
         num_quantized=len(quantized),
         num_compared=len(quantized) - damaged,
         findings=tuple(findings),
-        loaders=tuple(_loaders(roles.linears, schemes, config, None if kv is None else kv.scheme)),
+        loaders=tuple(_loaders(roles.linears, schemes, config, kv)),
     )
 
 
@@ -211,7 +212,10 @@ def _check_heads(checkpoint: Checkpoint, roles: Survey) -> Iterator[Finding]:
 
 
 def _loaders(
-    linears: list[LinearInfo], schemes: Mapping[str, Scheme | None], config: QuantizedModules, kv: Any
+    linears: list[LinearInfo],
+    schemes: Mapping[str, Scheme | None],
+    config: QuantizedModules,
+    kv: StoredKV | None,
 ) -> list[LoaderVerdict]:
     facts = [
         LinearFacts(one.name, one.group, schemes[one.name], one.shape, one.role is Role.EXPERT)
@@ -222,4 +226,6 @@ def _loaders(
         for one in linears
         if schemes[one.name] is None and config.groups and not config.is_ignored(one.name)
     ]
-    return loader_verdicts(facts, kv, unmatched=unmatched)
+    if kv is None:
+        return loader_verdicts(facts, None, unmatched=unmatched)
+    return loader_verdicts(facts, kv.scheme, kept_layers=sorted(kv.kept_layers), unmatched=unmatched)

@@ -8,6 +8,7 @@ Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_
 
 import contextlib
 import copy
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,16 +16,19 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from quantkit.arch import Role, place_of
 from quantkit.arch.experts import EXPERTS, ExpertNames
 from quantkit.calibration.experts import Coverage, Routed, round_experts
+from quantkit.calibration.kv import ATTENTION, LayerKV, choose_kv, probe_samples, through_cache, watch_cache
 from quantkit.calibration.rounding import RoundedLinear, new_stats, round_linears
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
 from quantkit.calibration.stopwatch import Stopwatch
-from quantkit.formats.compressed_tensors import encode_linear
+from quantkit.formats.compressed_tensors import StoredLinear, encode_linear
 from quantkit.observers import InputStats
+from quantkit.observers.kv import KVStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.activation import fake_quantize_input
 
@@ -74,6 +78,8 @@ class LayerWork:
         self._biases: dict[str, Tensor] = {}
         self._num_excluded = 0
         self._seconds: dict[str, float] = {}
+        self._kv: LayerKV | None = None
+        self._attention = f"{prefix_of(linears[0].name)}{ATTENTION}"
 
     def one_pass(self, streams: Streams, call: Call) -> Streams:
         """Round each linear at its first use. streams: one batch with all tokens."""
@@ -90,6 +96,9 @@ class LayerWork:
             return self._quantized(group, x)
 
         after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
+        self._calibrate_kv([hidden], call)
+        if self._kv is not None and not self._kv.stays:
+            after = self.as_served(hidden, call)
         return Streams([after], originals)
 
     def in_batches(self, streams: Streams, call: Call) -> Streams:
@@ -108,12 +117,13 @@ class LayerWork:
             if not routed:
                 self._observed([], streams, call, None, routed)
             self._round_experts(routed)
+        self._calibrate_kv(streams.hidden, call)
         if original is not None and streams.originals is not None:
             with self._watch.measure("forward"):
                 for number, batch in enumerate(streams.originals):
                     streams.originals[number] = run_layer(original, self._there(batch), call).to(batch.device)
         for number, batch in enumerate(streams.hidden):
-            streams.hidden[number] = self._run(batch, call, self._quantized).to(batch.device)
+            streams.hidden[number] = self.as_served(batch, call).to(batch.device)
         return streams
 
     def _observed(
@@ -148,6 +158,32 @@ class LayerWork:
             )
         return stats
 
+    def restore(self, stored: Mapping[str, StoredLinear], kv: LayerKV | None) -> None:
+        """Take linears that are rounded already, whose dequantized weights the layer was given."""
+        nothing = torch.empty(0)
+        for linear in itertools.chain(*self._groups.values()):
+            self._rounded[linear.name] = linear, RoundedLinear(stored[linear.name], nothing, None, {})
+        self._kv = kv
+
+    def as_served(self, batch: Tensor, call: Call) -> Tensor:
+        """A batch through the rounded layer, its inputs quantized and its keys and values from their cache."""
+        if self._kv is not None:
+            call = through_cache(call, self._kv)
+        return self._run(batch, call, self._quantized)
+
+    def _calibrate_kv(self, hidden: list[Tensor], call: Call) -> None:
+        """Choose how the rounded layer's keys and values are stored; hidden: batches as they enter the layer."""
+        if not self._plan.calibrates_kv:
+            return
+        assert self._plan.kv is not None, "it calibrates the cache that it has"
+        stats = KVStats()
+        with self._watch.measure("kv cache"):
+            for batch in hidden:
+                with self._inputs(self._module, self._quantized):
+                    watch_cache(self._module, self._there(batch), call, stats)
+            probe = self._there(probe_samples(hidden))
+            self._kv = choose_kv(self._module, probe, call, stats, self._plan.kv, self._plan.scale_dtype)
+
     def input_stats(self, hidden: list[Tensor], call: Call) -> dict[str, InputStats]:
         """Statistics of the inputs of all groups, with nothing rounded yet."""
         return self._observed(list(self._groups), Streams(hidden, None), call, None, [])
@@ -160,8 +196,11 @@ class LayerWork:
         return names | biases
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The rounded linears under their final names, on the CPU; biases where they were corrected."""
+        """Under their final names, on the CPU: the rounded linears, corrected biases, scales of the KV cache."""
         tensors: dict[str, Tensor] = {}
+        if self._kv is not None:
+            names = (f"{self._attention}.k_scale", f"{self._attention}.v_scale")
+            tensors |= dict(zip(names, (s.to(self._plan.scale_dtype) for s in self._kv.scales), strict=True))
         for name, (linear, rounded) in self._rounded.items():
             assert linear.scheme is not None, "only quantized linears are rounded"
             for suffix, tensor in encode_linear(rounded.stored, linear.scheme).items():
@@ -177,6 +216,8 @@ class LayerWork:
         }
         if self._coverage is not None:
             notes["experts"] = {"tokens": self._coverage.num_tokens, "starved": self._coverage.starved}
+        if self._kv is not None:
+            notes["kv_cache"] = self._kv.note
         return notes
 
     def _run(
@@ -357,6 +398,11 @@ def _keep_input(inputs: dict[str, Tensor], group: str, x: Tensor) -> Tensor:
 
 def below_layer(name: str) -> str:
     """A full name without the prefix of its layer."""
+    return name.removeprefix(prefix_of(name))
+
+
+def prefix_of(name: str) -> str:
+    """What all full names of a layer start with."""
     place = place_of(name)
     assert place is not None, "linears are in layers"
-    return name.removeprefix(place.prefix)
+    return place.prefix

@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.arch import Role, place_of
 from quantkit.arch.pairs import layer_wiring, read_heads
 from quantkit.calibration.folds import Folds
+from quantkit.calibration.kv import ATTENTION, LayerKV
 from quantkit.calibration.layer import LayerWork, OnLinear, Streams
 from quantkit.calibration.overlap import ReadAhead, WriteBehind
 from quantkit.calibration.skeleton import Call, Skeleton, run_layer
@@ -24,7 +25,7 @@ from quantkit.calibration.smoothing import smoothed, smooths
 from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.compressed_tensors import decode_linear
+from quantkit.formats.compressed_tensors import StoredLinear, decode_linear
 from quantkit.formats.finite import check_finite
 from quantkit.formats.stage import Stage, layer_part
 from quantkit.observers import InputStats
@@ -35,6 +36,7 @@ WHOLE_BYTES = 4 << 30  # activations of all tokens in one layer that go through 
 BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # the same of a batch, where they do not
 FLOAT32_LAYER_WEIGHTS = 50_000_000  # on a GPU, layers up to this size are computed in float32 (TF32 products)
 OUTSIDE = "outside"
+KV_SCALES = {f"{ATTENTION}.k_scale", f"{ATTENTION}.v_scale"}
 
 
 def calibrate(
@@ -140,7 +142,12 @@ class LayerRun:
         hidden, originals = self.streams
         if originals is not None:
             originals = self._advanced(layer, tensors, originals)
-        hidden = self._advanced(layer, tensors | self._staged(layer, stage), hidden)
+        staged = staged_layer(stage, layer, self.by_layer[layer])
+        work = self._work(layer, tensors | staged.tensors, lambda linear, note, seconds: None)
+        work.restore(staged.linears, staged_kv(stage, layer, self.plan) if self.plan.calibrates_kv else None)
+        for number, batch in enumerate(hidden):
+            hidden[number] = work.as_served(batch, self.calls[layer]).to(batch.device)
+        self.skeleton.empty_layer(layer)
         self.streams = Streams(hidden, originals)
 
     def quantize(self, layer: int, stage: Stage, on_linear: OnLinear) -> None:
@@ -223,24 +230,39 @@ class LayerRun:
         total = torch.cuda.get_device_properties(self.skeleton.device).total_memory
         return hidden if num_bytes <= total // 16 else [part.cpu() for part in hidden]
 
-    def _staged(self, layer: int, stage: Stage) -> dict[str, Tensor]:
-        """What the stage has of a layer, by names below it, quantized linears dequantized."""
-        return staged_layer(stage, layer, self.by_layer[layer])
+
+class StagedLayer(NamedTuple):
+    """tensors: what changes of a layer, by names below it, dequantized; linears: the quantized ones, by full names."""
+
+    tensors: dict[str, Tensor]
+    linears: dict[str, StoredLinear]
 
 
-def staged_layer(stage: Stage, layer: int, linears: list[LinearPlan]) -> dict[str, Tensor]:
-    """Tensors of a staged layer by names below it; quantized linears dequantized, float32."""
+def staged_layer(stage: Stage, layer: int, linears: list[LinearPlan]) -> StagedLayer:
+    """What the stage has of a layer; dequantized weights are float32."""
     staged = stage.read(layer_part(layer))
-    tensors: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    stored: dict[str, StoredLinear] = {}
     for linear in linears:
         if linear.scheme is not None:
             prefix = f"{linear.name}."
             own = [name for name in staged if name.startswith(prefix) and name != f"{prefix}bias"]
             parts = {name.removeprefix(prefix): staged.pop(name) for name in own}
-            stored = decode_linear(parts, linear.scheme)
-            granularity = linear.scheme.weight.granularity
-            tensors[f"{prefix}weight"] = dequantize_weight(stored.codes_NK, granularity, stored.qparams)
-    return {_below_layer(name): tensor for name, tensor in (tensors | staged).items()}
+            one = stored[linear.name] = decode_linear(parts, linear.scheme)
+            weights[f"{prefix}weight"] = dequantize_weight(
+                one.codes_NK, linear.scheme.weight.granularity, one.qparams
+            )
+    below = {_below_layer(name): tensor for name, tensor in (weights | staged).items()}
+    return StagedLayer(
+        {name: tensor for name, tensor in below.items() if name not in KV_SCALES},
+        stored,
+    )
+
+
+def staged_kv(stage: Stage, layer: int, plan: QuantPlan) -> LayerKV:
+    """How a staged layer stores its keys and values."""
+    assert plan.kv is not None, "asked for by a plan that calibrates the cache"
+    return LayerKV.from_note(stage.notes(layer_part(layer))["kv_cache"], plan.kv)
 
 
 def _below_layer(name: str) -> str:

@@ -1,13 +1,16 @@
 """The KV cache's part of a checkpoint: its scheme and its stored scales.
 
 FP8 is in the main files, as compressed-tensors defines it: `kv_cache_scheme` in config.json, and per
-attention module `<module>.k_scale` and `.v_scale`, [1] per tensor or [H, 1, 1] per head. INT8 is in a file of
-its own, because vLLM refuses a config that names it: `quantkit_kv.safetensors`, metadata {"dtype": "int8",
-"granularity": "head" | "token"}, float32 scales [H, 1, 1] under the same names for `head`, none for `token`.
+attention module `<module>.k_scale` and `.v_scale`, [1] per tensor or [H, 1, 1] per head. What config.json cannot
+say, or vLLM refuses in it, is in a file of its own, `quantkit_kv.safetensors`, and then config.json has no
+`kv_cache_scheme`: metadata {"dtype": "int8" | "fp8", "granularity": "tensor" | "head" | "token", "kept_layers":
+"[0, 29]"}, the last only where some layers stay in 16 bits. INT8 scales per head are in it too, float32 [H, 1, 1] under
+the names above; FP8 scales stay in the main files, where a loader that is told to use FP8 finds them.
 
 Knows nothing of how a cache is laid out in memory. H: number of KV heads.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,11 +41,18 @@ _SCALE = re.compile(r"(?P<module>(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\..
 class StoredKV(NamedTuple):
     """A KV scheme and its scales.
 
-    scales: layer -> (k_scale, v_scale), float32, [1] or [H, 1, 1]; empty for `token`.
+    scales: layer -> (k_scale, v_scale), float32, [1] or [H, 1, 1], those of kept layers unused; empty for `token`.
+    kept_layers: layers whose cache stays in 16 bits.
     """
 
     scheme: KVScheme
     scales: dict[int, tuple[Tensor, Tensor]]
+    kept_layers: frozenset[int] = frozenset()
+
+    @property
+    def is_in_sidecar(self) -> bool:
+        """Whether config.json cannot say it."""
+        return self.scheme.dtype == "int8" or bool(self.kept_layers)
 
 
 def kv_layout(
@@ -73,13 +83,16 @@ def kv_tensors(kv: StoredKV, attention_modules: Mapping[int, str]) -> dict[str, 
 
 def encode_kv_sidecar(kv: StoredKV, attention_modules: Mapping[int, str]) -> bytes:
     """The bytes of `quantkit_kv.safetensors`; the same scheme and scales give the same bytes."""
-    assert kv.scheme.dtype == "int8", "an FP8 cache is described by config.json and the shards"
+    assert kv.is_in_sidecar, "an FP8 cache of all layers is described by config.json and the shards"
     check_kv_scheme(kv.scheme)
-    tensors = {name: scale.float() for name, scale in kv_tensors(kv, attention_modules).items()}
-    header = encode_header(
-        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()},
-        metadata={"dtype": kv.scheme.dtype, "granularity": kv.scheme.granularity},
-    )
+    tensors: dict[str, Tensor] = {}
+    if kv.scheme.dtype == "int8":
+        tensors = {name: scale.float() for name, scale in kv_tensors(kv, attention_modules).items()}
+    metadata: dict[str, str] = {"dtype": kv.scheme.dtype, "granularity": kv.scheme.granularity}
+    if kv.kept_layers:
+        metadata["kept_layers"] = json.dumps(sorted(kv.kept_layers))
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header = encode_header(kinds, metadata=metadata)
     return b"".join([header, *(bytes(as_bytes(tensor)) for tensor in tensors.values())])
 
 
@@ -106,22 +119,47 @@ def read_kv_cache(checkpoint: Checkpoint) -> StoredKV | None:
         )
     if in_config is not None:
         raise SourceError(
-            f"{sidecar}: an INT8 KV cache, but config.json has a kv_cache_scheme too",
+            f"{sidecar}: describes the KV cache, but config.json has a kv_cache_scheme too",
             fix=f"remove the one that is not meant: {SIDECAR_NAME}, or kv_cache_scheme in config.json",
         )
-    tensors = read_header(sidecar)
-    scheme = _sidecar_scheme(sidecar)
-    return StoredKV(scheme, _read_scales(checkpoint, scheme, tensors))
+    plan = _sidecar_plan(sidecar, num_layers(checkpoint))
+    tensors = read_header(sidecar) if plan.scheme.dtype == "int8" else checkpoint.tensors
+    return plan._replace(scales=_read_scales(checkpoint, plan.scheme, tensors))
 
 
-def _sidecar_scheme(sidecar: Path) -> KVScheme:
+def _sidecar_plan(sidecar: Path, layers: int) -> StoredKV:
+    """The sidecar's metadata, whose keys are all known; scales are left out."""
     metadata = read_metadata(sidecar)
-    granularity = metadata.get("granularity")
-    if metadata.get("dtype") != "int8" or granularity not in {"head", "token"}:
+    scheme = _SIDECAR_SCHEMES.get((metadata.get("dtype", ""), metadata.get("granularity", "")))
+    kept = _layer_numbers(metadata.get("kept_layers", "[]"), layers)
+    is_known = metadata.keys() <= {"dtype", "granularity", "kept_layers"}
+    if scheme is None or kept is None or not is_known or (scheme.dtype == "fp8" and not kept):
         raise SourceError(
             f"{sidecar}: metadata {metadata} is no KV scheme", fix="quantize the checkpoint again"
         )
-    return KVScheme(dtype="int8", granularity="head" if granularity == "head" else "token")
+    return StoredKV(scheme, {}, kept)
+
+
+_SIDECAR_SCHEMES: dict[tuple[str, str], KVScheme] = {
+    (scheme.dtype, scheme.granularity): scheme
+    for scheme in (
+        KVScheme(dtype="int8", granularity="head"),
+        KVScheme(dtype="int8", granularity="token"),
+        KVScheme(dtype="fp8", granularity="tensor"),
+        KVScheme(dtype="fp8", granularity="head"),
+    )
+}
+
+
+def _layer_numbers(text: str, layers: int) -> frozenset[int] | None:
+    """The numbers of a JSON list; None if it is none of existing layers."""
+    try:
+        numbers = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+        return None
+    return frozenset(numbers) if all(0 <= number < layers for number in numbers) else None
 
 
 def _read_scales(

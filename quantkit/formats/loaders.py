@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from quantkit.schemes import FloatSpec, IntSpec, KVScheme, PerBlock, PerGroup, PerTensor, Scheme
-from quantkit.schemes.labels import kv_label, scheme_label
+from quantkit.schemes.labels import kv_plan_label, scheme_label
 
 LOADED = "checked by loading with transformers 5.23.0"
 READ_TRANSFORMERS = "read in the sources of transformers 5.23.0"
@@ -50,16 +50,22 @@ class LinearFacts(NamedTuple):
 
 
 def loader_verdicts(
-    linears: Sequence[LinearFacts], kv: KVScheme | None, *, unmatched: Sequence[str] = ()
+    linears: Sequence[LinearFacts],
+    kv: KVScheme | None,
+    *,
+    kept_layers: Sequence[int] = (),
+    unmatched: Sequence[str] = (),
 ) -> list[LoaderVerdict]:
     """Verdicts of transformers, vLLM and SGLang.
 
-    unmatched: linears that the quantization_config neither targets nor ignores.
+    kept_layers: those whose KV cache stays in 16 bits. unmatched: linears that the quantization_config neither
+    targets nor ignores.
     """
+    cache = None if kv is None else _Cache(kv, tuple(kept_layers))
     rules: dict[str, Callable[[], Iterable[Reason]]] = {
-        "transformers": lambda: _transformers(linears, kv),
-        "vLLM": lambda: [*_vllm(linears, kv), *_serving(linears, unmatched, READ_VLLM, READ_OTHER_VLLM)],
-        "SGLang": lambda: [*_sglang(linears, kv), *_serving(linears, unmatched, READ_SGLANG, READ_SGLANG)],
+        "transformers": lambda: _transformers(linears, cache),
+        "vLLM": lambda: [*_vllm(linears, cache), *_serving(linears, unmatched, READ_VLLM, READ_OTHER_VLLM)],
+        "SGLang": lambda: [*_sglang(linears, cache), *_serving(linears, unmatched, READ_SGLANG, READ_SGLANG)],
     }
     return [_verdict(loader, tuple(reasons())) for loader, reasons in rules.items()]
 
@@ -68,6 +74,21 @@ def _verdict(loader: str, reasons: tuple[Reason, ...]) -> LoaderVerdict:
     answers = {reason.answer for reason in reasons}
     loads: Answer = "no" if "no" in answers else "unknown" if "unknown" in answers else "yes"
     return LoaderVerdict(loader=loader, loads=loads, reasons=reasons)
+
+
+class _Cache(NamedTuple):
+    """The KV cache; kept_layers: in 16 bits."""
+
+    scheme: KVScheme
+    kept_layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"KV cache {kv_plan_label(self.scheme, self.kept_layers)}"
+
+    @property
+    def is_in_config(self) -> bool:
+        """Whether config.json says it."""
+        return self.scheme.dtype == "fp8" and not self.kept_layers
 
 
 class _Kind(NamedTuple):
@@ -93,7 +114,7 @@ def _kinds(linears: Sequence[LinearFacts]) -> list[_Kind]:
     return [_Kind(scheme, is_expert, found) for (scheme, is_expert), found in members.items()]
 
 
-def _transformers(linears: Sequence[LinearFacts], kv: KVScheme | None) -> Iterator[Reason]:
+def _transformers(linears: Sequence[LinearFacts], cache: _Cache | None) -> Iterator[Reason]:
     kinds = _kinds(linears)
     for kind in kinds:
         yield _transformers_scheme(kind)
@@ -108,12 +129,10 @@ def _transformers(linears: Sequence[LinearFacts], kv: KVScheme | None) -> Iterat
             "gets wrong weights",
             LOADED,
         )
-    if kv is not None and kv.dtype == "fp8":
-        yield Reason("yes", f"KV cache {kv_label(kv)}: emulated", LOADED)
-    elif kv is not None:
-        yield Reason(
-            "yes", f"KV cache {kv_label(kv)}: not read; the cache stays in 16 bits", READ_TRANSFORMERS
-        )
+    if cache is not None and cache.is_in_config:
+        yield Reason("yes", f"{cache}: emulated", LOADED)
+    elif cache is not None:
+        yield Reason("yes", f"{cache}: not read; the cache stays in 16 bits", READ_TRANSFORMERS)
 
 
 def _transformers_scheme(kind: _Kind) -> Reason:
@@ -140,17 +159,20 @@ def _transformers_scheme(kind: _Kind) -> Reason:
     return Reason("yes", f"{kind}: loads, and computes on dequantized weights", LOADED)
 
 
-def _vllm(linears: Sequence[LinearFacts], kv: KVScheme | None) -> Iterator[Reason]:
+def _vllm(linears: Sequence[LinearFacts], cache: _Cache | None) -> Iterator[Reason]:
     for kind in _kinds(linears):
         answer, text = _vllm_scheme(kind)
         yield Reason(answer, text, UNCONFIRMED if answer == "unknown" else READ_VLLM)
-    if kv is not None and kv.dtype == "fp8":
-        yield Reason("yes", f"KV cache {kv_label(kv)}: switched on by --kv-cache-dtype auto", READ_VLLM)
-    elif kv is not None:
-        text = (
-            f"KV cache {kv_label(kv)}: its config cannot say it, so the cache stays in 16 bits; closest is "
-            "--kv-cache-dtype int8_per_token_head (one dynamic scale per token and head)"
-        )
+    if cache is not None and cache.is_in_config:
+        yield Reason("yes", f"{cache}: switched on by --kv-cache-dtype auto", READ_VLLM)
+    elif cache is not None:
+        flags = {
+            "fp8": "--kv-cache-dtype fp8_e4m3",
+            "int8": "--kv-cache-dtype int8_per_token_head (one dynamic scale per token and head)",
+        }[cache.scheme.dtype]
+        if cache.kept_layers:
+            flags += f" --kv-cache-dtype-skip-layers {' '.join(map(str, cache.kept_layers))}"
+        text = f"{cache}: its config cannot say it, so the cache stays in 16 bits; closest is {flags}"
         yield Reason("yes", text, READ_OTHER_VLLM)
 
 
@@ -189,21 +211,21 @@ def _vllm_weight_only(kind: _Kind, weight: IntSpec) -> tuple[Answer, str]:
     return "yes", f"{kind}: from SM75"
 
 
-def _sglang(linears: Sequence[LinearFacts], kv: KVScheme | None) -> Iterator[Reason]:
+def _sglang(linears: Sequence[LinearFacts], cache: _Cache | None) -> Iterator[Reason]:
     for kind in _kinds(linears):
         yield Reason(*(_sglang_experts(kind) if kind.is_expert else _sglang_scheme(kind)), READ_SGLANG)
-    if kv is None:
+    if cache is None:
         return
-    if kv == KVScheme(dtype="fp8", granularity="tensor"):
-        yield Reason("yes", f"KV cache {kv_label(kv)}: switched on by --kv-cache-dtype auto", READ_SGLANG)
+    if cache == _Cache(KVScheme(dtype="fp8", granularity="tensor"), ()):
+        yield Reason("yes", f"{cache}: switched on by --kv-cache-dtype auto", READ_SGLANG)
         return
     text = "stays in 16 bits; closest is --kv-cache-dtype fp8_e4m3, without the stored scales"
     why = (
         "takes one scale per tensor only, so the cache"
-        if kv.dtype == "fp8"
+        if cache.is_in_config
         else "its config cannot say it, so the cache"
     )
-    yield Reason("yes", f"KV cache {kv_label(kv)}: {why} {text}", READ_SGLANG)
+    yield Reason("yes", f"{cache}: {why} {text}", READ_SGLANG)
 
 
 def _sglang_scheme(kind: _Kind) -> tuple[Answer, str]:

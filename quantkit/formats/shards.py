@@ -66,7 +66,8 @@ class ShardWriter:
 
     Use as a context manager. `num_done` entries are on disk already; `notes` are what was journalled with
     them. Owns DIR's shards, index and journal. key: what the output depends on; a journal with another key or
-    another layout is refused. also_needed_bytes: room on the disk that is needed beside the shards.
+    another layout is refused. also_needed_bytes: room on the disk that is needed beside the shards. needs_index:
+    write one for a single shard too.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class ShardWriter:
         limits: Limits = DEFAULT_LIMITS,
         *,
         also_needed_bytes: int = 0,
+        needs_index: bool = False,
     ) -> None:
         self._folder = folder
         self._also_needed_bytes = also_needed_bytes
+        self._needs_index = needs_index
         self._entries = entries
         self._limits = limits
         self._shards = _split(entries, limits.shard_bytes)
@@ -150,7 +153,7 @@ class ShardWriter:
     def finish(self) -> None:
         """All entries are done: write the index. The journal stays until `remove_journal`."""
         assert self.num_done == len(self._entries), "entries are missing"
-        if len(self._names) > 1:
+        if len(self._names) > 1 or self._needs_index:
             weight_map = {name: self._names[place.shard] for name, place in sorted(self._places.items())}
             total = sum(place.num_bytes for place in self._places.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -177,6 +177,7 @@ def collect(stage: Stage) -> Staged:
     notes: dict[str, dict[str, Any]] = defaultdict(dict)
     excluded: dict[str, int] = {}
     experts: dict[str, Any] = {}
+    kv_cache: dict[str, Any] = {}
     seconds: dict[str, Any] = {"linears": {}, "parts": {}}
     for part in [*(part for part in stage.parts() if part != TUNED), TUNED]:
         if not stage.has(part):
@@ -189,9 +190,12 @@ def collect(stage: Stage) -> Staged:
             excluded[part] = said["excluded"]
         if "experts" in said:
             experts[part] = said["experts"]
+        if "kv_cache" in said:
+            kv_cache[part] = said["kv_cache"]
         seconds["linears"] |= said.get("linear_seconds", {})
         seconds["parts"] |= {part: said["seconds"]} if "seconds" in said else {}
-    return Staged(tensors, notes, {"excluded_rows": excluded, "experts": experts}, seconds)
+    observed = {"excluded_rows": excluded, "experts": experts} | ({"kv_cache": kv_cache} if kv_cache else {})
+    return Staged(tensors, notes, observed, seconds)
 
 
 def staged_bytes(recipe: Recipe, quantized_bytes: int, quantized_weights: int, all_bytes: int) -> int:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from quantkit.arch import Role, Stays, place_of
+from quantkit.calibration.kv import LayerKV
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.card import first_card
 from quantkit.formats.checkpoint import Checkpoint, read_json
@@ -127,10 +128,13 @@ def write_companions(
     folder = report.folder
     copy_companions(checkpoint.path, folder)
     config = dict(checkpoint.config)
-    kv = None if plan.kv is None or plan.kv.dtype != "fp8" else plan.kv
-    config["quantization_config"] = write_quantization(plan.schemes, kv, extra_ignore=_other_modules(plan))
-    if plan.kv is not None and plan.kv.dtype == "int8":
-        write_kv_sidecar(folder, StoredKV(plan.kv, {}), attention_modules(plan))
+    kv = _stored_kv(plan, summary)
+    in_config = None if kv is None or kv.is_in_sidecar else kv.scheme
+    config["quantization_config"] = write_quantization(
+        plan.schemes, in_config, extra_ignore=_other_modules(plan)
+    )
+    if kv is not None and kv.is_in_sidecar:
+        write_kv_sidecar(folder, kv, attention_modules(plan))
     write_json(folder / "config.json", config)
     card = first_card(
         base=summary["source"]["name"],
@@ -154,6 +158,24 @@ def write_companions(
     }
     write_json(folder / LOG_NAME, log)
     write_json(folder / PLAN_NAME, summary)
+
+
+def _stored_kv(plan: QuantPlan, summary: Mapping[str, Any]) -> StoredKV | None:
+    """The KV cache as the calibrated layers want it, or as the plan says where none was."""
+    if plan.kv is None:
+        return None
+    if not plan.calibrates_kv:
+        return StoredKV(plan.kv, {})
+    layers = {
+        int(part): LayerKV.from_note(note, plan.kv) for part, note in summary["observed"]["kv_cache"].items()
+    }
+    kept = frozenset(layer for layer, kv in layers.items() if kv.stays)
+    return StoredKV(plan.kv, {layer: kv.scales for layer, kv in layers.items()}, kept)
+
+
+def has_sidecar_tensors(plan: QuantPlan) -> bool:
+    """Whether scales of the KV cache will lie beside the shards, where a loader could take them for one."""
+    return plan.kv is not None and plan.kv.dtype == "int8" and plan.calibrates_kv
 
 
 def attention_modules(plan: QuantPlan) -> dict[int, str]:

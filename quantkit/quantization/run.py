@@ -42,6 +42,7 @@ from quantkit.quantization.record import (
     SECONDS,
     QuantReport,
     attention_modules,
+    has_sidecar_tensors,
     is_same_run,
     linear_notes,
     plan_summary,
@@ -105,6 +106,7 @@ def quantize_checkpoint(
             key,
             limits,
             also_needed_bytes=0 if tokens is None else _stage_needs(recipe, entries, Stage(folder)),
+            needs_index=has_sidecar_tensors(plan),
         ) as writer:
             staged = Staged.nothing()
             if tokens is not None and writer.num_done < len(entries):

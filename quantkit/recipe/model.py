@@ -107,7 +107,9 @@ class Recipe(_Strict):
         "inputs stay 16-bit, else the inputs' format; same: as the MLP.",
     )
     kv_cache: Literal["none", "fp8", "int8"] = Field(
-        "none", description="Number format of the KV cache. fp8: scale 1.0; int8: scaled while running."
+        "none",
+        description="Number format of the KV cache. fp8: scales measured on calibration text, or 1.0; int8: scaled "
+        "while running, or, per head, measured. A layer whose attention suffers keeps its cache in 16 bits.",
     )
     kv_granularity: Literal["auto", "tensor", "head", "token"] = Field(
         "auto",
@@ -148,13 +150,15 @@ class Recipe(_Strict):
             return "scales: importance"
         if self.activation_scales == "static" and self.activations != "none":
             return "activation_scales: static"
+        if self.kv_cache == "int8" and self.kv_granularity == "head":
+            return "kv_granularity: head"
         return None
 
     @property
     def can_use_data(self) -> bool:
         """Whether calibration text would change anything."""
         scales = [self.scales, *(override.scales for override in self.overrides if override.scales)]
-        return self.data_reason is not None or "auto" in scales
+        return self.data_reason is not None or self.kv_cache == "fp8" or "auto" in scales
 
     @model_validator(mode="after")
     def _algorithms_fit(self) -> Self:

@@ -56,13 +56,15 @@ class LinearPlan:
 class QuantPlan:
     """The recipe, resolved. `stays`: the other tensors of two or more dimensions, with reasons.
 
-    scale_dtype: of every stored scale: the model's own dtype.
+    scale_dtype: of every stored scale: the model's own dtype. calibrates_kv: scales of the KV cache are measured, and
+    layers that suffer from it may keep theirs in 16 bits.
     """
 
     recipe: Recipe
     linears: tuple[LinearPlan, ...]
     stays: tuple[Stays, ...]
     kv: KVScheme | None
+    calibrates_kv: bool
     scale_dtype: torch.dtype
 
     @property
@@ -118,6 +120,7 @@ def make_plan(
         linears=tuple(plans[linear.name] for linear in linears),
         stays=tuple(stays),
         kv=kv,
+        calibrates_kv=has_data and kv is not None and kv.granularity != "token",
         scale_dtype=_scale_dtype(checkpoint, linears),
     )
 
@@ -258,11 +261,6 @@ def _kv_scheme(recipe: Recipe, where: str) -> KVScheme | None:
         check_kv_scheme(kv)
     except SchemeError as error:
         raise SchemeError(f"{where}: {error.problem}", fix=error.fix) from None
-    if kv.dtype == "int8" and kv.granularity == "head":
-        raise RecipeError(
-            f"{where}: an INT8 KV cache with one stored scale per head needs scales measured on text",
-            fix="use `kv_granularity: token`, whose scales are computed while running",
-        )
     return kv
 
 

@@ -1,9 +1,8 @@
 """Keys and values of one sequence, contiguous and growing, stored in 16/32 bits or as the checkpoint says.
 
 A quantized cache holds codes; attention always gets their round trip, for the tokens of the current step too.
-The arithmetic is in the model's dtype: code = round(clamp(x / scale)), value = code · scale, with stored scales
-(FP8; INT8 per head) or amax / 127 over one token of one head (INT8 per token). Not amax / 127.5, as for linears:
-that puts the largest value on a rounding boundary, where the last bit of it decides about a whole step.
+The arithmetic is `numerics.kv_codes`'s, in the model's dtype, with stored scales (FP8; INT8 per head) or amax / 127
+over one token of one head (INT8 per token). Layers that the checkpoint's plan keeps are in 16/32 bits.
 
 Shape suffixes: T new tokens, S all tokens, H KV heads, D head_dim.
 """
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.kv_cache import StoredKV
-from quantkit.numerics.affine import E4M3_MAX
+from quantkit.numerics.kv_codes import LARGEST, decode_kv, encode_kv
 from quantkit_kernels.float8 import REBIAS, decode_shifted
 
 FIRST_CAPACITY = 256
@@ -26,10 +25,7 @@ class KVCache:
     ) -> None:
         self.num_tokens = 0
         self.dtype = dtype
-        self._layers = [
-            tuple(_Part(num_heads, head_dim, dtype, stored, scale) for scale in _scales(stored, layer))
-            for layer in range(num_layers)
-        ]
+        self._layers = [_parts(num_heads, head_dim, dtype, stored, layer) for layer in range(num_layers)]
 
     def append(self, layer: int, k_HTD: Tensor, v_HTD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of one layer; returns all of its keys and values, [H, S, D] each."""
@@ -68,15 +64,11 @@ class _Part:
             return self.codes_HSD[:, :stop]
         scale = self.scale
         if self.is_dynamic:
-            scale = x_HTD.abs().amax(dim=-1, keepdim=True) / 127
+            scale = x_HTD.abs().amax(dim=-1, keepdim=True) / LARGEST["int8"]
             scale = scale.masked_fill(scale == 0, torch.finfo(self.dtype).eps)
             self.scale_HS1[:, start:stop] = scale
         assert scale is not None, "a quantized cache has stored or dynamic scales"
-        scaled = x_HTD / scale
-        if self.store == "fp8":
-            self.codes_HSD[:, start:stop] = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        else:
-            self.codes_HSD[:, start:stop] = scaled.clamp(-128, 127).round().to(torch.int8)
+        self.codes_HSD[:, start:stop] = encode_kv(x_HTD, self.store, scale)
         return self._values(stop)
 
     def _values(self, stop: int) -> Tensor:
@@ -85,7 +77,7 @@ class _Part:
         assert scale is not None, "a quantized cache has stored or dynamic scales"
         if self.store == "fp8":
             return (decode_shifted(codes) * REBIAS).to(self.dtype) * scale
-        return codes.to(self.dtype) * scale
+        return decode_kv(codes, scale)
 
     def _grow(self, num_tokens: int) -> None:
         capacity = self.codes_HSD.shape[1]
@@ -108,7 +100,14 @@ def _longer(tensor: Tensor, extra: int) -> Tensor:
     return longer
 
 
-def _scales(stored: StoredKV | None, layer: int) -> tuple[Tensor | None, Tensor | None]:
-    if stored is None or not stored.scales:
-        return None, None
-    return stored.scales[layer]
+def _parts(
+    num_heads: int, head_dim: int, dtype: torch.dtype, stored: StoredKV | None, layer: int
+) -> tuple[_Part, _Part]:
+    """Keys and values of one layer."""
+    if stored is None or layer in stored.kept_layers:
+        return _Part(num_heads, head_dim, dtype, None, None), _Part(num_heads, head_dim, dtype, None, None)
+    k_scale, v_scale = stored.scales[layer] if stored.scales else (None, None)
+    return (
+        _Part(num_heads, head_dim, dtype, stored, k_scale),
+        _Part(num_heads, head_dim, dtype, stored, v_scale),
+    )

@@ -1,5 +1,7 @@
 """Schemes in words, for tables, cards and quantkit.json."""
 
+from collections.abc import Collection
+
 from quantkit.schemes.specs import (
     FloatSpec,
     Granularity,
@@ -42,3 +44,11 @@ def _granularity_label(granularity: Granularity) -> str:
             return f"block {rows}x{cols}"
         case _:
             return "token"
+
+
+def kv_plan_label(kv: KVScheme, kept_layers: Collection[int]) -> str:
+    """A KV cache in words, some of whose layers may stay in 16 bits."""
+    if not kept_layers:
+        return kv_label(kv)
+    noun = "layer" if len(kept_layers) == 1 else "layers"
+    return f"{kv_label(kv)}, 16 bits in {noun} {', '.join(map(str, sorted(kept_layers)))}"

@@ -88,7 +88,7 @@ def test_each_linear_is_rounded_on_what_the_rounded_model_gives_it(tmp_path, mon
     checkpoint, plan = planned(folder, *IMPORTANCE)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rounded = [
-        staged_layer(stage, layer, [one for one in plan.linears if f"layers.{layer}." in one.name])
+        staged_layer(stage, layer, [one for one in plan.linears if f"layers.{layer}." in one.name]).tensors
         for layer in range(2)
     ]
 
@@ -184,7 +184,7 @@ def test_a_biased_linear_gets_the_mean_of_its_error_back(tmp_path, model_type):
     name = "model.layers.0.self_attn.q_proj"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     x_TK = inputs_of(model, name)
-    staged = staged_layer(stage, 0, [one for one in plan.linears if ".layers.0." in one.name])
+    staged = staged_layer(stage, 0, [one for one in plan.linears if ".layers.0." in one.name]).tensors
     exact = model.get_submodule(name)(x_TK)
     rounded = x_TK @ staged["self_attn.q_proj.weight"].T
     plain = rounded + checkpoint.read(f"{name}.bias")

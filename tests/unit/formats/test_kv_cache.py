@@ -91,6 +91,49 @@ def test_int8_per_token_has_no_tensors(tmp_path):
     assert read_kv_cache(open_checkpoint(tmp_path)) == stored
 
 
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_layers_that_stay_in_16_bits_are_in_the_sidecar(tmp_path, granularity):
+    values = scales((HEADS, 1, 1)) if granularity == "head" else {}
+    stored = StoredKV(KVScheme(dtype="int8", granularity=granularity), values, frozenset({1}))
+    write_kv_sidecar(folder(tmp_path), stored, MODULES)
+    read = read_kv_cache(open_checkpoint(tmp_path))
+    assert read is not None and read.kept_layers == {1} and read.scales.keys() == values.keys()
+
+
+@pytest.mark.parametrize("granularity, shape", [("tensor", (1,)), ("head", (HEADS, 1, 1))])
+def test_an_fp8_plan_that_differs_per_layer_leaves_its_scales_in_the_shards(tmp_path, granularity, shape):
+    scheme = KVScheme(dtype="fp8", granularity=granularity)
+    stored = StoredKV(scheme, scales(shape), frozenset({0}))
+    folder(tmp_path, kv_tensors(stored, MODULES))
+    path = write_kv_sidecar(tmp_path, stored, MODULES)
+    with safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == []
+    read = read_kv_cache(open_checkpoint(tmp_path))
+    assert read is not None and read.scheme == scheme and read.kept_layers == {0}
+    assert torch.equal(read.scales[1][1], stored.scales[1][1])
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"dtype": "int4", "granularity": "head"},
+        {"dtype": "int8", "granularity": "tensor"},
+        {"dtype": "fp8", "granularity": "token", "kept_layers": "[0]"},
+        {"dtype": "fp8", "granularity": "head"},  # config.json could say it
+        {"dtype": "int8", "granularity": "token", "kept_layers": "[2]"},  # of two layers
+        {"dtype": "int8", "granularity": "token", "kept_layers": "0"},
+        {"dtype": "int8", "granularity": "token", "kept_layers": "[true]"},
+        {"dtype": "int8", "granularity": "token", "kept_layers": "[0"},
+        {"dtype": "int8", "granularity": "token", "offset": "1"},
+        {},
+    ],
+)
+def test_a_sidecar_that_says_what_we_do_not_implement_is_refused(tmp_path, metadata):
+    save_file({"a": torch.zeros(1)}, folder(tmp_path) / SIDECAR_NAME, metadata=metadata)
+    with pytest.raises(SourceError, match="is no KV scheme"):
+        read_kv_cache(open_checkpoint(tmp_path))
+
+
 def test_the_sidecar_is_the_same_bytes_in_any_order_of_layers():
     scheme, values = KVScheme(dtype="int8", granularity="head"), scales((HEADS, 1, 1))
     backwards = dict(reversed(values.items()))

@@ -143,3 +143,19 @@ def test_experts_keep_their_inputs_in_transformers():
     assert "their inputs stay in 16 bits" in reasons("transformers", linear(scheme, is_expert=True))
     static = Scheme(weight=FloatSpec(granularity=PerChannel()), activation=FloatSpec(granularity=PerToken()))
     assert "their inputs stay" not in reasons("transformers", linear(static))
+
+
+@pytest.mark.parametrize(
+    ("kv", "loader", "said"),
+    [
+        ("kv-fp8-tensor", "vLLM", "closest is --kv-cache-dtype fp8_e4m3 --kv-cache-dtype-skip-layers 0 5"),
+        ("kv-int8-head", "vLLM", "--kv-cache-dtype-skip-layers 0 5"),
+        ("kv-fp8-tensor", "SGLang", "its config cannot say it, so the cache stays in 16 bits"),
+        ("kv-fp8-tensor", "transformers", "not read; the cache stays in 16 bits"),
+    ],
+)
+def test_layers_that_stay_are_named_with_the_flags_that_come_closest(kv, loader, said):
+    verdicts = loader_verdicts([linear(W4)], KV_SCHEMES[kv], kept_layers=[0, 5])
+    (verdict,) = (one for one in verdicts if one.loader == loader)
+    text = " | ".join(reason.text for reason in verdict.reasons)
+    assert verdict.loads == "yes" and said in text and "16 bits in layers 0, 5" in text

@@ -138,6 +138,20 @@ def test_the_cache_returns_round_trips_within_half_a_step(name):
     assert cache.num_bytes < 0.4 * plain.num_bytes
 
 
+@pytest.mark.parametrize("name", KV_SCHEMES)
+def test_a_kept_layer_is_stored_as_it_is_and_the_others_are_not(name, tmp_path):
+    scheme = KV_SCHEMES[name]
+    shape = {"tensor": (1,), "head": (2, 1, 1), "token": None}[scheme.granularity]
+    scales = {} if shape is None else {layer: (torch.full(shape, 0.05),) * 2 for layer in range(3)}
+    stored = StoredKV(scheme, scales, frozenset({1}))
+    cache = KVCache(num_layers=3, num_heads=2, head_dim=8, dtype=torch.float32, stored=stored)
+    k_HTD, v_HTD = torch.randn(2, 2, 5, 8)
+    for layer in range(3):
+        seen = cache.append(layer, k_HTD, v_HTD)
+        is_exact = [torch.equal(got, given) for got, given in zip(seen, (k_HTD, v_HTD), strict=True)]
+        assert is_exact == [layer == 1] * 2
+
+
 def test_a_value_beyond_the_stored_scale_saturates():
     for dtype, top in (("fp8", 448.0), ("int8", 127.0)):
         stored = StoredKV(
