@@ -5,7 +5,8 @@ Documents are streamed, so a text of any size costs no memory. What a token is, 
 SPEC is one of
     PATH                         .txt (documents end at blank lines), .jsonl, .parquet, or a folder of those
     hf:DATASET[/CONFIG][:SPLIT]  a dataset on the Hugging Face hub; DATASET is OWNER/NAME or NAME
-    docs                         the language reference of the running Python
+    docs                         the language reference of the running Python: every other topic to calibrate on, the
+                                 rest to judge by, so that nothing is judged by what it was calibrated on
 
 `self`, text that the model writes, is calibration's: no document has been written yet.
 """
@@ -14,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.errors import TextError
 
@@ -56,14 +57,17 @@ class Documents:
             raise TextError(f"{self.spec}: holds no text", fix="give a text that is not empty")
 
 
-def load_documents(spec: str, render: Render = contents) -> Documents:
+def load_documents(
+    spec: str, render: Render = contents, *, use: Literal["judge", "calibrate"] = "judge"
+) -> Documents:
     """The documents that SPEC names; nothing but file names is read before iterating.
 
     render: makes a document of a conversation, whose messages have a role, a content that is a string, and what
-    else the data gives them. Raises TextError for a SPEC that names nothing readable.
+    else the data gives them. use: what for; decides which half of `docs` it is. Raises TextError for a SPEC that
+    names nothing readable.
     """
     if spec == DOCS:
-        return Documents(spec, _read_docs)
+        return Documents(spec, lambda: _read_docs(use))
     if spec == SELF:
         raise TextError(
             f"{SELF}: text that the model writes is for calibration only",
@@ -220,13 +224,14 @@ def _message(message: Any, place: str) -> Message:
     return {key: value for key, value in message.items() if value is not None} | {"content": content or ""}
 
 
-def _read_docs() -> Iterable[str]:
+def _read_docs(use: str) -> Iterable[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         problem = f"{DOCS}: this Python was installed without its documentation (pydoc_data.topics)"
         raise TextError(problem, fix="give a file with text: --data FILE.txt") from None
-    return dict.fromkeys(text.strip() for _, text in sorted(topics.items()))
+    texts = list(dict.fromkeys(text.strip() for _, text in sorted(topics.items())))
+    return texts[0 if use == "calibrate" else 1 :: 2]
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> TextError:

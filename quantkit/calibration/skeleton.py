@@ -6,7 +6,7 @@ with recorders in the places of its layers, so nothing of transformers is rewrit
 Shape suffixes: S samples, L tokens of a sample, E hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from quantkit.arch import FAMILIES
 from quantkit.arch.experts import EXPERTS, ExpertNames
 from quantkit.arch.names import place_of
 from quantkit.arch.skeleton import build_language_model
-from quantkit.errors import UnsupportedModelError
+from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint
 
 
@@ -68,7 +68,7 @@ class Skeleton:
             for name, tensor in to_module_names(tensors, self.checkpoint.model_type).items()
         }
         module: nn.Module = self.base.layers[layer]
-        module.load_state_dict(state, assign=True)
+        self._refuse([f"layer {layer}: {name}" for name in self._load(module, state)])
         return module.requires_grad_(False)
 
     def empty_layer(self, layer: int) -> None:
@@ -113,11 +113,30 @@ class Skeleton:
     def fill_outside(self, tensors: Mapping[str, Tensor]) -> None:
         """Give weights to what is in no layer; a tied head becomes the embedding."""
         state = {text_name(name): tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
-        self.model.load_state_dict(state, strict=False, assign=True)
+        missing = self._load(self.model, state)
+        self._refuse([name for name in missing if name != "lm_head.weight" and not place_of(name)])
         head = self.model.get_submodule("lm_head")
         if head.get_parameter("weight").is_meta:
             head.register_parameter("weight", self.base.embed_tokens.weight)
         self.model.requires_grad_(False)
+
+    def _load(self, module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+        """Give a module these tensors, those it has no place for left out; returns what it misses."""
+        try:
+            return list(module.load_state_dict(state, strict=False, assign=True).missing_keys)
+        except RuntimeError as error:  # a tensor of another shape
+            reason = str(error).splitlines()[-1].strip()
+            raise SourceError(
+                f"{self.checkpoint.path}: config.json and the weights do not fit together ({reason})",
+                fix="fetch the checkpoint again: config.json is of another model, or of another version",
+            ) from None
+
+    def _refuse(self, names: Sequence[str]) -> None:
+        if names:
+            raise SourceError(
+                f"{self.checkpoint.path}: {names[0]} is missing, and the model cannot run without it",
+                fix="the checkpoint is incomplete: fetch it again; or use a data-free recipe, such as int4-rtn",
+            )
 
     def outside_names(self) -> list[str]:
         """Tensors of the language model that are in no layer, by their names on disk."""

@@ -32,7 +32,7 @@ def calibration_tokens(model: Path, spec: str, samples: int, length: int) -> Cal
     """
     tokenizer = load_tokenizer(model)
     render = ChatTemplate(tokenizer)
-    with tokenize(load_documents(spec, render), tokenizer) as stream:
+    with tokenize(load_documents(spec, render, use="calibrate"), tokenizer) as stream:
         fitting = len(stream) // length
         if fitting == 0:
             raise TextError(

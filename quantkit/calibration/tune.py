@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,12 +101,17 @@ def schedule(plan: QuantPlan, tokens: CalibrationTokens, device: torch.device, n
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """While open, sums on a GPU have a fixed order, so that the same run gives the same bytes."""
-    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = (
+        False  # a kernel more for every tensor, to find bugs that are not ours
+    )
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 class TuneRun:

@@ -7,20 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from quantkit.formats.shards import OutputTensor, ShardWriter
+from tests.tiny_llama import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, INNER, VOCAB = 512, 2048, 4096
+NORMS = ("input", "post_attention")
 
 
 def write_model(folder: Path, layers: int) -> Path:
     """A random Llama whose weights take about 8.4 MB a layer."""
-    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     for layer in range(layers):
         for name, rows, cols in (
             ("self_attn.q_proj", HIDDEN, HIDDEN),
@@ -32,6 +38,7 @@ def write_model(folder: Path, layers: int) -> Path:
             ("mlp.down_proj", HIDDEN, INNER),
         ):
             shapes[f"model.layers.{layer}.{name}.weight"] = (rows, cols)
+        shapes |= {f"model.layers.{layer}.{name}_layernorm.weight": (HIDDEN,) for name in NORMS}
     entries = [(OutputTensor(name, torch.bfloat16, shape),) for name, shape in shapes.items()]
     generator = torch.Generator().manual_seed(layers)
     with ShardWriter(folder, entries, "random weights") as writer:
@@ -56,11 +63,13 @@ def write_model(folder: Path, layers: int) -> Path:
     return folder
 
 
-def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
+DATA_FREE = ("--set", "algorithm=rtn")
+
+
+def start(source: Path, output: Path, options: Sequence[str] = DATA_FREE) -> subprocess.Popen[bytes]:
     """The command line in a process of its own."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "quantkit", "quantize", source, "-r", "int4-all"]
-    command += ["--set", "algorithm=rtn", "-o", output]
+    command = [sys.executable, "-m", "quantkit", "quantize", source, "-r", "int4-all", *options, "-o", output]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, preexec_fn=_hear_ctrl_c)
 
@@ -75,20 +84,22 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "quantkit.log.json"}
 
 
-def kill_at_random(source: Path, folder: Path, kills: int, seed: int) -> int:
+def kill_at_random(
+    source: Path, folder: Path, kills: int, seed: int, options: Sequence[str] = DATA_FREE
+) -> int:
     """Quantize undisturbed, then under kills; compare; returns how often a kill met a run at work."""
     started = time.monotonic()
-    assert start(source, folder / "undisturbed").wait() == 0
+    assert start(source, folder / "undisturbed", options).wait() == 0
     whole = time.monotonic() - started
     instants = random.Random(seed)
     output, landed = folder / "killed", 0
     for _ in range(kills):
-        process = start(source, output)
+        process = start(source, output, options)
         time.sleep(instants.uniform(0, whole))
         landed += process.poll() is None
         process.kill()
         process.wait()
-    assert start(source, output).wait() == 0
+    assert start(source, output, options).wait() == 0
     assert content(output) == content(folder / "undisturbed")
     return landed
 
@@ -103,6 +114,27 @@ def test_three_kills(tmp_path):
 def test_twenty_five_kills(tmp_path):
     landed = kill_at_random(write_model(tmp_path / "source", layers=40), tmp_path, kills=25, seed=2)
     print(f"{landed} of 25 kills met a run at work; the result is byte-identical")
+    assert landed >= 5
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_twenty_five_kills_of_a_calibrated_run(tmp_path):
+    source = write_model(tmp_path / "source", layers=3)
+    write_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {word} fox jumps over {word} dogs." for word in map(str, range(400))))
+    algorithms = "algorithm=[rotate,weight_correction,gptq,refine,tune]"
+    settings = (
+        algorithms,
+        "calibration.samples=16",
+        "calibration.length=64",
+        "tune.epochs=1",
+        "tune.batch=2",
+    )
+    options = ["--calib", str(text), *(part for setting in settings for part in ("--set", setting))]
+    landed = kill_at_random(source, tmp_path, kills=25, seed=3, options=options)
+    print(f"{landed} of 25 kills met a calibrated run at work; the result is byte-identical")
     assert landed >= 5
 
 

@@ -57,6 +57,11 @@ def test_folder_is_read_in_the_order_of_names(tmp_path):
     assert list(load_documents(str(tmp_path))) == ["first", "second", "third"]
 
 
+def test_what_is_calibrated_on_is_not_what_is_judged_by():
+    judged, calibrated = load_documents("docs"), load_documents("docs", use="calibrate")
+    assert not set(judged) & set(calibrated)
+
+
 def test_docs_are_the_same_twice_and_hold_enough_for_the_default_windows():
     documents = list(load_documents("docs"))
     assert documents == list(load_documents("docs"))

@@ -5,9 +5,10 @@ import torch
 import transformers
 
 from quantkit.calibration.skeleton import Skeleton, run_layer
-from quantkit.errors import UnsupportedModelError
+from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import open_checkpoint
 from tests.tiny_families import TEXT_FAMILIES, save_family
+from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
 CPU = torch.device("cpu")
 SLIDING = {"sliding_window": 6}
@@ -70,3 +71,23 @@ def test_a_family_nobody_knows_is_refused_with_what_is_missing(tmp_path):
     with pytest.raises(UnsupportedModelError, match="stablelm: which linears share an input") as caught:
         Skeleton(open_checkpoint(tmp_path), CPU, torch.float32)
     assert "int4-rtn" in caught.value.fix and "llama" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_missing_norm_is_refused_by_name(tmp_path, name):
+    tensors = tiny_tensors()
+    del tensors[name]
+    checkpoint = open_checkpoint(write_tiny_llama(tmp_path / "model", tensors))
+    skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
+    outside = {each: checkpoint.read(each) for each in skeleton.outside_names()}
+    with pytest.raises(SourceError, match=name.removeprefix("model.layers.1.")):
+        skeleton.start(torch.zeros(1, 4, dtype=torch.int64), outside, 1)
+        skeleton.fill_layer(1, skeleton.read_layer(1))
+
+
+def test_a_norm_of_another_size_is_refused(tmp_path):
+    tensors = tiny_tensors() | {"model.layers.0.input_layernorm.weight": torch.ones(5).bfloat16()}
+    checkpoint = open_checkpoint(write_tiny_llama(tmp_path / "model", tensors))
+    skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float32)
+    with pytest.raises(SourceError, match=r"do not fit together .*input_layernorm"):
+        skeleton.fill_layer(0, skeleton.read_layer(0))
