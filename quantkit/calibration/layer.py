@@ -95,9 +95,11 @@ class LayerWork:
             self._round(group, stats)
             return self._quantized(group, x)
 
-        after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
+        after = None
+        if self._groups or self._experts:  # else there is a KV cache alone
+            after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
         self._calibrate_kv([hidden], call)
-        if self._kv is not None and not self._kv.stays:
+        if after is None or (self._kv is not None and not self._kv.stays):
             after = self.as_served(hidden, call)
         return Streams([after], originals)
 

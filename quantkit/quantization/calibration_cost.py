@@ -113,11 +113,12 @@ def _seconds(
 def _passes(plan: QuantPlan, is_whole: bool) -> int:
     """Once at all, or to observe and to advance; where weights are corrected, both models, and group by group.
 
-    Where one pass does it, once more through the KV cache that was chosen.
+    Where one pass rounds all, once more through the KV cache that was chosen.
     """
     if not is_whole:  # 7: to the inputs of 4 groups, together 2.5 layers long, and to advance
         return 7 if "weight_correction" in plan.recipe.algorithms else 2
-    return 1 + ("weight_correction" in plan.recipe.algorithms) + plan.calibrates_kv
+    has_linears = any(plan.schemes.values())
+    return 1 + ("weight_correction" in plan.recipe.algorithms) + (plan.calibrates_kv and has_linears)
 
 
 def _inputs(plan: QuantPlan) -> list[list[LinearPlan]]:
