@@ -209,7 +209,15 @@ RECIPES = (
     Bad("INT4 blocks", broken.nothing, setting("granularity=block"), "128x128 block", "groups"),
     Bad("KV granularity alone", broken.nothing, setting("kv_granularity=head"), "no effect", "remove"),
     Bad("KV FP8 per token", broken.nothing, setting("kv_cache=fp8", "kv_granularity=token"), "FP8 KV cache", "kv_"),
-    Bad("KV INT8 per head", broken.nothing, setting("kv_cache=int8", "kv_granularity=head"), "measured", "token"),
+    Bad("KV INT8 per tensor", broken.nothing, setting("kv_cache=int8", "kv_granularity=tensor"), "no loader", "token"),
+    Bad("static, 16 bits", broken.nothing, setting("activation_scales=static"), "no effect", "correct"),
+    Bad("two roundings", broken.nothing, setting("algorithm=[rtn,gptq]"), "exclude each other", "correct"),
+    Bad("out of order", broken.nothing, setting("algorithm=[gptq,awq]"), "the order", "correct"),
+    Bad("refine alone", broken.nothing, setting("algorithm=refine"), "gptq", "correct"),
+    Bad("budget alone", broken.nothing, setting("budget_minutes=5"), "no effect", "correct"),
+    Bad("no samples", broken.nothing, setting("calibration.samples=0"), "calibration.samples", "correct"),
+    Bad("no such device", broken.nothing, (*QUANTIZE, "--device", "tpu"), "not a device", "--device cpu"),
+    Bad("no such text", broken.nothing, (*QUANTIZE, "--calib", "nowhere.txt"), "no such file", "give a"),
 )
 
 OUTPUTS = (
