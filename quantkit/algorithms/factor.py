@@ -26,17 +26,6 @@ class Factor(NamedTuple):
     dead_K: Tensor
     damping: float
 
-    @property
-    def importance_K(self) -> Tensor:
-        """What an error of a column costs that no column after it can make up for: L[c, c]², in the weight's order.
-
-        At most the second moment, and the less the better later columns predict this one. As importance of the scale
-        search it belongs to gptq as the second moments do to rtn.
-        """
-        importance_K = torch.empty_like(self.lower_KK.diagonal())
-        importance_K[self.order_K] = self.lower_KK.diagonal().square()
-        return importance_K
-
 
 def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
     """Factorize H (float32 [K, K], mean of x xᵀ), with more damping where it is not positive definite.

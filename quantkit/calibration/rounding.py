@@ -56,9 +56,9 @@ def round_linears(
     if "gptq" in plan.recipe.algorithms and factor is None:
         troubles.append("rtn instead of gptq: the second moments of its input cannot be inverted")
     with watch.measure("scales"):
-        importance_K = stats.second_moment_K if factor is None else factor.importance_K
         starts = {
-            linear.name: _nearest(plan, linear, targets[linear.name], importance_K) for linear in linears
+            linear.name: _nearest(plan, linear, targets[linear.name], stats.second_moment_K)
+            for linear in linears
         }
     chosen = starts
     if factor is not None:

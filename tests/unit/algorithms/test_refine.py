@@ -40,7 +40,7 @@ class Problem:
 
     def start(self, spec, scale_dtype=torch.bfloat16):
         """GPTQ's codes and scales."""
-        importance_K = self.factor.importance_K
+        importance_K = self.hessian_KK.diagonal()
         _, qparams = rtn(self.w_NK, spec, scale_dtype, scales="importance", importance_K=importance_K)
         return Refined(gptq(self.w_NK, self.factor, spec, qparams), qparams)
 
