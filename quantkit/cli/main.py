@@ -16,6 +16,7 @@ from quantkit.cli.inspect import inspect
 from quantkit.cli.quantize import quantize
 from quantkit.cli.recipes import recipes
 from quantkit.cli.verify import verify
+from quantkit.env import keep_freed_memory
 from quantkit.errors import OutputError, QuantkitError
 from quantkit.version import __version__
 
@@ -59,6 +60,7 @@ app.command("recipes")(recipes)
 
 def main() -> None:
     """Run the command line; never returns."""
+    keep_freed_memory()
     sys.exit(run())
 
 
