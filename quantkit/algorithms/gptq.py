@@ -25,6 +25,9 @@ from quantkit.numerics import affine
 from quantkit.schemes import FloatSpec, Granularity, PerBlock, PerGroup, QParams, Spec
 
 BLOCK_COLUMNS = 128
+GPU_WEIGHTS = (
+    1 << 25
+)  # rows of so many weights at a time: enough to fill a GPU, and half a GB with what they need
 
 
 class ColumnScales(NamedTuple):
@@ -33,6 +36,11 @@ class ColumnScales(NamedTuple):
     scale_GN: Tensor
     zero_point_GN: Tensor | None
     group_K: Tensor
+
+    def of_rows(self, rows: slice) -> "ColumnScales":
+        """Those of some rows of the weight."""
+        zero_point_GN = None if self.zero_point_GN is None else self.zero_point_GN[:, rows]
+        return ColumnScales(self.scale_GN[:, rows], zero_point_GN, self.group_K)
 
 
 class Solved(NamedTuple):
@@ -45,14 +53,28 @@ class Solved(NamedTuple):
 def gptq(w_NK: Tensor, factor: Factor, spec: Spec, qparams: QParams) -> Tensor:
     """Codes [N, K], int8 or float8_e4m3fn, on the grid of spec and qparams.
 
-    w_NK: any float dtype. Peak memory: the weight twice, once in float32, and its codes twice.
+    w_NK: any float dtype. Peak memory: the weight twice, once in float32, and its codes twice; on a GPU that of
+    GPU_WEIGHTS, whatever the weight.
     """
+    num_rows, num_cols = w_NK.shape
+    scales = column_scales(qparams, spec.granularity, num_rows, num_cols)
+    code_dtype = torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
+    codes_NK = torch.empty(num_rows, num_cols, dtype=code_dtype, device=w_NK.device)
+    step = max(1, GPU_WEIGHTS // num_cols) if w_NK.is_cuda else num_rows
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        codes_KN = _round_columns(w_NK[rows], factor, spec, scales.of_rows(rows))
+        codes_NK[rows].view(torch.int8).T[factor.order_K] = codes_KN.view(torch.int8)
+    return codes_NK
+
+
+def _round_columns(w_NK: Tensor, factor: Factor, spec: Spec, scales: ColumnScales) -> Tensor:
+    """Codes [K, N], in the factor's order."""
     num_rows, num_cols = w_NK.shape
     order_K = factor.order_K
     # transposed, so that a column of the weight is a contiguous row
     w_KN = w_NK.T[order_K].clone(memory_format=torch.contiguous_format)
     w_KN[factor.dead_K[order_K]] = 0  # nothing is lost there, and nothing has to be made up for
-    scales = column_scales(qparams, spec.granularity, num_rows, num_cols)
     group_K = scales.group_K[order_K]
     carried_KN = torch.zeros(num_cols, num_rows, device=w_NK.device)
     code_dtype = torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
@@ -64,9 +86,7 @@ def gptq(w_NK: Tensor, factor: Factor, spec: Spec, qparams: QParams) -> Tensor:
         block_scales = scales._replace(group_K=group_K[block])
         codes_KN[block], lost_CN = solve(w_KN[block], carried_KN[block], lower_CC, spec, block_scales)
         carried_KN[: block.start].addmm_(factor.lower_KK[block, : block.start].T, lost_CN)
-    codes_NK = torch.empty(num_rows, num_cols, dtype=code_dtype, device=w_NK.device)
-    codes_NK.T[order_K] = codes_KN
-    return codes_NK
+    return codes_KN
 
 
 def column_scales(qparams: QParams, granularity: Granularity, num_rows: int, num_cols: int) -> ColumnScales:
