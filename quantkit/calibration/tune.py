@@ -21,21 +21,24 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import log_softmax
 
-from quantkit.arch import place_of
+from quantkit.arch import Role, place_of
 from quantkit.arch.pairs import Link, find_wiring
 from quantkit.calibration.folds import Folds
 from quantkit.calibration.learned import LearnedNorm, LearnedWeight
 from quantkit.calibration.skeleton import Skeleton, text_name, to_module_names
+from quantkit.calibration.smoothing import smooths
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import decode_linear
 from quantkit.formats.stage import Stage, layer_part
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes import Scheme
+from quantkit.schemes.tiles import dequantize_weight
 
 SCALE_RATE, NORM_RATE, CODE_RATE = 1e-3, 1e-3, 1e-3  # relative, relative, in steps of the code
 BETAS = (0.9, 0.99)
 WARM_UP_STEPS = 20
+STEPS_BEFORE_RECORDING = 3
 KEEP_SECONDS = 120.0
 TUNING, TUNED = "tuning", "tuned"
 # What a budget in minutes is translated with; low enough to hold on most machines of the kind.
@@ -71,6 +74,7 @@ def tune(
     run.resume(stage)
     kept_at = time.monotonic()
     with _deterministic():
+        run.record()
         while run.step < run.schedule.steps:
             loss = run.learn()
             on_step(run.step, run.schedule.steps, loss)
@@ -137,21 +141,51 @@ class TuneRun:
         self._norms: dict[str, LearnedNorm] = {}
         self._read(checkpoint, stage)
         self._optimizer = self._new_optimizer()
+        self._ids_SL = torch.zeros(self.schedule.batch, self._length, dtype=self._ids.dtype, device=device)
+        self._loss = torch.zeros((), device=device)
+        self._compute: Callable[[], None] = self._compute_step
         self.step = 0
 
     def learn(self) -> float:
         """One step; returns the mean KL of its tokens, in nats."""
         self._set_rate()
-        ids_SL = self._batch()
+        self._ids_SL.copy_(self._batch())
+        self._compute()
+        self.step += 1
+        return float(self._loss)
+
+    def _compute_step(self) -> None:
+        """Loss, gradients and the optimizer's step for the tokens in place; everything stays where it is in memory."""
         with torch.no_grad():
-            target_SLV = log_softmax(self._logits({}, ids_SL), dim=-1)
-        found_SLV = log_softmax(self._logits(self._quantized(), ids_SL), dim=-1)
+            target_SLV = log_softmax(self._logits({}), dim=-1)
+        found_SLV = log_softmax(self._logits(self._quantized()), dim=-1)
         loss = (target_SLV.exp() * (target_SLV - found_SLV)).sum(dim=-1).mean()
         torch.autograd.backward(loss)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return float(loss.detach())
+        self._optimizer.zero_grad(set_to_none=False)
+        self._loss.copy_(loss.detach())
+
+    def record(self) -> None:
+        """Make a CUDA graph of a step, whose ten thousand kernels are then launched at once.
+
+        Does nothing on a CPU, and nothing for experts: how many tokens are routed to each is not known before.
+        """
+        if self._device.type != "cuda" or any(linear.role is Role.EXPERT for linear in self._plan.linears):
+            return
+        before = self._state()
+        for group in self._optimizer.param_groups:
+            group["lr"].zero_()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(STEPS_BEFORE_RECORDING):
+                self._compute_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._compute_step()
+        self._restore(before)
+        self._compute = graph.replay
 
     def keep(self, stage: Stage) -> None:
         """Put everything that learning depends on into the stage."""
@@ -161,16 +195,8 @@ class TuneRun:
         """Take up what `keep` left, if anything."""
         if not stage.has(TUNING):
             return
-        state = stage.read(TUNING)
         self.step = stage.notes(TUNING)["step"]
-        with torch.no_grad():
-            for name, parameter in self._parameters():
-                parameter.copy_(state[name])
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step), device=self._device),  # fused Adam counts there
-                    "exp_avg": state[f"{name}.mean"].to(self._device),
-                    "exp_avg_sq": state[f"{name}.square"].to(self._device),
-                }
+        self._restore(stage.read(TUNING))
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """Every tensor that has learned, under its final name, on the CPU."""
@@ -194,6 +220,15 @@ class TuneRun:
             state[f"{name}.square"] = moments["exp_avg_sq"].cpu()
         return state
 
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters():
+                parameter.copy_(state[name])
+                moments = self._optimizer.state[parameter]
+                moments["step"].fill_(self.step)
+                moments["exp_avg"].copy_(state[f"{name}.mean"])
+                moments["exp_avg_sq"].copy_(state[f"{name}.square"])
+
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, weight in self._weights.items():
             yield f"{name}.scale", weight.change
@@ -204,19 +239,34 @@ class TuneRun:
 
     def _new_optimizer(self) -> torch.optim.Adam:
         codes = [weight.position_NK for weight in self._weights.values() if weight.position_NK is not None]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [weight.change for weight in self._weights.values()], "rate": SCALE_RATE},
             {"params": [norm.change for norm in self._norms.values()], "rate": NORM_RATE},
             {"params": codes, "rate": CODE_RATE},
         ]
-        return torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS, fused=True)
+        for group in groups:  # a tensor, because a recording reads it where it is
+            group["lr"] = torch.zeros((), device=self._device)
+        used = [group for group in groups if group["params"]]
+        is_gpu = self._device.type == "cuda"
+        optimizer = torch.optim.Adam(used, betas=BETAS, fused=True, capturable=is_gpu)
+        for group in used:
+            for parameter in group[
+                "params"
+            ]:  # what the first step would make, so that it can be restored before
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=self._device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+                parameter.grad = torch.zeros_like(parameter)
+        return optimizer
 
     def _set_rate(self) -> None:
         """Cosine from the full rate to 0, after a few steps of warming up."""
         share = 0.5 * (1 + math.cos(math.pi * self.step / self.schedule.steps))
         share *= min(1.0, (self.step + 1) / WARM_UP_STEPS)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["rate"] * share
+            group["lr"].fill_(group["rate"] * share)
 
     def _batch(self) -> Tensor:
         """Windows of this step: the epoch's order and offset follow from seed and epoch alone."""
@@ -228,12 +278,15 @@ class TuneRun:
         count = (len(self._ids) - offset) // self._length
         windows_SL = self._ids[offset : offset + count * self._length].view(count, self._length)
         order = torch.randperm(count, generator=generator)
+        order = torch.cat([order, order])  # the offset cost a window: the last batch sees one again
         first = number * self.schedule.batch
         return windows_SL[order[first : first + self.schedule.batch].to(self._device)]
 
-    def _logits(self, tensors: Mapping[str, Tensor], ids_SL: Tensor) -> Tensor:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            arguments = {"input_ids": ids_SL, "use_cache": False}
+    def _logits(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        is_gpu = self._device.type == "cuda"
+        # nothing is kept from one forward pass to the next: a recording has to compute all of it
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_gpu, cache_enabled=False):
+            arguments = {"input_ids": self._ids_SL, "use_cache": False}
             logits_SLV: Tensor = functional_call(self._skeleton.model, dict(tensors), (), arguments).logits
         return logits_SLV.float()
 
@@ -282,6 +335,10 @@ class TuneRun:
         prefix = f"{linear.name}."
         parts = {name.removeprefix(prefix): part for name, part in staged.items() if name.startswith(prefix)}
         stored = decode_linear(parts, scheme)
+        if smooths(
+            self._plan
+        ):  # what was rounded is not what the original has: positions start at their codes
+            tensor = dequantize_weight(stored.codes_NK, scheme.weight.granularity, stored.qparams)
         return LearnedWeight(stored, scheme, tensor.to(self._device), with_codes=self._plan.recipe.tune.codes)
 
     def _new_norm(self, tensor: Tensor) -> LearnedNorm:
