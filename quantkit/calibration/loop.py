@@ -141,7 +141,8 @@ class LayerRun:
         tensors |= self._folded(layer, tensors)
         hidden, originals = self.streams
         if originals is not None:
-            originals = self._advanced(layer, tensors, originals)
+            as_it_was = tensors | self._smoothed_again(layer, tensors)
+            originals = self._advanced(layer, as_it_was, originals)
         staged = staged_layer(stage, layer, self.by_layer[layer])
         work = self._work(layer, tensors | staged.tensors, lambda linear, note, seconds: None)
         work.restore(staged.linears, staged_kv(stage, layer, self.plan) if self.plan.calibrates_kv else None)
@@ -154,7 +155,8 @@ class LayerRun:
         """Observe and round a layer, stage it, and advance through it."""
         with self.watch.measure("disk"):
             tensors = self.reading.layer(layer)
-        self._check_finite(layer, tensors)
+        with self.watch.measure("check"):
+            self._check_finite(layer, tensors)
         with self.watch.measure("fold"):
             changed = self._folded(layer, tensors)
         work = self._work(layer, tensors | changed, on_linear)
@@ -175,6 +177,15 @@ class LayerRun:
         with self.watch.measure("disk"):  # counts for the next layer
             self.writing.write(partial(stage.write, layer_part(layer), staged, notes))
         self.skeleton.empty_layer(layer)
+
+    def _smoothed_again(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What smoothing changed of a staged layer before it was rounded, to the bit: from the same statistics."""
+        if not smooths(self.plan):
+            return {}
+        work = self._work(layer, tensors, lambda linear, note, seconds: None)
+        stats = work.input_stats(self.streams.hidden, self.calls[layer])
+        self.skeleton.empty_layer(layer)
+        return self._smoothed(layer, tensors, stats)
 
     def _work(self, layer: int, tensors: Mapping[str, Tensor], on_linear: OnLinear) -> LayerWork:
         return LayerWork(
@@ -212,7 +223,8 @@ class LayerRun:
         for linear in self.by_layer[layer]:
             if linear.scheme is not None:
                 name = f"{linear.name}.weight"
-                check_finite(self.skeleton.checkpoint.info(name), tensors[_below_layer(name)])
+                weight_NK = tensors[_below_layer(name)].to(self.skeleton.device)  # a GPU reads it faster
+                check_finite(self.skeleton.checkpoint.info(name), weight_NK)
 
     def _advanced(self, layer: int, tensors: Mapping[str, Tensor], hidden: list[Tensor]) -> list[Tensor]:
         module = self.skeleton.fill_layer(layer, tensors)

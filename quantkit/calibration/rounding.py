@@ -69,9 +69,10 @@ def round_linears(
     for linear in linears:
         name = linear.name
         stored = StoredLinear(*chosen[name], _input_qparams(plan, linear, stats))
-        rounded[name] = _described(
-            plan, linear, stored, targets[name], weights[name], starts[name], stats, note
-        )
+        with watch.measure("report"):
+            rounded[name] = _described(
+                plan, linear, stored, targets[name], weights[name], starts[name], stats, note
+            )
     return rounded
 
 

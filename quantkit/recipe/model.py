@@ -174,9 +174,6 @@ class Recipe(_Strict):
             raise ValueError(
                 "algorithms smoothquant and awq exclude each other: each scales the same channels"
             )
-        smoothing = next((name for name in given if name in {"smoothquant", "awq"}), None)
-        if smoothing and "weight_correction" in given:
-            raise ValueError(f"algorithms {smoothing} and weight_correction exclude each other")
         order = [name for name in ALGORITHM_ORDER if name in given]
         if given != order:
             raise ValueError(f"the order of these algorithms can only be {', '.join(order)}")

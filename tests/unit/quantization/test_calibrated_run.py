@@ -22,7 +22,7 @@ from tests.tiny_llama import tiny_tensors, write_tiny_llama
 SMALL = ("calibration.samples=4", "calibration.length=16")
 EVERYTHING = (
     *SMALL,
-    "algorithm=[rotate,weight_correction,gptq,bias_correction,tune]",
+    "algorithm=[rotate,smoothquant,weight_correction,gptq,bias_correction,tune]",
     "tune.epochs=1",
     "tune.batch=2",
 )
