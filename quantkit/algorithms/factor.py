@@ -30,8 +30,8 @@ class Factor(NamedTuple):
 def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
     """Factorize H (float32 [K, K], mean of x xᵀ), with more damping where it is not positive definite.
 
-    None if H is not finite, or not positive definite even with damping · 10³. Peak memory: H, and one more K × K
-    matrix in `precision`.
+    None if H is not finite, or not positive definite even with damping · 10³. Peak memory: H, one more K × K matrix
+    in float32 and one in `precision`.
     """
     diagonal_K = hessian_KK.diagonal()
     # a row of H with a NaN or an infinity has one on its diagonal
@@ -41,7 +41,8 @@ def factorize(hessian_KK: Tensor, damping: float = DAMPING) -> Factor | None:
     order_K = torch.argsort(diagonal_K, stable=True)
     for attempt in range(RETRIES):
         used = damping * 10.0**attempt
-        damped_KK = hessian_KK[order_K.unsqueeze(1), order_K].to(precision(hessian_KK))
+        # one dimension after the other: a GPU would make two K × K matrices of int64 for both at once
+        damped_KK = hessian_KK[order_K].index_select(1, order_K).to(precision(hessian_KK))
         damped_KK.diagonal().add_(
             used * diagonal_K.mean().to(damped_KK.dtype) + dead_K[order_K].to(damped_KK.dtype)
         )

@@ -362,8 +362,8 @@ class LayerWork:
             self._seconds[name] = round(seconds * count / sum(weights.values()), 4)
 
     def _weight(self, linear: LinearPlan) -> Tensor:
-        """The weight before rounding, float32, on the device."""
-        return self._tensors[f"{below_layer(linear.name)}.weight"].to(self._skeleton.device).float()
+        """The weight before rounding, as it came."""
+        return self._tensors[f"{below_layer(linear.name)}.weight"]
 
     def _keep(self, linear: LinearPlan, result: RoundedLinear) -> None:
         algorithm = "gptq" if "gptq" in self._plan.recipe.algorithms else "rtn"

@@ -20,7 +20,7 @@ from quantkit.calibration.folds import Folds
 from quantkit.calibration.kv import ATTENTION, LayerKV
 from quantkit.calibration.layer import LayerWork, OnLinear, Streams
 from quantkit.calibration.overlap import ReadAhead, WriteBehind
-from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.skeleton import Call, Skeleton, run_layer, text_name
 from quantkit.calibration.smoothing import smoothed, smooths
 from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.calibration.tokens import CalibrationTokens
@@ -33,9 +33,10 @@ from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes.tiles import dequantize_weight
 
 WHOLE_BYTES = 4 << 30  # activations of all tokens in one layer that go through it at once
-BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # the same of a batch, where they do not
+BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 29}  # the same of a batch, where they do not
 FLOAT32_LAYER_WEIGHTS = 50_000_000  # on a GPU, layers up to this size are computed in float32 (TF32 products)
 OUTSIDE = "outside"
+HEAD = "lm_head.weight"  # no layer needs it
 KV_SCALES = {f"{ATTENTION}.k_scale", f"{ATTENTION}.v_scale"}
 
 
@@ -130,7 +131,8 @@ class LayerRun:
         changed = self.folds.outside(outside)
         if changed and not stage.has(OUTSIDE):
             stage.write(OUTSIDE, self.folds.rounded(changed), {})
-        embedded, self.calls = self.skeleton.start(self.ids_SL, outside | changed, self.layout.batch)
+        needed = {n: tensor for n, tensor in (outside | changed).items() if text_name(n) != HEAD}
+        embedded, self.calls = self.skeleton.start(self.ids_SL, needed, self.layout.batch)
         self.skeleton.empty_outside()
         corrects = "weight_correction" in self.plan.recipe.algorithms
         self.streams = Streams(self._placed(embedded), self._placed(list(embedded)) if corrects else None)

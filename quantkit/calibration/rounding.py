@@ -14,6 +14,7 @@ from quantkit.algorithms.bias_correction import bias_correction
 from quantkit.algorithms.factor import Factor, factorize
 from quantkit.algorithms.gptq import gptq
 from quantkit.algorithms.refine import Refined, refine
+from quantkit.algorithms.rounded import output_loss
 from quantkit.algorithms.rtn import rtn
 from quantkit.algorithms.static_qparams import static_qparams
 from quantkit.algorithms.weight_correction import weight_correction
@@ -24,6 +25,8 @@ from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes import PerChannel, PerGroup, QParams
 from quantkit.schemes.tiles import dequantize_weight
+
+LOSS_WEIGHTS = 1 << 24  # so many at a time, so that the report takes little memory
 
 
 class RoundedLinear(NamedTuple):
@@ -49,10 +52,38 @@ def round_linears(
     stats: InputStats,
     watch: Stopwatch,
 ) -> dict[str, RoundedLinear]:
-    """Round linears of one scheme that read one input; weights by linear name, on the device of the statistics."""
+    """Round linears of one scheme that read one input; weights by linear name, in any float dtype on any device."""
     with watch.measure("factorize"):
-        targets, troubles = _targets(linears, weights, stats)
         factor = factorize(stats.hessian_KK) if "gptq" in plan.recipe.algorithms else None
+    rounded: dict[str, RoundedLinear] = {}
+    for together in _parts(linears, stats):
+        rounded |= _round_together(plan, together, weights, factor, stats, watch)
+    return rounded
+
+
+def _parts(linears: Sequence[LinearPlan], stats: InputStats) -> list[Sequence[LinearPlan]]:
+    """On a CPU linears whose scales belong to rows are rounded as one, which is faster and the same.
+
+    On a GPU one linear is work enough, and memory is dear.
+    """
+    scheme = linears[0].scheme
+    assert scheme is not None, "only quantized linears are rounded"
+    if stats.device.type == "cuda" or not isinstance(scheme.weight.granularity, PerChannel | PerGroup):
+        return [[linear] for linear in linears]
+    return [linears]
+
+
+def _round_together(
+    plan: QuantPlan,
+    linears: Sequence[LinearPlan],
+    weights: Mapping[str, Tensor],
+    factor: Factor | None,
+    stats: InputStats,
+    watch: Stopwatch,
+) -> dict[str, RoundedLinear]:
+    exact = {linear.name: weights[linear.name].to(stats.device).float() for linear in linears}
+    with watch.measure("factorize"):
+        targets, troubles = _targets(exact, stats)
     if "gptq" in plan.recipe.algorithms and factor is None:
         troubles.append("rtn instead of gptq: the second moments of its input cannot be inverted")
     with watch.measure("scales"):
@@ -71,23 +102,20 @@ def round_linears(
         stored = StoredLinear(*chosen[name], _input_qparams(plan, linear, stats))
         with watch.measure("report"):
             rounded[name] = _described(
-                plan, linear, stored, targets[name], weights[name], starts[name], stats, note
+                plan, linear, stored, targets[name], exact[name], starts[name], stats, note
             )
     return rounded
 
 
-def _targets(
-    linears: Sequence[LinearPlan], weights: Mapping[str, Tensor], stats: InputStats
-) -> tuple[dict[str, Tensor], list[str]]:
+def _targets(weights: Mapping[str, Tensor], stats: InputStats) -> tuple[Mapping[str, Tensor], list[str]]:
     """What is to be approximated: the weights, or the ones that make up for what the layers before lost."""
-    targets = {linear.name: weights[linear.name].float() for linear in linears}
     if not stats.has_shift:
-        return targets, []
+        return weights, []
     corrected = {
-        name: weight_correction(w_NK, stats.hessian_KK, stats.shift_KK) for name, w_NK in targets.items()
+        name: weight_correction(w_NK, stats.hessian_KK, stats.shift_KK) for name, w_NK in weights.items()
     }
     if any(w_NK is None for w_NK in corrected.values()):
-        return targets, ["no weight_correction: the second moments of its input cannot be inverted"]
+        return weights, ["no weight_correction: the second moments of its input cannot be inverted"]
     return {name: w_NK for name, w_NK in corrected.items() if w_NK is not None}, []
 
 
@@ -106,7 +134,7 @@ def _compensated(
     starts: Mapping[str, Refined],
     stats: InputStats,
 ) -> dict[str, Refined]:
-    """GPTQ codes; on a CPU linears whose scales belong to rows are rounded as one, which is faster and the same."""
+    """GPTQ codes, of several linears as of one."""
     scheme = linears[0].scheme
     assert scheme is not None, "only quantized linears are rounded"
     spec = scheme.weight
@@ -118,9 +146,8 @@ def _compensated(
         return Refined(codes_NK, qparams)
 
     names = [linear.name for linear in linears]
-    is_on_gpu = targets[names[0]].is_cuda  # there one linear is work enough, and memory is dear
-    if is_on_gpu or not isinstance(spec.granularity, PerChannel | PerGroup):
-        return {name: compensate(targets[name], starts[name].qparams) for name in names}
+    if len(names) == 1:
+        return {names[0]: compensate(targets[names[0]], starts[names[0]].qparams)}
     scale = torch.cat([starts[name].qparams.scale for name in names])
     points = [point for name in names if (point := starts[name].qparams.zero_point) is not None]
     together = QParams(scale, torch.cat(points) if points else None)
@@ -156,12 +183,14 @@ def _described(
 ) -> RoundedLinear:
     assert linear.scheme is not None, "only quantized linears are rounded"
     granularity = linear.scheme.weight.granularity
-    dequantized_NK = dequantize_weight(stored.codes_NK, granularity, stored.qparams)
     nearest_NK = dequantize_weight(nearest.codes_NK, granularity, nearest.qparams)
+    loss_rtn = _loss(target_NK, nearest_NK, stats)
+    del nearest_NK  # as large as the weight
+    dequantized_NK = dequantize_weight(stored.codes_NK, granularity, stored.qparams)
     sqnr = decibels(*signal_and_noise(weight_NK, dequantized_NK))
     note = note | {
-        "loss_rtn": _significant(output_loss(target_NK - nearest_NK, stats)),
-        "loss": _significant(output_loss(target_NK - dequantized_NK, stats)),
+        "loss_rtn": _significant(loss_rtn),
+        "loss": _significant(_loss(target_NK, dequantized_NK, stats)),
         "sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None,
     }
     bias_N = None
@@ -170,11 +199,13 @@ def _described(
     return RoundedLinear(stored, dequantized_NK, bias_N, note)
 
 
-def output_loss(error_NK: Tensor, stats: InputStats) -> float:
-    """Mean squared error of an output: E|error · x|² / N, with all second moments if they were gathered."""
-    if not stats.has_hessian:
-        return (error_NK.square() @ stats.second_moment_K).mean().item()
-    return ((error_NK @ stats.hessian_KK) * error_NK).sum(dim=1).mean().item()
+def _loss(target_NK: Tensor, dequantized_NK: Tensor, stats: InputStats) -> float:
+    """Mean squared error of an output, with all second moments if they were gathered."""
+    hessian = stats.hessian_KK if stats.has_hessian else stats.second_moment_K
+    step = max(1, LOSS_WEIGHTS // target_NK.shape[1])
+    parts = zip(torch.split(target_NK, step), torch.split(dequantized_NK, step), strict=True)
+    total = sum(output_loss(target - found, hessian) * len(target) for target, found in parts)
+    return total / len(target_NK)
 
 
 def _significant(value: float) -> float:

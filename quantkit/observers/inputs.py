@@ -27,6 +27,7 @@ class InputStats:
     ) -> None:
         self.num_tokens = 0
         self.num_excluded = 0
+        self.device = device
         self._sum_K, self._abs_K, self._square_K, self._max_K = (
             torch.zeros(num_features, device=device) for _ in range(4)
         )
