@@ -86,7 +86,8 @@ def _build(checkpoint: Checkpoint, empty: AbstractContextManager[Any]) -> nn.Mod
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)  # not every config has it
     if type(num_layers) is int and num_layers > len(checkpoint.tensors):  # every layer has tensors
         raise SourceError(
-            f"{checkpoint.path}: config.json counts {num_layers} layers, and there are {len(checkpoint.tensors)} tensors",
+            f"{checkpoint.path}: config.json counts {num_layers} layers, but there are "
+            f"{len(checkpoint.tensors)} tensors",
             fix="fetch the checkpoint again: it is incomplete, or not what its config.json says",
         )
     try:

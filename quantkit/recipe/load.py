@@ -95,7 +95,7 @@ def _apply(content: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting}: not KEY=VALUE", fix="for example --set group_size=64")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise RecipeError(
             f"--set {setting}: the value is not valid YAML ({_first_line(error)})", fix="quote it"
         ) from None

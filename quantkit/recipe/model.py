@@ -126,7 +126,7 @@ class Recipe(_Strict):
         default_factory=Calibration, description="How much calibration text is used."
     )
     tune: Tune = Field(Tune(), description="Settings of the algorithm `tune`.")
-    budget_minutes: Annotated[float, Field(gt=0)] | None = Field(
+    budget_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Time that `tune` may take, by an estimate from the model's size and the device."
     )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of rotations and of the order of windows.")
