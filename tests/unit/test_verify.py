@@ -309,6 +309,13 @@ def test_a_stray_shard_is_found(tmp_path):
     assert places(verify_checkpoint(folder)) == ["model-00001-of-00002.safetensors"]
 
 
+def test_a_damaged_sidecar_is_a_finding(tmp_path):
+    folder = write_quantized(tmp_path, None)
+    (folder.path / SIDECAR_NAME).write_bytes(b"junk")
+    with pytest.raises(SourceError, match=f"{SIDECAR_NAME} is 4 bytes long"):
+        verify_checkpoint(folder.path)
+
+
 def test_an_index_keeps_loaders_off_the_sidecar(tmp_path):
     folder = write_quantized(tmp_path, W4, kv=KV_INT8).path
     with_index(folder)
