@@ -96,10 +96,11 @@ def _print_dry_run(
     console.print(f"memory  {plan.peak_bytes / 1e9:.2f} GB at the peak (estimated)")
     console.print(f"time    {plan.seconds:.0f} s (estimated from a sample on this machine)")
     if plan.calibration is not None:
-        console.print(_calibration_lines(plan.calibration), highlight=False, soft_wrap=True)
+        console.print(_calibration_lines(plan.calibration), markup=False, highlight=False, soft_wrap=True)
     for verdict in plan.loaders:
         why = "; ".join(reason.text for reason in verdict.reasons)
-        console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False, soft_wrap=True)
+        line = f"{verdict.loader:13} {verdict.loads}: {why}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _calibration_lines(cost: "CalibrationCost") -> str:
@@ -112,6 +113,7 @@ def _calibration_lines(cost: "CalibrationCost") -> str:
 
 def _plan_table(plan: "DryRun") -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Nothing is written: this is the plan", title_justify="left")
     for column in ("tensor", "scheme, or why it stays", "before", "after"):
@@ -119,7 +121,8 @@ def _plan_table(plan: "DryRun") -> "Table":
             column, justify="right" if column in ("before", "after") else "left", overflow="fold"
         )
     for row in plan.rows:
-        table.add_row(row.name, row.treatment, f"{row.before_bytes:,}", f"{row.after_bytes:,}")
+        cells = (row.name, row.treatment, f"{row.before_bytes:,}", f"{row.after_bytes:,}")
+        table.add_row(*map(Text, cells))  # no markup: names come from files
     return table
 
 
@@ -148,7 +151,7 @@ class _Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(line, highlight=False, soft_wrap=True)
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, step: "Step") -> None:
         """Take one finished tensor into account."""

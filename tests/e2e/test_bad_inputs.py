@@ -22,6 +22,9 @@ INSPECT = ("inspect", "{}/model")
 OVERRIDE = "weights: int4\noverrides:\n- match: '*.gate_proj'\n  weights: int8\n"
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
 RUN = ("quantize", "{}/model", "-r", "int8-weight", "-o", "{}/out")
+ORIGINAL = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+YARN = ORIGINAL | {"rope_type": "yarn"}
+LLAMA3 = ORIGINAL | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PROMPT = "a quick brown fox " * 100
 
 
@@ -235,6 +238,9 @@ OUTPUTS = (
     Bad("output is a file", broken.text("out", "mine"), QUANTIZE, "out: is a file", "a folder"),
     Bad("output below a file", broken.text("out", "mine"), (*QUANTIZE[:-1], "{}/out/x"), "Not a directory", "a path"),
     Bad("output name too long", broken.nothing, (*QUANTIZE[:-1], "{}/" + "x" * 300), "File name too long", "a path"),
+    Bad("output a link to nothing", lambda f: (f / "out").symlink_to(f / "nowhere"), QUANTIZE,
+        "nowhere, which does not exist", "remove the link"),
+    Bad("output a link to itself", lambda f: (f / "out").symlink_to(f / "out"), QUANTIZE, "itself", "remove the link"),
     Bad("output is the source", broken.nothing, (*QUANTIZE[:-1], "{}/model"), "the same folder", "beside"),
     Bad("output in the source", broken.nothing, (*QUANTIZE[:-1], "{}/model/out"), "inside the other", "beside"),
     Bad("source in the output", broken.nothing, (*QUANTIZE[:-1], "{}", "--overwrite"), "inside the other", "beside"),
@@ -244,6 +250,8 @@ OUTPUTS = (
 
 TEXTS = (
     Bad("no such text", broken.removed("text.txt"), EVAL, "text.txt: no such file", "docs"),
+    Bad("text of nobody", broken.nothing, (*EVAL[:-1], "~nobody-of-that-name/a.txt"), "no such user", "docs"),
+    Bad("text without a name", broken.nothing, (*EVAL[:-1], ""), "is empty", "docs"),
     Bad("empty text", broken.text("text.txt", ""), EVAL, "text.txt: holds no text", "not empty"),
     Bad("blank text", broken.text("text.txt", " \n\n\t\n"), EVAL, "holds no text", "not empty"),
     Bad("binary text", broken.text("text.txt", b"\x00\xff\xfe" * 99), EVAL, "not UTF-8", "iconv"),
@@ -271,7 +279,7 @@ MODELS = (
     Bad("tokenizer damaged", broken.text("model/tokenizer.json", "{"), (*GENERATE, "hi"), "tokenizer cannot", "fetch"),
     Bad("vocabulary in words", broken.config(vocab_size="320"), (*GENERATE, "hi"), "vocab_size is '320'", "fetch"),
     Bad("no heads", broken.config(num_attention_heads=0), (*GENERATE, "hi"), "num_attention_heads is 0", "fetch"),
-    Bad("dtype a list", broken.config(dtype=["bfloat16"]), EVAL, "dtype ['bfloat16']", "add dtype"),
+    Bad("dtype an object", broken.config(dtype={}), EVAL, "dtype {}", "add dtype"),
     Bad("template computes nonsense", broken.text("model/chat_template.jinja", "{{ 1 // 0 }}"), (*GENERATE, "hi"),
         "chat template fails", "--raw"),
     Bad("template adds up apples", broken.text("model/chat_template.jinja", "{{ 1 + 'a' }}"), (*GENERATE, "hi"),
@@ -284,6 +292,10 @@ MODELS = (
     Bad("no rope", broken.config(rope_parameters=None), (*GENERATE, "hi"), "no rope_theta", "fetch"),
     Bad("rope of no kind", broken.config(rope_parameters={"rope_type": "x", "rope_theta": 1e4}), (*GENERATE, "hi"),
         "rope_type 'x'", "supported: default"),
+    Bad("rope of theta 1", broken.config(rope_parameters=YARN | {"rope_theta": 1.0}), (*GENERATE, "hi"),
+        "rope_theta is 1.0", "fetch"),
+    Bad("rope without a band", broken.config(rope_parameters=LLAMA3 | {"high_freq_factor": 1.0}), (*GENERATE, "hi"),
+        "high_freq_factor is 1.0", "fetch"),
     Bad("no hidden size", broken.config(hidden_size=None), (*GENERATE, "hi"), "no hidden_size", "fetch"),
     Bad("unknown activation", broken.config(hidden_act="sinus"), (*GENERATE, "hi"), "hidden_act 'sinus'", "supported"),
     Bad("not for the runtime", broken.config(model_type="phi3"), (*GENERATE, "hi"), "model_type 'phi3'", "llama"),
@@ -309,6 +321,7 @@ VERBS = (
     Bad("no recipe", broken.nothing, ("quantize", "{}/model", "-o", "{}/out"), "--recipe", "--help"),
     Bad("no output", broken.nothing, ("quantize", "{}/model", "-r", "int4"), "--output", "--help"),
     Bad("not a number", broken.nothing, (*EVAL, "--windows", "many"), "--windows", "--help"),
+    Bad("schema of one recipe", broken.nothing, ("recipes", "int4", "--schema"), "of all recipes", "recipes int4"),
     Bad("no such recipe to print", broken.nothing, ("recipes", "best"), "best: neither", "quantkit recipes"),
     Bad("verify nothing", broken.nothing, ("verify", "{}/nowhere"), "no such folder", "folder"),
     Bad("verify a file", broken.nothing, ("verify", "{}/text.txt"), "no such folder", "folder"),
@@ -383,3 +396,39 @@ def test_rows_of_zeros_are_no_bad_input(folder: Path, value: float) -> None:
         command = ["quantize", f"{folder}/model", "-r", name, "-o", f"{folder}/{name}"]
         assert run(command) == 0
         assert run(["verify", f"{folder}/{name}"]) == 0
+
+
+def test_names_are_no_markup(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets in the names of files and tensors are printed as they are."""
+    text = folder / "t[" / "b]" / "[red]x.txt"
+    text.parent.mkdir(parents=True)
+    (folder / "text.txt").rename(text)
+    broken.tensor("model.norm.weight", lambda w: w)(folder)
+    broken.header(lambda content: content.update({"extra[/b].weight": content.pop("lm_head.weight")}))(folder)
+    broken.config(tie_word_embeddings=True)(folder)
+    little = ("--set", "calibration.samples=2", "--set", "calibration.length=16")
+    command = [
+        "quantize",
+        f"{folder}/model",
+        "-r",
+        "int4",
+        *little,
+        "--calib",
+        str(text),
+        "-o",
+        f"{folder}/out",
+    ]
+    assert run([*command, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "extra[/b].weight" in out and str(text) in out + err
+    assert run(command) == 0
+    assert f"of {text}" in capsys.readouterr().err
+
+
+def test_a_name_in_other_bytes_than_utf8(folder: Path) -> None:
+    source = folder / "mod\udce9le"
+    (folder / "model").rename(source)
+    assert run(["quantize", str(source), "-r", "int4-rtn", "-o", f"{folder}/out\udce9"]) == 0
+    assert run(["verify", f"{folder}/out\udce9"]) == 0
+    card = (folder / "out\udce9" / "README.md").read_text(encoding="utf-8")
+    assert "mod?le" in card
