@@ -68,7 +68,7 @@ def dry_run(
 ) -> DryRun:
     """Plan a run; raises what `quantize_checkpoint` would raise before writing. The calibration text is read."""
     checkpoint = open_checkpoint(source)
-    spec = calibration_spec(recipe, calib, where)
+    spec = calibration_spec(recipe, calib, where, announce)
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
     if spec is not None:
         check_known(checkpoint)

@@ -84,7 +84,7 @@ def quantize_checkpoint(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
-    spec = calibration_spec(recipe, calib, where)
+    spec = calibration_spec(recipe, calib, where, announce)
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
     if spec is not None:
         check_known(checkpoint)

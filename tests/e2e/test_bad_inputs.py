@@ -25,6 +25,8 @@ RUN = ("quantize", "{}/model", "-r", "int8-weight", "-o", "{}/out")
 ORIGINAL = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
 YARN = ORIGINAL | {"rope_type": "yarn"}
 LLAMA3 = ORIGINAL | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CALIBRATE = ("quantize", "{}/model", "-r", "int4", "--calib", "{}/text.txt", "-o", "{}/out",
+             "--set", "calibration.samples=2", "--set", "calibration.length=16")  # fmt: skip
 PROMPT = "a quick brown fox " * 100
 
 
@@ -70,6 +72,14 @@ def renumbered(folder: Path) -> None:
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(content))
+
+
+def foreign_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows more tokens than the model."""
+    tensors = tiny_tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:60].clone()
+    write_tiny_llama(folder / "model", tensors, vocab_size=60)
 
 
 def pickled(folder: Path) -> None:
@@ -227,6 +237,9 @@ RECIPES = (
     Bad("budget alone", broken.nothing, setting("budget_minutes=5"), "no effect", "correct"),
     Bad("endless budget", broken.nothing, setting("algorithm=[gptq,tune]", "budget_minutes=.inf"),
         "budget_minutes is inf", "correct"),
+    Bad("windows beyond the positions", broken.nothing, (*CALIBRATE[:-1], "calibration.length=129"),
+        "has 128 positions", "calibration.length=128"),
+    Bad("calibrating with a foreign tokenizer", foreign_tokenizer, CALIBRATE, "vocabulary is 60", "copy the tokenizer"),
     Bad("no samples", broken.nothing, setting("calibration.samples=0"), "calibration.samples", "correct"),
     Bad("no such device", broken.nothing, (*QUANTIZE, "--device", "tpu"), "not a device", "--device cpu"),
     Bad("no such text", broken.nothing, (*QUANTIZE, "--calib", "nowhere.txt"), "no such file", "give a"),
@@ -360,7 +373,15 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_the_good_inputs_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (QUANTIZE, EVAL, (*GENERATE, "hi", "--max-tokens", "2"), INSPECT, ("verify", "{}/out")):
+    calibrate = (*CALIBRATE[:7], "{}/calibrated", *CALIBRATE[8:])
+    for command in (
+        QUANTIZE,
+        calibrate,
+        EVAL,
+        (*GENERATE, "hi", "--max-tokens", "2"),
+        INSPECT,
+        ("verify", "{}/out"),
+    ):
         assert run([part.replace("{}", str(folder)) for part in command]) == 0, capsys.readouterr().err
 
 
@@ -432,3 +453,18 @@ def test_a_name_in_other_bytes_than_utf8(folder: Path) -> None:
     assert run(["verify", f"{folder}/out\udce9"]) == 0
     card = (folder / "out\udce9" / "README.md").read_text(encoding="utf-8")
     assert "mod?le" in card
+
+
+def test_what_a_recipe_says_in_vain_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [part.replace("{}", str(folder)) for part in (*RUN, "--set", "calibration.samples=5")]
+    for options in ("--dry-run",), ():
+        assert run([*command, *options]) == 0
+        assert "`calibration` changes nothing here" in capsys.readouterr().err
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [part.replace("{}", str(folder)) for part in CALIBRATE[:-2]]
+    assert run(command) == 0
+    assert "calibrating on 1 x 128 tokens" in capsys.readouterr().err
