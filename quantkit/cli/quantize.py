@@ -45,7 +45,7 @@ def quantize(
     Killed or interrupted, the same command continues where it stopped.
     """
     if dry_run:
-        _print_dry_run(source, recipe, settings or [], revision, calib, device, as_json)
+        _print_dry_run(source, recipe, output, settings or [], revision, calib, device, as_json)
         return
     from rich.console import Console
 
@@ -70,6 +70,7 @@ def quantize(
 def _print_dry_run(
     source: str,
     recipe: str,
+    output: Path,
     settings: Sequence[str],
     revision: str | None,
     calib: str | None,
@@ -85,7 +86,7 @@ def _print_dry_run(
     chosen = load_recipe(recipe, tuple(settings))
     to_stderr = partial(typer.echo, err=True)
     path = resolve_source(source, revision=revision, announce=to_stderr)
-    plan = dry_run(path, chosen, where=recipe, calib=calib, device=device, announce=to_stderr)
+    plan = dry_run(path, chosen, folder=output, where=recipe, calib=calib, device=device, announce=to_stderr)
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2))
         return

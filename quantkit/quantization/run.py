@@ -89,8 +89,7 @@ def quantize_checkpoint(
     if spec is not None:
         check_known(checkpoint)
     entries = plan_entries(checkpoint, plan)
-    check_apart(source, folder)
-    check_companions(source)
+    check_places(source, folder)
     chosen = choose_device(device)
     tokens = None if spec is None else read_tokens(checkpoint, recipe, spec, chosen, announce)
     summary = plan_summary(checkpoint, plan, base or source.name, tokens, chosen)
@@ -124,6 +123,13 @@ def quantize_checkpoint(
         remove_run(folder)
         raise
     return report
+
+
+def check_places(source: Path, folder: Path) -> None:
+    """Raise OutputError if the folder can be no output of this source, SourceError if not all of that can be copied."""
+    check_apart(source, folder)
+    _refuse_foreign(folder)
+    check_companions(source)
 
 
 def plan_entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:
@@ -206,11 +212,7 @@ def _stage_needs(recipe: Recipe, entries: Sequence[Entry], stage: Stage) -> int:
 
 def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:
     """Decide whether the folder may be written; a finished run of the same plan is left as it is."""
-    state = folder_state(folder)
-    if state is FolderState.FOREIGN:
-        raise OutputError(
-            f"{folder}: not empty, and not a run of quantkit", fix="give a folder that does not exist yet"
-        )
+    state = _refuse_foreign(folder)
     if state is FolderState.EMPTY:
         return state
     if overwrite or state is FolderState.HALF_REMOVED:
@@ -220,6 +222,15 @@ def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overw
         raise OutputError(
             f"{folder}: holds a finished run of another plan or source, or its source has changed since",
             fix="give another folder, or --overwrite",
+        )
+    return state
+
+
+def _refuse_foreign(folder: Path) -> FolderState:
+    state = folder_state(folder)
+    if state is FolderState.FOREIGN:
+        raise OutputError(
+            f"{folder}: not empty, and not a run of quantkit", fix="give a folder that does not exist yet"
         )
     return state
 
