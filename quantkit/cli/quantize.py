@@ -77,8 +77,7 @@ def _print_dry_run(
     device: str,
     as_json: bool,
 ) -> None:
-    from rich.console import Console
-
+    from quantkit.cli.output import table_console
     from quantkit.formats.source import resolve_source
     from quantkit.quantization import dry_run
     from quantkit.recipe import load_recipe
@@ -90,7 +89,7 @@ def _print_dry_run(
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2))
         return
-    console = Console()
+    console = table_console()
     console.print(_plan_table(plan), highlight=False)
     before, after = plan.before_bytes / 1e9, plan.after_bytes / 1e9
     console.print(f"size    {before:.3f} GB -> {after:.3f} GB ({after / before:.0%})")

@@ -19,7 +19,8 @@ _VALUE_FIX = "correct it; `quantkit recipes --schema` explains every key"
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with quantkit, by name."""
-    return {file.stem: file for file in sorted(data_dir("recipes").glob("*.yaml"))}
+    files = data_dir("recipes").glob("*.yaml")
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
 def load_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
