@@ -19,7 +19,7 @@ import torch
 
 from quantkit.arch import place_of
 from quantkit.calibration.skeleton import check_known
-from quantkit.errors import CalibrationError, OutputError, SourceError
+from quantkit.errors import CalibrationError, OutputError, SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.compressed_tensors import encode_linear, linear_layout
 from quantkit.formats.folder import FolderState, check_apart, check_companions, folder_state, remove_run
@@ -79,8 +79,8 @@ def quantize_checkpoint(
     base: the source's name on the card. where: the recipe's name in errors. calib: SPEC of the calibration text; a
     recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for calibration.
     announce: told, in a line, what will take a while. Raises QuantkitError before anything is written, except for
-    weights and inputs that are not finite, which are met on the way: then what was written is removed, since it
-    cannot be continued.
+    weights and inputs that are not finite, or a model that transformers does not build, which are met on the way: then
+    what was written is removed, since it cannot be continued.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
@@ -119,7 +119,7 @@ def quantize_checkpoint(
             write_companions(checkpoint, plan, summary, stamps, report, writer.notes.get(SECONDS, {}))
             Stage(folder).remove()
             writer.remove_journal()
-    except (SourceError, CalibrationError):
+    except (SourceError, CalibrationError, UnsupportedModelError):
         remove_run(folder)
         raise
     return report

@@ -240,6 +240,7 @@ RECIPES = (
     Bad("windows beyond the positions", broken.nothing, (*CALIBRATE[:-1], "calibration.length=129"),
         "has 128 positions", "calibration.length=128"),
     Bad("calibrating with a foreign tokenizer", foreign_tokenizer, CALIBRATE, "vocabulary is 60", "copy the tokenizer"),
+    Bad("dtype a number", broken.config(dtype=3), CALIBRATE, "cannot build", "decoder-only"),
     Bad("no samples", broken.nothing, setting("calibration.samples=0"), "calibration.samples", "correct"),
     Bad("no such device", broken.nothing, (*QUANTIZE, "--device", "tpu"), "not a device", "--device cpu"),
     Bad("no such text", broken.nothing, (*QUANTIZE, "--calib", "nowhere.txt"), "no such file", "give a"),
