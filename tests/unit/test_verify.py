@@ -233,6 +233,7 @@ def ignored(config, name):
             "quantkit.json",
             "INT8 channel",
         ),
+        ("quantkit.json", lambda p: p["linears"][DOWN].update(scheme=4), "quantkit.json", "4"),
         ("quantkit.json", lambda p: p["linears"][DOWN].update(shape=[1, 2]), "quantkit.json", "shape [1, 2]"),
         ("quantkit.json", lambda p: p["linears"].pop(DOWN), f"quantkit.json: {DOWN}", "missing"),
         ("quantkit.json", lambda p: p["linears"].update(x={}), "quantkit.json: x", "no such linear"),
@@ -250,6 +251,12 @@ def test_files_that_disagree_are_found_and_named(tmp_path, file, change, place, 
     edit_json(folder, file, change)
     report = verify_checkpoint(folder)
     assert any(place in one.place and found in one.found for one in report.findings), report.findings
+
+
+def test_a_section_that_the_package_chokes_on_is_found(tmp_path):
+    folder = write_quantized(tmp_path, W8A8).path
+    edit_json(folder, "config.json", lambda c: weights(c).update(group_size=[]))
+    assert "config.json: quantization_config" in places(verify_checkpoint(folder))
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate_proj"])
