@@ -323,6 +323,7 @@ MODELS = (
         "quantization_status", "quantkit wrote"),
     Bad("empty prompt", broken.nothing, (*GENERATE, ""), "the prompt has no tokens", "not empty"),
     Bad("prompt too long", broken.nothing, (*GENERATE, PROMPT), "takes 128", "shorten"),
+    Bad("prompt that looks like an option", broken.nothing, (*GENERATE, "-5 + 3 ="), "No such option", "behind `--`"),
     Bad("no tokens wanted", broken.nothing, (*GENERATE, "hi", "--max-tokens", "0"), "max_tokens 0", "from 1"),
     Bad("fewer than none", broken.nothing, (*GENERATE, "hi", "--max-tokens", "-3"), "max_tokens -3", "from 1"),
     Bad("cold", broken.nothing, (*GENERATE, "hi", "--temperature", "-1"), "temperature -1", "from 0"),
