@@ -51,7 +51,9 @@ class Calibration(_Strict):
         int,
         Field(gt=0, description="Windows of text, spread evenly over it; fewer where the text has no more."),
     ] = 128
-    length: Annotated[int, Field(gt=1, description="Tokens of a window.")] = 512
+    length: Annotated[
+        int, Field(gt=1, description="Tokens of a window; if not given, at most the model's positions.")
+    ] = 512
 
 
 class Tune(_Strict):
