@@ -119,7 +119,7 @@ def test_three_kills(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_twenty_five_kills(tmp_path):
     unfinished = kill_at_random(write_model(tmp_path / "source", layers=20), tmp_path, kills=25, seed=2)
     print(f"{unfinished} of 25 kills left an unfinished folder; every result is byte-identical")
