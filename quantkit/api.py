@@ -48,4 +48,8 @@ def _base_name(source: str) -> str:
     """The source's name on the card: a hub id as it is, a path's last part, the demo's real name."""
     if source == DEMO:
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return Path(source).resolve().name if Path(source).exists() else source
+    if not Path(source).exists():
+        return source
+    return (
+        Path(source).resolve().name.encode(errors="replace").decode()
+    )  # of a name in other bytes, what it can

@@ -81,7 +81,12 @@ def load_documents(
 
 
 def _files(spec: str) -> list[Path]:
-    path = Path(spec).expanduser()
+    if not spec:
+        raise TextError("the name of the text is empty", fix=_SPEC_FIX)
+    try:
+        path = Path(spec).expanduser()
+    except RuntimeError:
+        raise TextError(f"{spec}: there is no such user", fix=_SPEC_FIX) from None
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
         if not files:

@@ -174,7 +174,7 @@ def _check_section(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     try:
         QuantizationConfig.model_validate(section)
-    except (ValidationError, ValueError, NotImplementedError) as error:
+    except (ValidationError, ValueError, TypeError, NotImplementedError) as error:
         yield Finding("config.json: quantization_config", str(error), "valid to compressed_tensors")
 
 

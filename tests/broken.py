@@ -155,3 +155,20 @@ def doubled(model: Path, weight_map: dict[str, str]) -> None:
 def quantized(section: Mapping[str, Any]) -> Break:
     """Say in config.json that the checkpoint is quantized."""
     return config(quantization_config=dict(section))
+
+
+def experts(**changes: Any) -> Break:
+    """Make the model a Qwen3-MoE of four experts a layer, and change keys of its config.json."""
+
+    def apply(folder: Path) -> None:
+        file = folder / "model" / WEIGHTS
+        tensors = load_file(file)
+        for name in [name for name in tensors if ".mlp." in name]:
+            parent, _, rest = name.partition(".mlp.")
+            tensors |= {f"{parent}.mlp.experts.{number}.{rest}": tensors[name].clone() for number in range(4)}
+            tensors[f"{parent}.mlp.gate.weight"] = torch.zeros(4, 32, dtype=torch.bfloat16)
+            del tensors[name]
+        save_file(tensors, file, metadata={"format": "pt"})
+        config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], **changes)(folder)
+
+    return apply

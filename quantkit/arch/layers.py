@@ -1,6 +1,7 @@
 """Whether the layers of a known architecture are all there, with all their modules and experts."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 from quantkit.arch.families import Family, Role
 from quantkit.arch.names import place_of
@@ -25,26 +26,26 @@ def check_layers(checkpoint: Checkpoint, family: Family) -> None:
             layers[place.layer].add((place.rest, place.expert))
             prefix = place.prefix.removesuffix(f"{place.layer}.")
     num_layers = _num_layers(checkpoint) or len(layers)
-    surplus = sorted(layers.keys() - set(range(num_layers)))
+    surplus = [layer for layer in sorted(layers) if layer >= num_layers]
     if surplus:
         raise _mismatch(checkpoint, f"holds {prefix}{surplus[0]} but config.json counts {num_layers} layers")
     num_experts = _num_experts(checkpoint)
-    for layer in range(num_layers):
-        for module, expert in _expected(layers[layer], family, num_experts) - layers[layer]:
-            raise _mismatch(checkpoint, f"{prefix}{layer}.{module.format(expert)} is missing")
+    for layer in range(num_layers):  # the counts are the config's word: nothing may be made of their size
+        for module, expert in _expected(layers[layer], family, num_experts):
+            if (module, expert) not in layers[layer]:
+                raise _mismatch(checkpoint, f"{prefix}{layer}.{module.format(expert)} is missing")
 
 
-def _expected(present: Modules, family: Family, num_experts: int | None) -> Modules:
+def _expected(present: Modules, family: Family, num_experts: int | None) -> Iterator[tuple[str, int | None]]:
+    """What has to be in a layer that has these modules, one after another."""
     roles = {part.name: part.role for part in family}
     groups = {_siblings(name, roles[name]) for name, _ in present if name in roles}
     groups.add(("self_attn", Role.ATTENTION))
     found = [expert for _, expert in present if expert is not None]
     experts = range(num_experts or 1 + max(found, default=0))
-    expected: Modules = set()
     for part in family:
         if _siblings(part.name, part.role) in groups:
-            expected |= {(part.name, expert) for expert in (experts if part.role is Role.EXPERT else [None])}
-    return expected
+            yield from ((part.name, expert) for expert in (experts if part.role is Role.EXPERT else [None]))
 
 
 def _siblings(name: str, role: Role) -> tuple[str, Role]:

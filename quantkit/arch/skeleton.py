@@ -15,7 +15,7 @@ from torch import nn
 from quantkit.arch.families import Family, Part, Role
 from quantkit.arch.names import place_of
 from quantkit.arch.refusals import DECODER_FIX
-from quantkit.errors import UnsupportedModelError
+from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint
 
 FUSED = (
@@ -34,8 +34,9 @@ _EXPERT = re.compile(r"(?P<parent>.*\bexperts)\.\{\}\.(?:gate_proj|up_proj|down_
 def family_from_skeleton(checkpoint: Checkpoint) -> Family:
     """The parts of the layers that transformers would build for this config, in the order of its modules.
 
-    Linears that are neither attention nor MLP by their names are not parts. Raises UnsupportedModelError if
-    transformers does not know the architecture, or has no causal language model for it.
+    Linears that are neither attention nor MLP by their names are not parts. Raises SourceError if config.json counts
+    more layers than there are tensors, UnsupportedModelError if transformers does not know the architecture, or has no
+    causal language model for it.
     """
     parts: dict[str, Part] = {}
     for name, module in _build(checkpoint, torch.device("meta")).named_modules():
@@ -82,6 +83,14 @@ def build_language_model(checkpoint: Checkpoint) -> nn.Module:
 
 def _build(checkpoint: Checkpoint, empty: AbstractContextManager[Any]) -> nn.Module:
     config = language_config(checkpoint)
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)  # not every config has it
+    # every layer has tensors; fewer than so many layers cost nothing, and may be transformers' default
+    if type(num_layers) is int and num_layers > max(len(checkpoint.tensors), 1000):
+        raise SourceError(
+            f"{checkpoint.path}: config.json counts {num_layers} layers, but there are "
+            f"{len(checkpoint.tensors)} tensors",
+            fix="fetch the checkpoint again: it is incomplete, or not what its config.json says",
+        )
     try:
         with empty:
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)

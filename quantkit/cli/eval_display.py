@@ -9,10 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from quantkit.cli.output import table_console
 from quantkit.evaluation import CandidateReport, EvalReport
 
 LINE_SECONDS = 30.0
-PIPE_WIDTH = 120
 
 
 class Display:
@@ -68,10 +68,8 @@ class Display:
 
 
 def show(report: EvalReport, console: Console | None = None) -> None:
-    """Print the table, and how it was measured, on stdout; a file or a pipe gets room for long names."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, PIPE_WIDTH)
+    """Print the table, and how it was measured, on stdout."""
+    console = console or table_console()
     console.print(_table(report))
     data = report.data
     console.print(

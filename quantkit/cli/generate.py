@@ -45,9 +45,11 @@ def generate(
     from quantkit.formats.source import resolve_source
     from quantkit.runtime.generate import generate as generate_tokens
     from quantkit.runtime.load import DTYPES, load_model
+    from quantkit.runtime.models.families import read_spec
     from quantkit.runtime.tokenizer import load_tokenizer, stop_tokens
 
     checkpoint = open_checkpoint(resolve_source(model, revision=revision, announce=_to_stderr))
+    read_spec(checkpoint)  # a config.json that is wrong is said to be, before the tokenizer stumbles over it
     tokenizer = load_tokenizer(checkpoint.path)
     prompt_ids = tokenizer.encode_prompt(prompt, raw=raw)
     loaded = load_model(checkpoint, dtype=None if dtype is None else DTYPES[dtype])

@@ -34,9 +34,9 @@ def inspect(
         runtime = {"runs": refusal is None, "why_not": refusal}
         typer.echo(json.dumps({**dataclasses.asdict(inspection), "runtime": runtime}, indent=2))
         return
-    from rich.console import Console
+    from quantkit.cli.output import table_console
 
-    show(inspection, refusal, Console())
+    show(inspection, refusal, table_console())
 
 
 def _runtime_refusal(checkpoint: "Checkpoint") -> str | None:

@@ -71,7 +71,10 @@ def run(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         if error.format_message():  # empty where no argument at all was given: the help has been printed
             command = error.ctx.command_path if error.ctx else "quantkit"
-            print(f"error: {error.format_message()}\n  fix: see `{command} --help`", file=sys.stderr)
+            fix = f"see `{command} --help`"
+            if error.format_message().startswith("No such option"):
+                fix += "; what begins with a dash and is no option goes behind `--`"
+            print(f"error: {error.format_message()}\n  fix: {fix}", file=sys.stderr)
         return 2
     except QuantkitError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -45,7 +45,7 @@ def quantize(
     Killed or interrupted, the same command continues where it stopped.
     """
     if dry_run:
-        _print_dry_run(source, recipe, settings or [], revision, calib, device, as_json)
+        _print_dry_run(source, recipe, output, settings or [], revision, calib, device, as_json)
         return
     from rich.console import Console
 
@@ -70,14 +70,14 @@ def quantize(
 def _print_dry_run(
     source: str,
     recipe: str,
+    output: Path,
     settings: Sequence[str],
     revision: str | None,
     calib: str | None,
     device: str,
     as_json: bool,
 ) -> None:
-    from rich.console import Console
-
+    from quantkit.cli.output import table_console
     from quantkit.formats.source import resolve_source
     from quantkit.quantization import dry_run
     from quantkit.recipe import load_recipe
@@ -85,21 +85,22 @@ def _print_dry_run(
     chosen = load_recipe(recipe, tuple(settings))
     to_stderr = partial(typer.echo, err=True)
     path = resolve_source(source, revision=revision, announce=to_stderr)
-    plan = dry_run(path, chosen, where=recipe, calib=calib, device=device, announce=to_stderr)
+    plan = dry_run(path, chosen, folder=output, where=recipe, calib=calib, device=device, announce=to_stderr)
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2))
         return
-    console = Console()
+    console = table_console()
     console.print(_plan_table(plan), highlight=False)
     before, after = plan.before_bytes / 1e9, plan.after_bytes / 1e9
     console.print(f"size    {before:.3f} GB -> {after:.3f} GB ({after / before:.0%})")
     console.print(f"memory  {plan.peak_bytes / 1e9:.2f} GB at the peak (estimated)")
     console.print(f"time    {plan.seconds:.0f} s (estimated from a sample on this machine)")
     if plan.calibration is not None:
-        console.print(_calibration_lines(plan.calibration), highlight=False, soft_wrap=True)
+        console.print(_calibration_lines(plan.calibration), markup=False, highlight=False, soft_wrap=True)
     for verdict in plan.loaders:
         why = "; ".join(reason.text for reason in verdict.reasons)
-        console.print(f"{verdict.loader:13} {verdict.loads}: {why}", highlight=False, soft_wrap=True)
+        line = f"{verdict.loader:13} {verdict.loads}: {why}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _calibration_lines(cost: "CalibrationCost") -> str:
@@ -112,6 +113,7 @@ def _calibration_lines(cost: "CalibrationCost") -> str:
 
 def _plan_table(plan: "DryRun") -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Nothing is written: this is the plan", title_justify="left")
     for column in ("tensor", "scheme, or why it stays", "before", "after"):
@@ -119,7 +121,8 @@ def _plan_table(plan: "DryRun") -> "Table":
             column, justify="right" if column in ("before", "after") else "left", overflow="fold"
         )
     for row in plan.rows:
-        table.add_row(row.name, row.treatment, f"{row.before_bytes:,}", f"{row.after_bytes:,}")
+        cells = (row.name, row.treatment, f"{row.before_bytes:,}", f"{row.after_bytes:,}")
+        table.add_row(*map(Text, cells))  # no markup: names come from files
     return table
 
 
@@ -148,7 +151,7 @@ class _Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._bar.console.print(line, highlight=False, soft_wrap=True)
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, step: "Step") -> None:
         """Take one finished tensor into account."""

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from quantkit.errors import RecipeError
+
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
@@ -13,6 +15,11 @@ def recipes(
     ] = False,
 ) -> None:
     """List the recipes, print one, or explain the keys."""
+    if schema and name is not None:
+        raise RecipeError(
+            f"--schema with {name}: the schema is that of all recipes",
+            fix=f"quantkit recipes --schema, or quantkit recipes {name}",
+        )
     from quantkit.recipe import load_recipe, shipped_recipes
     from quantkit.recipe.load import find_recipe
     from quantkit.recipe.model import Recipe

@@ -22,6 +22,7 @@ def verify(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from quantkit.cli.output import table_console
     from quantkit.verify import verify_checkpoint
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -35,7 +36,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        show(report, Console())
+        show(report, table_console())
     return 0 if report.is_ok else 1
 
 
@@ -54,15 +55,18 @@ def show(report: "VerifyReport", console: "Console") -> None:
             "bit for bit, in compressed_tensors"
         )
     if report.findings:
-        wrong = Table(
-            "where", "found", "expected", title=f"{len(report.findings)} findings", title_justify="left"
-        )
+        count = len(report.findings)
+        wrong = Table(title="1 finding" if count == 1 else f"{count} findings", title_justify="left")
+        for column in ("where", "found", "expected"):
+            wrong.add_column(column, overflow="fold")  # a long name is broken, not cut
         for finding in report.findings:
             wrong.add_row(*map(escape, finding))
         console.print(wrong)
     else:
         console.print("nothing is wrong with it")
-    loaders = Table("loader", "loads", "why", "evidence", title="Who can load it", title_justify="left")
+    loaders = Table("loader", "loads", title="Who can load it", title_justify="left")
+    for column in ("why", "evidence"):
+        loaders.add_column(column, overflow="fold")
     for verdict in report.loaders:
         for row, reason in enumerate(verdict.reasons):
             first = (verdict.loader, verdict.loads) if row == 0 else ("", "")

@@ -33,9 +33,14 @@ class FolderState(enum.Enum):
 
 
 def folder_state(folder: Path) -> FolderState:
-    """What is in the folder. Raises OutputError if the path is a file."""
+    """What is in the folder. Raises OutputError if the path is a file, or a link to nothing."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file", fix="give the name of a folder that does not exist yet")
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError(
+            f"{folder}: is a link to {folder.readlink()}, which does not exist",
+            fix="create that folder, or remove the link",
+        )
     if not folder.exists() or not any(folder.iterdir()):
         return FolderState.EMPTY
     if (folder / JOURNAL_NAME).exists():
@@ -65,7 +70,10 @@ def remove_run(folder: Path) -> None:
 
 def check_apart(source: Path, folder: Path) -> None:
     """Raise OutputError if one of the two folders is inside the other: each run would read what it writes."""
-    inner, outer = folder.resolve(), source.resolve()
+    try:
+        inner, outer = folder.resolve(), source.resolve()
+    except RuntimeError:
+        raise OutputError(f"{folder}: is a link that leads back to itself", fix="remove the link") from None
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise OutputError(
             f"{folder}: the output and its source {source} are the same folder, or one is inside the other",

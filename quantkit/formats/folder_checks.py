@@ -117,7 +117,7 @@ def _check_planned(
     name: str, entry: Mapping[str, Any], label: str | None, shape: tuple[int, int]
 ) -> Iterator[Finding]:
     if entry.get("scheme") != label:
-        found = entry.get("scheme") or "16 bits"
+        found = str(entry.get("scheme") or "16 bits")
         yield Finding(f"{PLAN_NAME}: {name}", found, f"{label or '16 bits'}, as config.json says")
     if entry.get("shape") != list(shape):
         yield Finding(f"{PLAN_NAME}: {name}", f"shape {entry.get('shape')}", f"{list(shape)}, as stored")

@@ -84,6 +84,19 @@ def _check_convertible(file: Path, header: GgufHeader) -> None:
     for key in (f"{architecture}.{name}" for name in REQUIRED):
         if key not in header.metadata:  # the reader would put in a default
             raise SourceError(f"{file} does not say {key}", fix=_OTHER_VERSION)
+        value = header.metadata[key]
+        if not isinstance(value, GgufArray) and (type(value) is not int or value < 1):
+            raise SourceError(f"{file} says {key} {value!r}, not a positive number", fix=_OTHER_VERSION)
+    num_layers = header.metadata[f"{architecture}.block_count"]
+    if isinstance(num_layers, int) and num_layers > len(header.tensors):  # every layer has tensors
+        raise SourceError(
+            f"{file} counts {num_layers} layers, but holds {len(header.tensors)} tensors", fix=_OTHER_VERSION
+        )
+    base = header.metadata.get(f"{architecture}.rope.freq_base", 1.0)
+    if type(base) not in (int, float) or not 0 < base < float("inf"):
+        raise SourceError(
+            f"{file} says {architecture}.rope.freq_base {base!r}, not a positive number", fix=_OTHER_VERSION
+        )
     if "tokenizer.ggml.tokens" not in header.metadata:
         raise SourceError(f"{file} has no vocabulary", fix=_OTHER_VERSION)
     scaling = next((tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")), None)
@@ -112,6 +125,13 @@ def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
     said = {
         key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)
     }
+    if (
+        not {"hidden_size", "num_attention_heads"} <= settings.keys()
+    ):  # they go by other names in some families
+        raise SourceError(
+            f"{file}: the conversion does not know how a config of {config.model_type} is written",
+            fix=_OTHER_VERSION,
+        )
     head_dim = said.get("attention.key_length", settings["hidden_size"] // settings["num_attention_heads"])
     if "head_dim" in settings:
         settings["head_dim"] = head_dim

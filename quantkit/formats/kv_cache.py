@@ -122,8 +122,9 @@ def read_kv_cache(checkpoint: Checkpoint) -> StoredKV | None:
             f"{sidecar}: describes the KV cache, but config.json has a kv_cache_scheme too",
             fix=f"remove the one that is not meant: {SIDECAR_NAME}, or kv_cache_scheme in config.json",
         )
+    header = read_header(sidecar)
     plan = _sidecar_plan(sidecar, num_layers(checkpoint))
-    tensors = read_header(sidecar) if plan.scheme.dtype == "int8" else checkpoint.tensors
+    tensors = header if plan.scheme.dtype == "int8" else checkpoint.tensors
     return plan._replace(scales=_read_scales(checkpoint, plan.scheme, tensors))
 
 

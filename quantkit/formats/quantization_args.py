@@ -92,7 +92,7 @@ def parse_kv(args: Any) -> KVScheme:
         args.get("symmetric", True),
         args.get("dynamic", False),
     )
-    if kind != ("float", 8, True, False) or strategy not in {"tensor", "attn_head"}:
+    if kind != ("float", 8, True, False) or strategy not in ("tensor", "attn_head"):
         raise unsupported(f"kv_cache_scheme {dict(args)!r}")
     return KVScheme(dtype="fp8", granularity="tensor" if strategy == "tensor" else "head")
 

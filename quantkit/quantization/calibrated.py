@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from quantkit.arch.skeleton import language_config
 from quantkit.calibration.loop import calibrate, layer_of_linear
 from quantkit.calibration.self_text import NOT_WRITTEN, is_written, self_tokens
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
 from quantkit.calibration.tune import TUNED, tune
 from quantkit.env import deterministic_cublas
-from quantkit.errors import QuantkitError, RecipeError
+from quantkit.errors import CalibrationError, QuantkitError, RecipeError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import TensorInfo
 from quantkit.formats.stage import Stage, layer_part
@@ -40,10 +41,16 @@ class Staged(NamedTuple):
         return cls({}, {}, {}, {})
 
 
-def calibration_spec(recipe: Recipe, calib: str | None, where: str) -> str | None:
-    """The SPEC of the text to calibrate on; None: no data. Raises RecipeError where text would change nothing."""
+def calibration_spec(
+    recipe: Recipe, calib: str | None, where: str, announce: Callable[[str], None]
+) -> str | None:
+    """The SPEC of the text to calibrate on; None: no data. Raises RecipeError where it would change nothing."""
+    if calib is None and recipe.data_reason:
+        return DOCS
     if calib is None:
-        return DOCS if recipe.data_reason else None
+        if "calibration" in recipe.model_fields_set:
+            announce("`calibration` changes nothing here: this recipe uses no text unless --calib names some")
+        return None
     if not recipe.can_use_data:
         raise RecipeError(
             f"{where}: --calib {calib} has no effect: nothing in this recipe uses data",
@@ -72,31 +79,56 @@ def choose_device(name: str) -> torch.device:
 def read_tokens(
     checkpoint: Checkpoint, recipe: Recipe, spec: str, device: torch.device, announce: Callable[[str], None]
 ) -> CalibrationTokens:
-    """The calibration tokens of a run; `self` holds the model and may take minutes, the first time."""
-    wanted = recipe.calibration
+    """The calibration tokens of a run; `self` holds the model and may take minutes, the first time.
+
+    Raises CalibrationError if the model has fewer positions than they take, or does not know one of them.
+    """
+    wanted, length = recipe.calibration, _window_length(checkpoint, recipe)
     if spec == SELF:
         progress = WritingProgress(announce)
         tokens = self_tokens(
-            checkpoint, wanted.samples, wanted.length, seed=recipe.seed, device=device, on_token=progress
+            checkpoint, wanted.samples, length, seed=recipe.seed, device=device, on_token=progress
         )
     else:
-        tokens = calibration_tokens(checkpoint.path, spec, wanted.samples, wanted.length)
+        tokens = calibration_tokens(checkpoint.path, spec, wanted.samples, length)
+    _check_ids(checkpoint, tokens)
     count = len(tokens.ids_SL)
     less = (
         f", fewer than the {wanted.samples} asked for: the text has no more" if count < wanted.samples else ""
     )
-    announce(f"calibrating on {count} x {wanted.length} tokens of {spec}{less}")
+    announce(f"calibrating on {count} x {length} tokens of {spec}{less}")
     if tokens.roles is not None:
         announce(f"roles of its conversations: {tokens.roles}")
     return tokens
+
+
+def _window_length(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Tokens of a window: what the recipe says, and where it says nothing, no more than the model has positions."""
+    length, positions = recipe.calibration.length, checkpoint.text_config.get("max_position_embeddings")
+    if not isinstance(positions, int) or length <= positions:
+        return length
+    if "length" not in recipe.calibration.model_fields_set:
+        return positions
+    raise CalibrationError(
+        f"calibration.length {length}: {checkpoint.path} has {positions} positions",
+        fix=f"--set calibration.length={positions}, or less",
+    )
+
+
+def _check_ids(checkpoint: Checkpoint, tokens: CalibrationTokens) -> None:
+    size, highest = language_config(checkpoint).vocab_size, int(tokens.ids_SL.max())
+    if highest >= size:
+        raise CalibrationError(
+            f"{checkpoint.path}: its tokenizer makes token {highest} of the text, but the model's vocabulary is {size}",
+            fix="copy the tokenizer files that belong to this model into the folder",
+        )
 
 
 def expected_tokens(
     checkpoint: Checkpoint, recipe: Recipe, spec: str, device: torch.device, announce: Callable[[str], None]
 ) -> CalibrationTokens:
     """As `read_tokens`, for a dry run: what the model has yet to write is so many zeros, and has no hash."""
-    wanted = recipe.calibration
-    sizes = wanted.samples, wanted.length
+    sizes = recipe.calibration.samples, _window_length(checkpoint, recipe)
     if spec == SELF and not is_written(checkpoint, *sizes, seed=recipe.seed, device=device):
         return CalibrationTokens(torch.zeros(sizes, dtype=torch.int64), SELF, NOT_WRITTEN)
     return read_tokens(checkpoint, recipe, spec, device, announce)

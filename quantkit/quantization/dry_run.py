@@ -19,7 +19,7 @@ from quantkit.numerics.sqnr import signal_and_noise
 from quantkit.quantization.calibrated import calibration_spec, choose_device, expected_tokens
 from quantkit.quantization.calibration_cost import CalibrationCost, calibration_cost
 from quantkit.quantization.linear import CHUNK_ELEMENTS
-from quantkit.quantization.run import Entry, plan_entries
+from quantkit.quantization.run import Entry, check_places, plan_entries
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
 from quantkit.recipe.model import Scales
 from quantkit.schemes import PerTensor, Scheme
@@ -61,22 +61,28 @@ def dry_run(
     source: Path,
     recipe: Recipe,
     *,
+    folder: Path | None = None,
     where: str = "recipe",
     calib: str | None = None,
     device: str = "cpu",
     announce: Callable[[str], None] = lambda line: None,
 ) -> DryRun:
-    """Plan a run; raises what `quantize_checkpoint` would raise before writing. The calibration text is read."""
+    """Plan a run; raises what `quantize_checkpoint` would raise before writing. The calibration text is read.
+
+    folder: where the run would write (None: not said yet). An earlier run in it is not compared with this one.
+    """
     checkpoint = open_checkpoint(source)
-    spec = calibration_spec(recipe, calib, where)
+    spec = calibration_spec(recipe, calib, where, announce)
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
     if spec is not None:
         check_known(checkpoint)
     entries = plan_entries(checkpoint, plan)
+    if folder is not None:
+        check_places(source, folder)
+    chosen = choose_device(device)
     rows = tuple(_rows(checkpoint, plan, entries))
     cost = None
     if spec is not None:
-        chosen = choose_device(device)
         cost = calibration_cost(
             checkpoint, plan, expected_tokens(checkpoint, recipe, spec, chosen, announce), chosen
         )

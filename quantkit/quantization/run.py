@@ -19,7 +19,7 @@ import torch
 
 from quantkit.arch import place_of
 from quantkit.calibration.skeleton import check_known
-from quantkit.errors import CalibrationError, OutputError, SourceError
+from quantkit.errors import CalibrationError, OutputError, SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.compressed_tensors import encode_linear, linear_layout
 from quantkit.formats.folder import FolderState, check_apart, check_companions, folder_state, remove_run
@@ -79,18 +79,17 @@ def quantize_checkpoint(
     base: the source's name on the card. where: the recipe's name in errors. calib: SPEC of the calibration text; a
     recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for calibration.
     announce: told, in a line, what will take a while. Raises QuantkitError before anything is written, except for
-    weights and inputs that are not finite, which are met on the way: then what was written is removed, since it
-    cannot be continued.
+    weights and inputs that are not finite, or a model that transformers does not build, which are met on the way: then
+    what was written is removed, since it cannot be continued.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source)
-    spec = calibration_spec(recipe, calib, where)
+    spec = calibration_spec(recipe, calib, where, announce)
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
     if spec is not None:
         check_known(checkpoint)
     entries = plan_entries(checkpoint, plan)
-    check_apart(source, folder)
-    check_companions(source)
+    check_places(source, folder)
     chosen = choose_device(device)
     tokens = None if spec is None else read_tokens(checkpoint, recipe, spec, chosen, announce)
     summary = plan_summary(checkpoint, plan, base or source.name, tokens, chosen)
@@ -120,10 +119,17 @@ def quantize_checkpoint(
             write_companions(checkpoint, plan, summary, stamps, report, writer.notes.get(SECONDS, {}))
             Stage(folder).remove()
             writer.remove_journal()
-    except (SourceError, CalibrationError):
+    except (SourceError, CalibrationError, UnsupportedModelError):
         remove_run(folder)
         raise
     return report
+
+
+def check_places(source: Path, folder: Path) -> None:
+    """Raise OutputError if the folder can be no output of this source, SourceError if not all of that can be copied."""
+    check_apart(source, folder)
+    _refuse_foreign(folder)
+    check_companions(source)
 
 
 def plan_entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:
@@ -206,11 +212,7 @@ def _stage_needs(recipe: Recipe, entries: Sequence[Entry], stage: Stage) -> int:
 
 def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:
     """Decide whether the folder may be written; a finished run of the same plan is left as it is."""
-    state = folder_state(folder)
-    if state is FolderState.FOREIGN:
-        raise OutputError(
-            f"{folder}: not empty, and not a run of quantkit", fix="give a folder that does not exist yet"
-        )
+    state = _refuse_foreign(folder)
     if state is FolderState.EMPTY:
         return state
     if overwrite or state is FolderState.HALF_REMOVED:
@@ -220,6 +222,15 @@ def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overw
         raise OutputError(
             f"{folder}: holds a finished run of another plan or source, or its source has changed since",
             fix="give another folder, or --overwrite",
+        )
+    return state
+
+
+def _refuse_foreign(folder: Path) -> FolderState:
+    state = folder_state(folder)
+    if state is FolderState.FOREIGN:
+        raise OutputError(
+            f"{folder}: not empty, and not a run of quantkit", fix="give a folder that does not exist yet"
         )
     return state
 

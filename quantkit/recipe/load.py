@@ -19,7 +19,8 @@ _VALUE_FIX = "correct it; `quantkit recipes --schema` explains every key"
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with quantkit, by name."""
-    return {file.stem: file for file in sorted(data_dir("recipes").glob("*.yaml"))}
+    files = data_dir("recipes").glob("*.yaml")
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
 def load_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
@@ -95,7 +96,7 @@ def _apply(content: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting}: not KEY=VALUE", fix="for example --set group_size=64")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise RecipeError(
             f"--set {setting}: the value is not valid YAML ({_first_line(error)})", fix="quote it"
         ) from None

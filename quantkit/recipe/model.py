@@ -51,7 +51,9 @@ class Calibration(_Strict):
         int,
         Field(gt=0, description="Windows of text, spread evenly over it; fewer where the text has no more."),
     ] = 128
-    length: Annotated[int, Field(gt=1, description="Tokens of a window.")] = 512
+    length: Annotated[
+        int, Field(gt=1, description="Tokens of a window; if not given, at most the model's positions.")
+    ] = 512
 
 
 class Tune(_Strict):
@@ -126,7 +128,7 @@ class Recipe(_Strict):
         default_factory=Calibration, description="How much calibration text is used."
     )
     tune: Tune = Field(Tune(), description="Settings of the algorithm `tune`.")
-    budget_minutes: Annotated[float, Field(gt=0)] | None = Field(
+    budget_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Time that `tune` may take, by an estimate from the model's size and the device."
     )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of rotations and of the order of windows.")

@@ -38,7 +38,7 @@ def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
     names = [
         config[key] for config in configs for key in ("dtype", "torch_dtype") if config.get(key) is not None
     ]
-    if not names or names[0] not in DTYPES:
+    if not names or not isinstance(names[0], str) or names[0] not in DTYPES:
         found = f"dtype {names[0]!r}" if names else "no dtype"
         raise SourceError(
             f"{checkpoint.path / 'config.json'}: {found}, needed to run the model",

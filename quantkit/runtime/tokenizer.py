@@ -25,14 +25,14 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: str, *, raw: bool) -> list[int]:
         """Token ids of a prompt: as the user's message in the chat template, or, if there is none or raw, as is."""
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise GenerationError("the prompt is not UTF-8 text", fix="write it in UTF-8")
         if raw or not self.has_chat_template:
             return self._checked(self.backend(prompt)["input_ids"])
-        from jinja2 import TemplateError
-
         messages = [{"role": "user", "content": prompt}]
         try:
             ids = self.backend.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except TemplateError as error:
+        except Exception as error:  # a template may fail in any way that an expression can
             raise SourceError(
                 f"{self.path}: its chat template fails ({error})",
                 fix="repair the template, or send the prompt with --raw",
@@ -58,13 +58,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def stop_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end an answer: of generation_config.json (else config.json), and the tokenizer's own."""
+    """The tokens that end an answer: of generation_config.json (else config.json), and the tokenizer's own.
+
+    Raises SourceError if a file names something that is no token: the answer would never end.
+    """
     file = checkpoint.path / "generation_config.json"
-    declared = read_json(file).get("eos_token_id") if file.is_file() else None
+    settings = read_json(file) if file.is_file() else {}
+    if not isinstance(settings, dict):
+        raise SourceError(f"{file}: not a JSON object", fix="fetch this file again, or remove it")
+    declared = settings.get("eos_token_id")
     if declared is None:
+        file = checkpoint.path / "config.json"
         declared = checkpoint.text_config.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(token for token in (*ids, tokenizer.backend.eos_token_id) if type(token) is int)
+    ids = [] if declared is None else declared if isinstance(declared, list) else [declared]
+    wrong = next((token for token in ids if type(token) is not int), None)
+    if wrong is not None:
+        raise SourceError(f"{file}: eos_token_id {wrong!r} is no token's number", fix="fetch this file again")
+    own = tokenizer.backend.eos_token_id
+    return frozenset(ids if own is None else [*ids, own])
 
 
 class Detokenizer:

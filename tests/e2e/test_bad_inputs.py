@@ -22,6 +22,11 @@ INSPECT = ("inspect", "{}/model")
 OVERRIDE = "weights: int4\noverrides:\n- match: '*.gate_proj'\n  weights: int8\n"
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
 RUN = ("quantize", "{}/model", "-r", "int8-weight", "-o", "{}/out")
+ORIGINAL = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+YARN = ORIGINAL | {"rope_type": "yarn"}
+LLAMA3 = ORIGINAL | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CALIBRATE = ("quantize", "{}/model", "-r", "int4", "--calib", "{}/text.txt", "-o", "{}/out",
+             "--set", "calibration.samples=2", "--set", "calibration.length=16")  # fmt: skip
 PROMPT = "a quick brown fox " * 100
 
 
@@ -69,6 +74,14 @@ def renumbered(folder: Path) -> None:
     file.write_text(json.dumps(content))
 
 
+def foreign_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows more tokens than the model."""
+    tensors = tiny_tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:60].clone()
+    write_tiny_llama(folder / "model", tensors, vocab_size=60)
+
+
 def pickled(folder: Path) -> None:
     (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
 
@@ -101,6 +114,11 @@ SOURCES = (
     Bad("config not UTF-8", broken.text("model/config.json", b"\xff\xfe{}"), QUANTIZE, "not valid JSON", "fetch"),
     Bad("config a list", broken.text("model/config.json", "[1]"), QUANTIZE, "not a JSON object", "fetch config"),
     Bad("layers not a number", broken.config(num_hidden_layers="2"), QUANTIZE, "num_hidden_layers", "fetch"),
+    Bad("a billion layers", broken.config(num_hidden_layers=10**9), QUANTIZE, "layers.2.", "incomplete"),
+    Bad("a billion layers of an unknown family",
+        broken.config(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], num_hidden_layers=10**9), QUANTIZE,
+        "counts 1000000000 layers", "fetch"),
+    Bad("a billion experts", broken.experts(num_experts=10**9), QUANTIZE, "experts.4.", "incomplete"),
     Bad("layers miscounted", broken.config(num_hidden_layers=3), QUANTIZE, "layers.2.", "incomplete"),
     Bad("no model_type", broken.config(model_type=None), QUANTIZE, "model_type", "decoder-only"),
     Bad("unknown architecture", broken.config(model_type="nonesuch", architectures=["NonesuchForCausalLM"]), QUANTIZE,
@@ -191,6 +209,8 @@ RECIPES = (
     Bad("--set without value", broken.nothing, setting("group_size"), "--set group_size: not KEY=VALUE", "--set"),
     Bad("--set of nothing", broken.nothing, setting("=64"), "not KEY=VALUE", "--set"),
     Bad("--set not YAML", broken.nothing, setting("ignore=[a"), "the value is not valid YAML", "quote"),
+    Bad("--set of no date", broken.nothing, setting("group_size=2020-13-99"), "not valid YAML (month", "quote"),
+    Bad("--set too deep", broken.nothing, setting("ignore=" + "[" * 5000), "not valid YAML", "quote"),
     Bad("--set of unknown key", broken.nothing, setting("colour=red"), "unknown key colour", "keys are"),
     Bad("--set below nothing", broken.nothing, setting("overrides.0.keep=true"), "no overrides", "keys are"),
     Bad("ignored name unknown", broken.nothing, setting("ignore=[lm_heed]"), "'lm_heed' matches no linear", "inspect"),
@@ -215,6 +235,12 @@ RECIPES = (
     Bad("out of order", broken.nothing, setting("algorithm=[gptq,awq]"), "the order", "correct"),
     Bad("refine alone", broken.nothing, setting("algorithm=refine"), "gptq", "correct"),
     Bad("budget alone", broken.nothing, setting("budget_minutes=5"), "no effect", "correct"),
+    Bad("endless budget", broken.nothing, setting("algorithm=[gptq,tune]", "budget_minutes=.inf"),
+        "budget_minutes is inf", "correct"),
+    Bad("windows beyond the positions", broken.nothing, (*CALIBRATE[:-1], "calibration.length=129"),
+        "has 128 positions", "calibration.length=128"),
+    Bad("calibrating with a foreign tokenizer", foreign_tokenizer, CALIBRATE, "vocabulary is 60", "copy the tokenizer"),
+    Bad("dtype a number", broken.config(dtype=3), CALIBRATE, "cannot build", "decoder-only"),
     Bad("no samples", broken.nothing, setting("calibration.samples=0"), "calibration.samples", "correct"),
     Bad("no such device", broken.nothing, (*QUANTIZE, "--device", "tpu"), "not a device", "--device cpu"),
     Bad("no such text", broken.nothing, (*QUANTIZE, "--calib", "nowhere.txt"), "no such file", "give a"),
@@ -226,6 +252,12 @@ OUTPUTS = (
     Bad("output is a file", broken.text("out", "mine"), QUANTIZE, "out: is a file", "a folder"),
     Bad("output below a file", broken.text("out", "mine"), (*QUANTIZE[:-1], "{}/out/x"), "Not a directory", "a path"),
     Bad("output name too long", broken.nothing, (*QUANTIZE[:-1], "{}/" + "x" * 300), "File name too long", "a path"),
+    Bad("output a link to nothing", lambda f: (f / "out").symlink_to(f / "nowhere"), QUANTIZE,
+        "nowhere, which does not exist", "remove the link"),
+    Bad("output a link to itself", lambda f: (f / "out").symlink_to(f / "out"), QUANTIZE, "itself", "remove the link"),
+    Bad("foreign output of a plan", broken.text("out/a", ""), (*QUANTIZE, "--dry-run"), "not empty", "a folder"),
+    Bad("plan for the source", broken.nothing, (*QUANTIZE[:-1], "{}/model", "--dry-run"), "the same folder", "beside"),
+    Bad("plan for no device", broken.nothing, (*QUANTIZE, "--dry-run", "--device", "tpu"), "not a device", "cpu"),
     Bad("output is the source", broken.nothing, (*QUANTIZE[:-1], "{}/model"), "the same folder", "beside"),
     Bad("output in the source", broken.nothing, (*QUANTIZE[:-1], "{}/model/out"), "inside the other", "beside"),
     Bad("source in the output", broken.nothing, (*QUANTIZE[:-1], "{}", "--overwrite"), "inside the other", "beside"),
@@ -235,6 +267,8 @@ OUTPUTS = (
 
 TEXTS = (
     Bad("no such text", broken.removed("text.txt"), EVAL, "text.txt: no such file", "docs"),
+    Bad("text of nobody", broken.nothing, (*EVAL[:-1], "~nobody-of-that-name/a.txt"), "no such user", "docs"),
+    Bad("text without a name", broken.nothing, (*EVAL[:-1], ""), "is empty", "docs"),
     Bad("empty text", broken.text("text.txt", ""), EVAL, "text.txt: holds no text", "not empty"),
     Bad("blank text", broken.text("text.txt", " \n\n\t\n"), EVAL, "holds no text", "not empty"),
     Bad("binary text", broken.text("text.txt", b"\x00\xff\xfe" * 99), EVAL, "not UTF-8", "iconv"),
@@ -260,18 +294,36 @@ MODELS = (
     Bad("no candidate", broken.nothing, ("eval", "{}/model"), "candidates", "--help"),
     Bad("candidate missing", broken.nothing, (*EVAL[:2], "{}/x", *EVAL[3:]), "x: no such file", "hub id"),
     Bad("tokenizer damaged", broken.text("model/tokenizer.json", "{"), (*GENERATE, "hi"), "tokenizer cannot", "fetch"),
+    Bad("vocabulary in words", broken.config(vocab_size="320"), (*GENERATE, "hi"), "vocab_size is '320'", "fetch"),
+    Bad("no heads", broken.config(num_attention_heads=0), (*GENERATE, "hi"), "num_attention_heads is 0", "fetch"),
+    Bad("dtype an object", broken.config(dtype={}), EVAL, "dtype {}", "add dtype"),
+    Bad("template computes nonsense", broken.text("model/chat_template.jinja", "{{ 1 // 0 }}"), (*GENERATE, "hi"),
+        "chat template fails", "--raw"),
+    Bad("template adds up apples", broken.text("model/chat_template.jinja", "{{ 1 + 'a' }}"), (*GENERATE, "hi"),
+        "chat template fails", "--raw"),
+    Bad("generation config a list", broken.text("model/generation_config.json", "[1]"), (*GENERATE, "hi"),
+        "not a JSON object", "fetch"),
+    Bad("an end that is no token", broken.text("model/generation_config.json", '{"eos_token_id": "</s>"}'),
+        (*GENERATE, "hi"), "eos_token_id '</s>'", "fetch"),
+    Bad("prompt of other bytes", broken.nothing, (*GENERATE, "caf\udce9"), "not UTF-8", "UTF-8"),
     Bad("no rope", broken.config(rope_parameters=None), (*GENERATE, "hi"), "no rope_theta", "fetch"),
     Bad("rope of no kind", broken.config(rope_parameters={"rope_type": "x", "rope_theta": 1e4}), (*GENERATE, "hi"),
         "rope_type 'x'", "supported: default"),
+    Bad("rope of theta 1", broken.config(rope_parameters=YARN | {"rope_theta": 1.0}), (*GENERATE, "hi"),
+        "rope_theta is 1.0", "fetch"),
+    Bad("rope without a band", broken.config(rope_parameters=LLAMA3 | {"high_freq_factor": 1.0}), (*GENERATE, "hi"),
+        "high_freq_factor is 1.0", "fetch"),
     Bad("no hidden size", broken.config(hidden_size=None), (*GENERATE, "hi"), "no hidden_size", "fetch"),
     Bad("unknown activation", broken.config(hidden_act="sinus"), (*GENERATE, "hi"), "hidden_act 'sinus'", "supported"),
     Bad("not for the runtime", broken.config(model_type="phi3"), (*GENERATE, "hi"), "model_type 'phi3'", "llama"),
+    Bad("a billion layers to run", broken.config(num_hidden_layers=10**9), (*GENERATE, "hi"), "possible with", "fetch"),
     Bad("weights of another size", broken.config(intermediate_size=96), (*GENERATE, "hi"),
         "gate_proj.weight has shape", "fetch"),
     Bad("quantized, but not compressed", broken.quantized(CT), (*GENERATE, "hi"),
         "quantization_status", "quantkit wrote"),
     Bad("empty prompt", broken.nothing, (*GENERATE, ""), "the prompt has no tokens", "not empty"),
     Bad("prompt too long", broken.nothing, (*GENERATE, PROMPT), "takes 128", "shorten"),
+    Bad("prompt that looks like an option", broken.nothing, (*GENERATE, "-5 + 3 ="), "No such option", "behind `--`"),
     Bad("no tokens wanted", broken.nothing, (*GENERATE, "hi", "--max-tokens", "0"), "max_tokens 0", "from 1"),
     Bad("fewer than none", broken.nothing, (*GENERATE, "hi", "--max-tokens", "-3"), "max_tokens -3", "from 1"),
     Bad("cold", broken.nothing, (*GENERATE, "hi", "--temperature", "-1"), "temperature -1", "from 0"),
@@ -287,6 +339,7 @@ VERBS = (
     Bad("no recipe", broken.nothing, ("quantize", "{}/model", "-o", "{}/out"), "--recipe", "--help"),
     Bad("no output", broken.nothing, ("quantize", "{}/model", "-r", "int4"), "--output", "--help"),
     Bad("not a number", broken.nothing, (*EVAL, "--windows", "many"), "--windows", "--help"),
+    Bad("schema of one recipe", broken.nothing, ("recipes", "int4", "--schema"), "of all recipes", "recipes int4"),
     Bad("no such recipe to print", broken.nothing, ("recipes", "best"), "best: neither", "quantkit recipes"),
     Bad("verify nothing", broken.nothing, ("verify", "{}/nowhere"), "no such folder", "folder"),
     Bad("verify a file", broken.nothing, ("verify", "{}/text.txt"), "no such folder", "folder"),
@@ -325,7 +378,15 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_the_good_inputs_are_good(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (QUANTIZE, EVAL, (*GENERATE, "hi", "--max-tokens", "2"), INSPECT, ("verify", "{}/out")):
+    calibrate = (*CALIBRATE[:7], "{}/calibrated", *CALIBRATE[8:])
+    for command in (
+        QUANTIZE,
+        calibrate,
+        EVAL,
+        (*GENERATE, "hi", "--max-tokens", "2"),
+        INSPECT,
+        ("verify", "{}/out"),
+    ):
         assert run([part.replace("{}", str(folder)) for part in command]) == 0, capsys.readouterr().err
 
 
@@ -361,3 +422,54 @@ def test_rows_of_zeros_are_no_bad_input(folder: Path, value: float) -> None:
         command = ["quantize", f"{folder}/model", "-r", name, "-o", f"{folder}/{name}"]
         assert run(command) == 0
         assert run(["verify", f"{folder}/{name}"]) == 0
+
+
+def test_names_are_no_markup(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets in the names of files and tensors are printed as they are."""
+    text = folder / "t[" / "b]" / "[red]x.txt"
+    text.parent.mkdir(parents=True)
+    (folder / "text.txt").rename(text)
+    broken.tensor("model.norm.weight", lambda w: w)(folder)
+    broken.header(lambda content: content.update({"extra[/b].weight": content.pop("lm_head.weight")}))(folder)
+    broken.config(tie_word_embeddings=True)(folder)
+    little = ("--set", "calibration.samples=2", "--set", "calibration.length=16")
+    command = [
+        "quantize",
+        f"{folder}/model",
+        "-r",
+        "int4",
+        *little,
+        "--calib",
+        str(text),
+        "-o",
+        f"{folder}/out",
+    ]
+    assert run([*command, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "extra[/b].weight" in out and str(text) in out + err
+    assert run(command) == 0
+    assert f"of {text}" in capsys.readouterr().err
+
+
+def test_a_name_in_other_bytes_than_utf8(folder: Path) -> None:
+    source = folder / "mod\udce9le"
+    (folder / "model").rename(source)
+    assert run(["quantize", str(source), "-r", "int4-rtn", "-o", f"{folder}/out\udce9"]) == 0
+    assert run(["verify", f"{folder}/out\udce9"]) == 0
+    card = (folder / "out\udce9" / "README.md").read_text(encoding="utf-8")
+    assert "mod?le" in card
+
+
+def test_what_a_recipe_says_in_vain_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [part.replace("{}", str(folder)) for part in (*RUN, "--set", "calibration.samples=5")]
+    for options in ("--dry-run",), ():
+        assert run([*command, *options]) == 0
+        assert "`calibration` changes nothing here" in capsys.readouterr().err
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [part.replace("{}", str(folder)) for part in CALIBRATE[:-2]]
+    assert run(command) == 0
+    assert "calibrating on 1 x 128 tokens" in capsys.readouterr().err

@@ -233,6 +233,7 @@ def ignored(config, name):
             "quantkit.json",
             "INT8 channel",
         ),
+        ("quantkit.json", lambda p: p["linears"][DOWN].update(scheme=4), "quantkit.json", "4"),
         ("quantkit.json", lambda p: p["linears"][DOWN].update(shape=[1, 2]), "quantkit.json", "shape [1, 2]"),
         ("quantkit.json", lambda p: p["linears"].pop(DOWN), f"quantkit.json: {DOWN}", "missing"),
         ("quantkit.json", lambda p: p["linears"].update(x={}), "quantkit.json: x", "no such linear"),
@@ -250,6 +251,12 @@ def test_files_that_disagree_are_found_and_named(tmp_path, file, change, place, 
     edit_json(folder, file, change)
     report = verify_checkpoint(folder)
     assert any(place in one.place and found in one.found for one in report.findings), report.findings
+
+
+def test_a_section_that_the_package_chokes_on_is_found(tmp_path):
+    folder = write_quantized(tmp_path, W8A8).path
+    edit_json(folder, "config.json", lambda c: weights(c).update(group_size=[]))
+    assert "config.json: quantization_config" in places(verify_checkpoint(folder))
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate_proj"])
@@ -307,6 +314,13 @@ def test_a_stray_shard_is_found(tmp_path):
     with_index(folder)
     save_file({"old": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors")
     assert places(verify_checkpoint(folder)) == ["model-00001-of-00002.safetensors"]
+
+
+def test_a_damaged_sidecar_is_a_finding(tmp_path):
+    folder = write_quantized(tmp_path, None)
+    (folder.path / SIDECAR_NAME).write_bytes(b"junk")
+    with pytest.raises(SourceError, match=f"{SIDECAR_NAME} is 4 bytes long"):
+        verify_checkpoint(folder.path)
 
 
 def test_an_index_keeps_loaders_off_the_sidecar(tmp_path):

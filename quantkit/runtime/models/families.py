@@ -42,10 +42,18 @@ def read_spec(checkpoint: Checkpoint) -> DecoderSpec:
             fix=f"use a model of one of these types: {', '.join(sorted({*FAMILIES, *MULTIMODAL}))}",
         )
     config = Config(inner, place)
+    _check_depth(config, len(checkpoint.tensors))
     spec = FAMILIES[model_type](config)
     config.finish()
     _check(spec, place)
     return spec
+
+
+def _check_depth(config: Config, num_tensors: int) -> None:
+    """Before anything is made of their number: every layer has tensors."""
+    num_layers = config.integer("num_hidden_layers")
+    if num_layers > num_tensors:
+        raise config.wrong("num_hidden_layers", num_layers, f"possible with {num_tensors} tensors")
 
 
 def _check(spec: DecoderSpec, place: str) -> None:

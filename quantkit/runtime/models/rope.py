@@ -46,11 +46,14 @@ def read_rope_section(
     elif kind == "linear":
         rope = LinearRope(theta=theta, factor=section.number("factor"))
     elif kind == "llama3":
+        low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
+        if low >= high:
+            raise section.wrong("high_freq_factor", high, f"above low_freq_factor {low}")
         rope = Llama3Rope(
             theta=theta,
             factor=section.number("factor"),
-            low_freq_factor=section.number("low_freq_factor"),
-            high_freq_factor=section.number("high_freq_factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
             original_positions=_original(section, original, max_positions),
         )
     else:
@@ -65,6 +68,8 @@ def _original(section: Config, original: int | None, max_positions: int) -> int:
 
 
 def _yarn(section: Config, theta: float, original: int, max_positions: int) -> YarnRope:
+    if theta == 1.0:
+        raise section.wrong("rope_theta", theta, "a base with a logarithm other than 0")
     factor = section.number("factor", max_positions / original)
     attention_factor = section.optional_number("attention_factor")
     mscale, mscale_all = section.optional_number("mscale"), section.optional_number("mscale_all_dim")

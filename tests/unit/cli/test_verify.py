@@ -68,3 +68,13 @@ def test_a_folder_that_cannot_be_read_exits_with_2(capsys, folder, options):
 def test_a_path_that_does_not_exist_exits_with_2(capsys, tmp_path):
     assert run(["verify", str(tmp_path / "nothing")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_long_names_are_printed_whole(capsys, folder):
+    section = json.loads((folder / "config.json").read_text())
+    name = f"model.layers.0.mlp.{'x' * 90}"
+    section["quantization_config"]["ignore"].append(name)
+    (folder / "config.json").write_text(json.dumps(section))
+    assert run(["verify", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "1 finding" in printed and "…" not in printed and printed.count("x") >= 90

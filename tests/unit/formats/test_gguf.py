@@ -166,6 +166,13 @@ REFUSED = {
     "another width": ({"feed_forward_length": 256}, r"as \[64, 128\], not \[64, 256\]"),
     "a layer too many": ({"block_count": 3}, "lacks model.layers.2"),
     "a layer too few": ({"block_count": 1}, "weights, but LlamaForCausalLM has"),
+    "a billion layers": ({"block_count": 10**9}, "counts 1000000000 layers, but holds 20 tensors"),
+    "no room at all": ({"context_length": 0}, "llama.context_length 0, not a positive number"),
+    "a width in words": (
+        {"embedding_length": "wide"},
+        "llama.embedding_length 'wide', not a positive number",
+    ),
+    "rope of nothing": ({"rope.freq_base": 0.0}, "llama.rope.freq_base 0.0, not a positive number"),
     "no heads": ({"attention.head_count": None}, "does not say llama.attention.head_count"),
 }
 
@@ -183,6 +190,8 @@ def test_what_the_conversion_would_lose_is_refused(tmp_path, changes, finding):
     ("architecture", "extra", "finding"),
     [
         ("nosuch", {}, "nosuch is not supported"),
+        ("gpt2", {}, "does not know how a config of gpt2 is written"),
+        ("bloom", {}, "does not know how a config of bloom is written"),
         ("llama", {"rope_freqs.weight": np.ones(8, np.float32)}, "rope_freqs.weight scales its rope"),
         ("llama", {"blk.0.attn_q.bias": np.ones(64, np.float32)}, "weights, but LlamaForCausalLM has"),
     ],

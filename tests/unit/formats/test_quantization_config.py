@@ -206,6 +206,7 @@ def group(section, number=0):
         (lambda s: s["kv_cache_scheme"].update(type="int"), "kv_cache_scheme"),
         (lambda s: s["kv_cache_scheme"].update(dynamic=True), "kv_cache_scheme"),
         (lambda s: s["kv_cache_scheme"].update(strategy="token"), "kv_cache_scheme"),
+        (lambda s: s["kv_cache_scheme"].update(strategy=["tensor"]), "kv_cache_scheme"),
     ],
 )
 def test_what_we_do_not_implement_is_refused_by_name(change, finding):
