@@ -28,6 +28,7 @@ from quantkit.calibration.learned import LearnedNorm, LearnedWeight
 from quantkit.calibration.skeleton import Skeleton, text_name, to_module_names
 from quantkit.calibration.smoothing import smooths
 from quantkit.calibration.tokens import CalibrationTokens
+from quantkit.errors import CalibrationError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import decode_linear
 from quantkit.formats.stage import Stage, layer_part
@@ -81,7 +82,7 @@ def tune(
             if time.monotonic() - kept_at > KEEP_SECONDS and run.step < run.schedule.steps:
                 run.keep(stage)
                 kept_at = time.monotonic()
-    stage.write(TUNED, run.stored_tensors(), {"linears": run.notes()})
+    stage.write(TUNED, run.stored_tensors(), {"linears": run.notes(), "excluded": run.num_excluded})
     stage.drop(TUNING)
 
 
@@ -131,15 +132,18 @@ class TuneRun:
     ) -> None:
         self._plan = plan
         self._device = device
-        self._ids = tokens.ids_SL.flatten().to(device)
         self._length = tokens.ids_SL.shape[1]
-        self.schedule = schedule(plan, tokens, device, torch.get_num_threads())
         self._skeleton = Skeleton(checkpoint, device, torch.float32)
         self._model_type = checkpoint.model_type
         self._linears = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
         self._weights: dict[str, LearnedWeight] = {}
         self._norms: dict[str, LearnedNorm] = {}
+        self._settled: dict[str, Tensor] = {}
         self._read(checkpoint, stage)
+        usable = self._usable(tokens, stage)
+        self.num_excluded = tokens.ids_SL.numel() - usable.ids_SL.numel()
+        self._ids = usable.ids_SL.flatten().to(device)
+        self.schedule = schedule(plan, usable, device, torch.get_num_threads())
         self._optimizer = self._new_optimizer()
         self._ids_SL = torch.zeros(self.schedule.batch, self._length, dtype=self._ids.dtype, device=device)
         self._loss = torch.zeros((), device=device)
@@ -147,18 +151,24 @@ class TuneRun:
         self.step = 0
 
     def learn(self) -> float:
-        """One step; returns the mean KL of its tokens, in nats."""
+        """One step; returns the mean KL of its tokens, in nats. Raises CalibrationError where that is no number."""
         self._set_rate()
         self._ids_SL.copy_(self._batch())
         self._compute()
         self.step += 1
-        return float(self._loss)
+        loss = float(self._loss)
+        if not math.isfinite(loss):  # and so is all that has learned from it
+            raise CalibrationError(
+                f"tune: step {self.step} of {self.schedule.steps} has a KL of {loss}: the model's predictions overflow",
+                fix="look at the model's weights; or leave `tune` out of `algorithm`",
+            )
+        return loss
 
     def _compute_step(self) -> None:
         """Loss, gradients and the optimizer's step for the tokens in place; everything stays where it is in memory."""
         with torch.no_grad():
-            target_SLV = log_softmax(self._logits({}), dim=-1)
-        found_SLV = log_softmax(self._logits(self._quantized()), dim=-1)
+            target_SLV = log_softmax(self._logits({}, self._ids_SL), dim=-1)
+        found_SLV = log_softmax(self._logits(self._quantized(), self._ids_SL), dim=-1)
         loss = (target_SLV.exp() * (target_SLV - found_SLV)).sum(dim=-1).mean()
         torch.autograd.backward(loss)
         self._optimizer.step()
@@ -282,11 +292,34 @@ class TuneRun:
         first = number * self.schedule.batch
         return windows_SL[order[first : first + self.schedule.batch].to(self._device)]
 
-    def _logits(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def _usable(self, tokens: CalibrationTokens, stage: Stage) -> CalibrationTokens:
+        """The windows of which both models predict numbers: a single NaN would be in every gradient.
+
+        They are only looked for where a layer had to leave out tokens. Raises CalibrationError if there are none.
+        """
+        parts = [layer_part(layer) for layer in range(self._skeleton.num_layers)]
+        if not any(stage.notes(part).get("excluded") for part in parts):
+            return tokens
+        quantized = self._quantized()
+        is_finite_S = torch.tensor(
+            [
+                all(bool(self._logits(model, ids_1L).isfinite().all()) for model in ({}, quantized))
+                for ids_1L in tokens.ids_SL.to(self._device).split(1)
+            ]
+        )
+        if not bool(is_finite_S.any()):
+            raise CalibrationError(
+                f"tune: of all {len(is_finite_S)} calibration windows the model predicts NaN or Inf",
+                fix="look at the model's weights; or leave `tune` out of `algorithm`",
+            )
+        return tokens._replace(ids_SL=tokens.ids_SL[is_finite_S])
+
+    def _logits(self, tensors: Mapping[str, Tensor], ids_SL: Tensor) -> Tensor:
         is_gpu = self._device.type == "cuda"
         # nothing is kept from one forward pass to the next: a recording has to compute all of it
         with torch.autocast(self._device.type, torch.bfloat16, enabled=is_gpu, cache_enabled=False):
-            arguments = {"input_ids": self._ids_SL, "use_cache": False}
+            arguments = {"input_ids": ids_SL, "use_cache": False}
             logits_SLV: Tensor = functional_call(self._skeleton.model, dict(tensors), (), arguments).logits
         return logits_SLV.float()
 
@@ -294,6 +327,7 @@ class TuneRun:
         """The tensors in which the quantized model differs from the original, by their names in transformers."""
         learned = {f"{name}.weight": weight.value() for name, weight in self._weights.items()}
         learned |= {name: norm.value() for name, norm in self._norms.items()}
+        learned |= self._settled
         named: dict[str, Tensor] = {}
         by_layer: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in learned.items():
@@ -328,6 +362,27 @@ class TuneRun:
                 linear = self._linears.get(full.removesuffix(".weight"))
                 if linear is not None and linear.scheme is not None:
                     self._weights[linear.name] = self._new_weight(linear, linear.scheme, staged, tensor)
+            self._settled |= self._settled_in(layer, tensors, staged)
+
+    def _settled_in(
+        self, layer: int, tensors: Mapping[str, Tensor], staged: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What differs from the original and does not learn: corrected biases, routers behind a scaled norm."""
+        full_names = {name: self._skeleton.name_on_disk(layer, name) for name in tensors}
+        names = {
+            name: full
+            for name, full in full_names.items()
+            if full in staged
+            and full not in self._norms
+            and full.removesuffix(".weight") not in self._weights
+        }
+        experts = {name: full for name, full in full_names.items() if _is_of_expert(full)}
+        if names.keys() & experts.keys():  # which are one module, so it is all of them or none
+            names |= experts
+        return {
+            full: staged.get(full, tensors[name]).to(self._device, torch.float32)
+            for name, full in names.items()
+        }
 
     def _new_weight(
         self, linear: LinearPlan, scheme: Scheme, staged: Mapping[str, Tensor], tensor: Tensor
@@ -345,3 +400,8 @@ class TuneRun:
         links = {pair.link for pair in find_wiring(self._skeleton.checkpoint).pairs}
         offset = 1.0 if Link.NORM_PLUS_ONE in links else 0.0
         return LearnedNorm(tensor.to(self._device), offset, self._plan.scale_dtype)
+
+
+def _is_of_expert(name: str) -> bool:
+    place = place_of(name)
+    return place is not None and place.expert is not None

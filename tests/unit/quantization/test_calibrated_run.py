@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from quantkit.calibration import tune
 from quantkit.calibration.tokens import calibration_tokens
@@ -17,7 +18,7 @@ from quantkit.quantization import dry_run, quantize_checkpoint
 from quantkit.quantization.progress import Step
 from quantkit.recipe import load_recipe
 from quantkit.verify import verify_checkpoint
-from tests.tiny_llama import tiny_tensors, write_tiny_llama
+from tests.tiny_llama import byte_level_tokenizer, tiny_tensors, write_tiny_llama
 
 SMALL = ("calibration.samples=4", "calibration.length=16")
 EVERYTHING = (
@@ -276,4 +277,44 @@ def test_room_on_the_disk_is_asked_for_the_stage_too(source, tmp_path, text, mon
     quantize(source, tmp_path / "without-data", None, "algorithm=rtn")
     with pytest.raises(OutputError, match="are left there"):
         quantize(source, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tuning_starts_from_the_model_that_would_be_served(source, tmp_path, text, monkeypatch):
+    quantize(source, tmp_path / "untuned", text, *SMALL, "algorithm=[gptq,bias_correction]")
+    served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untuned", dtype=torch.float32)
+    ids_SL = calibration_tokens(source, text, 4, 16).ids_SL
+    found: list[torch.Tensor] = []
+
+    def look(run: tune.TuneRun) -> float:
+        found.append(run._logits(run._quantized(), ids_SL).detach())
+        raise Killed
+
+    monkeypatch.setattr(tune.TuneRun, "learn", look)
+    with pytest.raises(Killed):
+        quantize(source, tmp_path / "tuned", text, *SMALL, "algorithm=[gptq,bias_correction,tune]")
+    with torch.no_grad():
+        torch.testing.assert_close(found[0], served(ids_SL).logits, rtol=1e-4, atol=1e-3)
+
+
+def test_windows_that_overflow_are_left_out_of_tuning(tmp_path, text):
+    with_zebra = tmp_path / "text.txt"
+    with_zebra.write_text("Z" + Path(text).read_text())  # a token of the first window alone
+    tensors = tiny_tensors()
+    zebra = byte_level_tokenizer().encode("Z").ids[0]
+    tensors["model.embed_tokens.weight"][zebra] = float("inf")
+    text = str(with_zebra)
+    source = write_tiny_llama(tmp_path / "source", tensors)
+    quantize(source, tmp_path / "out", text, *SMALL, "algorithm=[gptq,tune]", "tune.epochs=1", "tune.batch=2")
+    plan = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert plan["observed"]["excluded_rows"]["tuned"] == 16
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    broken = [name for name, tensor in written.items() if not tensor.float().isfinite().all()]
+    assert broken == ["model.embed_tokens.weight"]
+
+
+def test_tuning_a_model_that_overflows_everywhere_leaves_nothing(source, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(tune.TuneRun, "_compute_step", lambda run: run._loss.fill_(float("nan")))
+    with pytest.raises(CalibrationError, match="overflow"):
+        quantize(source, tmp_path / "out", text, *SMALL, "algorithm=[gptq,tune]")
     assert not (tmp_path / "out").exists()
