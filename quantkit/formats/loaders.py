@@ -120,7 +120,9 @@ def _transformers(linears: Sequence[LinearFacts], cache: _Cache | None) -> Itera
         yield _transformers_scheme(kind)
         if kind.is_expert and kind.scheme.activation is not None:
             yield Reason("yes", f"{kind}: their inputs stay in 16 bits", LOADED)
-    if not kinds:
+    if any(linear.is_expert and linear.scheme is None for linear in linears):
+        yield _transformers_exact_experts(kinds)
+    elif not kinds:
         yield Reason("yes", "no linear is quantized", LOADED)
     if len({kind.scheme for kind in kinds}) > 1:
         yield Reason(
@@ -133,6 +135,17 @@ def _transformers(linears: Sequence[LinearFacts], cache: _Cache | None) -> Itera
         yield Reason("yes", f"{cache}: emulated", LOADED)
     elif cache is not None:
         yield Reason("yes", f"{cache}: not read; the cache stays in 16 bits", READ_TRANSFORMERS)
+
+
+def _transformers_exact_experts(kinds: Sequence[_Kind]) -> Reason:
+    """Experts in 16 bits: it decodes all experts there are, with the first scheme that it finds."""
+    if not kinds:
+        return Reason(
+            "no", "no linear is quantized: it looks for the scheme of experts; fails to load", LOADED
+        )
+    if isinstance(kinds[0].scheme.weight, FloatSpec):
+        return Reason("yes", "experts in 16 bits: loads them as they are", LOADED)
+    return Reason("no", f"experts in 16 bits: it unpacks them as {kinds[0]}; fails to load", LOADED)
 
 
 def _transformers_scheme(kind: _Kind) -> Reason:

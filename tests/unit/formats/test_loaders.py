@@ -159,3 +159,11 @@ def test_layers_that_stay_are_named_with_the_flags_that_come_closest(kv, loader,
     (verdict,) = (one for one in verdicts if one.loader == loader)
     text = " | ".join(reason.text for reason in verdict.reasons)
     assert verdict.loads == "yes" and said in text and "16 bits in layers 0, 5" in text
+
+
+@pytest.mark.parametrize(
+    "name, expected", [(None, "no"), ("int4-g128-sym", "no"), ("fp8-channel-token", "yes")]
+)
+def test_transformers_decodes_experts_that_stay_too(name, expected):
+    dense = linear(None if name is None else SCHEMES[name], "self_attn.o_proj")
+    assert answers(dense, linear(None, "mlp.experts.0.down_proj", is_expert=True))[0] == expected
