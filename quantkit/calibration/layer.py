@@ -183,6 +183,7 @@ class LayerWork:
             for batch in hidden:
                 with self._inputs(self._module, self._quantized):
                     watch_cache(self._module, self._there(batch), call, stats)
+            self._num_excluded += stats.num_excluded
             probe = self._there(probe_samples(hidden))
             self._kv = choose_kv(self._module, probe, call, stats, self._plan.kv, self._plan.scale_dtype)
 
@@ -339,7 +340,8 @@ class LayerWork:
             self._num_excluded += stats.num_excluded
             self._time(linears, time.perf_counter() - started)
             for linear in linears:
-                self._keep(linear, rounded[linear.name])
+                result = rounded[linear.name]
+                self._keep(linear, result._replace(note=result.note | self._not_done_to_experts))
             return dict(weights) | {
                 below_layer(name): result.weight_NK.to(self._skeleton.dtype)
                 for name, result in rounded.items()
@@ -355,6 +357,13 @@ class LayerWork:
             round_linears=round_some,
         )
 
+    @property
+    def _not_done_to_experts(self) -> dict[str, str]:
+        """What to note of each expert's linears: they have no biases, and nothing to be compared with."""
+        algorithms = self._plan.recipe.algorithms
+        corrects = {"weight_correction": "not done to experts"} if "weight_correction" in algorithms else {}
+        return corrects | ({"bias": "none to correct"} if "bias_correction" in algorithms else {})
+
     def _time(self, linears: Sequence[LinearPlan], seconds: float) -> None:
         """Share the seconds of linears that were rounded together by their weights."""
         weights = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
@@ -366,13 +375,8 @@ class LayerWork:
         return self._tensors[f"{below_layer(linear.name)}.weight"]
 
     def _keep(self, linear: LinearPlan, result: RoundedLinear) -> None:
-        algorithm = "gptq" if "gptq" in self._plan.recipe.algorithms else "rtn"
-        note = {"algorithm": algorithm if "fallback" not in result.note else "rtn"} | result.note
-        self._rounded[linear.name] = (
-            linear,
-            result._replace(note=note, weight_NK=result.weight_NK.new_empty(0)),
-        )
-        self._on_linear(linear, note, self._seconds[linear.name])
+        self._rounded[linear.name] = linear, result._replace(weight_NK=result.weight_NK.new_empty(0))
+        self._on_linear(linear, result.note, self._seconds[linear.name])
 
 
 class _Seen(Exception):  # noqa: N818 (nothing is wrong: it ends a pass through a layer)

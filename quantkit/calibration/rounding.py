@@ -95,7 +95,8 @@ def _round_together(
     if factor is not None:
         with watch.measure("round"):
             chosen = _compensated(plan, linears, targets, factor, starts, stats)
-    note = {"fallback": "; ".join(troubles)} if troubles else {}
+    note = {"algorithm": "rtn" if factor is None else "gptq"}
+    note |= {"fallback": "; ".join(troubles)} if troubles else {}
     rounded = {}
     for linear in linears:
         name = linear.name

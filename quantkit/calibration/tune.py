@@ -305,7 +305,7 @@ class TuneRun:
         is_finite_S = torch.tensor(
             [
                 all(bool(self._logits(model, ids_1L).isfinite().all()) for model in ({}, quantized))
-                for ids_1L in tokens.ids_SL.to(self._device).split(1)
+                for ids_1L in torch.split(tokens.ids_SL.to(self._device), 1)
             ]
         )
         if not bool(is_finite_S.any()):

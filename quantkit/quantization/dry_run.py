@@ -12,6 +12,7 @@ import torch
 
 from quantkit.algorithms.rtn import rtn
 from quantkit.arch import Role
+from quantkit.calibration.idle import idle_algorithms
 from quantkit.calibration.skeleton import check_known
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.loaders import LinearFacts, LoaderVerdict, loader_verdicts
@@ -76,6 +77,8 @@ def dry_run(
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
     if spec is not None:
         check_known(checkpoint)
+        for line in idle_algorithms(checkpoint, plan):
+            announce(line)
     entries = plan_entries(checkpoint, plan)
     if folder is not None:
         check_places(source, folder)

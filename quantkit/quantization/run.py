@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit.arch import place_of
+from quantkit.calibration.idle import idle_algorithms
 from quantkit.calibration.skeleton import check_known
 from quantkit.errors import CalibrationError, OutputError, SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
@@ -88,6 +89,8 @@ def quantize_checkpoint(
     plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
     if spec is not None:
         check_known(checkpoint)
+        for line in idle_algorithms(checkpoint, plan):
+            announce(line)
     entries = plan_entries(checkpoint, plan)
     check_places(source, folder)
     chosen = choose_device(device)

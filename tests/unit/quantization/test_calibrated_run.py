@@ -18,7 +18,8 @@ from quantkit.quantization import dry_run, quantize_checkpoint
 from quantkit.quantization.progress import Step
 from quantkit.recipe import load_recipe
 from quantkit.verify import verify_checkpoint
-from tests.tiny_llama import byte_level_tokenizer, tiny_tensors, write_tiny_llama
+from tests.tiny_families import save_family
+from tests.tiny_llama import VOCAB_SIZE, byte_level_tokenizer, tiny_tensors, write_tiny_llama, write_tokenizer
 
 SMALL = ("calibration.samples=4", "calibration.length=16")
 EVERYTHING = (
@@ -297,14 +298,18 @@ def test_tuning_starts_from_the_model_that_would_be_served(source, tmp_path, tex
         torch.testing.assert_close(found[0], served(ids_SL).logits, rtol=1e-4, atol=1e-3)
 
 
-def test_windows_that_overflow_are_left_out_of_tuning(tmp_path, text):
-    with_zebra = tmp_path / "text.txt"
-    with_zebra.write_text("Z" + Path(text).read_text())  # a token of the first window alone
+@pytest.fixture
+def overflowing(tmp_path, text) -> tuple[Path, str]:
+    """A model, and a text in whose first window it overflows."""
+    with_z = tmp_path / "text.txt"
+    with_z.write_text("Z" + Path(text).read_text())  # nowhere else
     tensors = tiny_tensors()
-    zebra = byte_level_tokenizer().encode("Z").ids[0]
-    tensors["model.embed_tokens.weight"][zebra] = float("inf")
-    text = str(with_zebra)
-    source = write_tiny_llama(tmp_path / "source", tensors)
+    tensors["model.embed_tokens.weight"][byte_level_tokenizer().encode("Z").ids[0]] = float("inf")
+    return write_tiny_llama(tmp_path / "source", tensors), str(with_z)
+
+
+def test_windows_that_overflow_are_left_out_of_tuning(overflowing, tmp_path):
+    source, text = overflowing
     quantize(source, tmp_path / "out", text, *SMALL, "algorithm=[gptq,tune]", "tune.epochs=1", "tune.batch=2")
     plan = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert plan["observed"]["excluded_rows"]["tuned"] == 16
@@ -318,3 +323,43 @@ def test_tuning_a_model_that_overflows_everywhere_leaves_nothing(source, tmp_pat
     with pytest.raises(CalibrationError, match="overflow"):
         quantize(source, tmp_path / "out", text, *SMALL, "algorithm=[gptq,tune]")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "family, settings, expected",
+    [
+        ("mixtral", ("attention=bf16", "algorithm=weight_correction"), "weight_correction changes nothing"),
+        ("mixtral", ("attention=bf16", "algorithm=smoothquant"), "smoothquant changes nothing"),
+        ("mistral", ("algorithm=bias_correction",), "bias_correction changes nothing"),
+        ("gemma2", ("algorithm=[rotate,gptq]",), "rotate leaves the residual stream"),
+    ],
+)
+def test_an_algorithm_that_finds_nothing_to_do_is_told_of(tmp_path, text, family, settings, expected):
+    source = save_family(family, tmp_path / "source", vocab_size=VOCAB_SIZE)
+    write_tokenizer(source)
+    told: list[str] = []
+    recipe = load_recipe("int4-all", (*SMALL, *settings))
+    dry_run(source, recipe, calib=text, announce=told.append)
+    assert any(line.startswith(expected) for line in told), told
+
+
+def test_what_is_not_done_to_experts_is_noted(tmp_path, text):
+    source = save_family("mixtral", tmp_path / "source", vocab_size=VOCAB_SIZE)
+    write_tokenizer(source)
+    quantize(source, tmp_path / "out", text, *SMALL, "algorithm=[weight_correction,gptq]")
+    linears = json.loads((tmp_path / "out" / "quantkit.json").read_text())["linears"]
+    noted = {note["role"]: note.get("weight_correction") for note in linears.values()}
+    assert noted == {"attention": None, "expert": "not done to experts"}
+
+
+def test_algorithms_for_weights_are_refused_where_all_stay(source, tmp_path, text):
+    with pytest.raises(RecipeError, match="algorithm gptq has no effect"):
+        quantize_checkpoint(source, load_recipe("kv-int8", ("algorithm=gptq",)), tmp_path / "out", calib=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_whose_keys_overflow_are_counted(overflowing, tmp_path):
+    source, text = overflowing
+    quantize_checkpoint(source, load_recipe("kv-int8", SMALL), tmp_path / "out", calib=text)
+    observed = json.loads((tmp_path / "out" / "quantkit.json").read_text())["observed"]
+    assert observed["excluded_rows"] == {"00000": 1, "00001": 1}
