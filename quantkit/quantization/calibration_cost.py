@@ -11,11 +11,15 @@ from collections.abc import Callable
 
 import torch
 
+from quantkit.algorithms.awq import NUM_RATIOS
 from quantkit.algorithms.factor import factorize
 from quantkit.algorithms.gptq import gptq
+from quantkit.algorithms.refine import SWEEPS
+from quantkit.algorithms.rtn import rtn
 from quantkit.arch import Role
 from quantkit.calibration.loop import compute_dtype, layer_of_linear, layout
 from quantkit.calibration.self_text import NOT_WRITTEN, batch_size, kv_token_bytes, text_dtype
+from quantkit.calibration.smoothing import smooths
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.calibration.tune import schedule
 from quantkit.formats.checkpoint import Checkpoint
@@ -23,7 +27,7 @@ from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes import IntSpec, PerChannel
 from quantkit.schemes.tiles import minmax_qparams
 
-SAMPLE_COLUMNS = 256
+SAMPLE_COLUMNS, SAMPLE_ROWS = 256, 128
 MATMUL_SIZE = 1024
 HESSIAN_SHARE = 0.58  # of a full product: the half above the diagonal is mirrored
 WRITING_OVERHEAD = 3  # small products, attention over all tokens before, the head, sampling
@@ -92,6 +96,11 @@ def _seconds(
     for linears in _inputs(plan):
         num_inputs, num_outputs = linears[0].shape[1], sum(linear.shape[0] for linear in linears)
         reached = share if linears[0].role is Role.EXPERT else 1.0
+        if "awq" in algorithms:  # observed once more, and the error of each ratio through all second moments
+            flops += HESSIAN_SHARE * 2 * num_inputs**2 * num_tokens * reached
+            if linears[0].role is not Role.EXPERT:
+                flops += (NUM_RATIOS + 1) * 2 * num_outputs * num_inputs**2
+                rounding += _awq_seconds(plan, linears, device)
         if "gptq" in algorithms:
             flops += HESSIAN_SHARE * 2 * num_inputs**2 * num_tokens * reached
             flops += (
@@ -100,7 +109,8 @@ def _seconds(
         if "weight_correction" in algorithms:
             flops += 2 * num_inputs**2 * num_tokens * reached + num_inputs**3
     if "gptq" in algorithms:
-        rounding = _gptq_seconds(plan, device)
+        columns = _gptq_seconds(plan, device)  # which each sweep of refine goes over again
+        rounding += columns * (1 + SWEEPS) if "refine" in algorithms else columns
     if "tune" in algorithms:
         learning = schedule(plan, tokens, device, torch.get_num_threads())
         weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
@@ -113,12 +123,19 @@ def _seconds(
 def _passes(plan: QuantPlan, is_whole: bool) -> int:
     """Once at all, or to observe and to advance; where weights are corrected, both models, and group by group.
 
+    Channels are scaled by what is seen in a pass of its own.
+
     Where one pass rounds all, once more through the KV cache that was chosen.
     """
     if not is_whole:  # 7: to the inputs of 4 groups, together 2.5 layers long, and to advance
-        return 7 if "weight_correction" in plan.recipe.algorithms else 2
+        return (7 if "weight_correction" in plan.recipe.algorithms else 2) + smooths(plan)
     has_linears = any(plan.schemes.values())
-    return 1 + ("weight_correction" in plan.recipe.algorithms) + (plan.calibrates_kv and has_linears)
+    return (
+        1
+        + ("weight_correction" in plan.recipe.algorithms)
+        + (plan.calibrates_kv and has_linears)
+        + smooths(plan)
+    )
 
 
 def _inputs(plan: QuantPlan) -> list[list[LinearPlan]]:
@@ -146,6 +163,19 @@ def _gptq_seconds(plan: QuantPlan, device: torch.device) -> float:
     return sum(
         count / SAMPLE_COLUMNS * _sample_seconds(num_rows, device) for num_rows, count in columns.items()
     )
+
+
+def _awq_seconds(plan: QuantPlan, linears: list[LinearPlan], device: torch.device) -> float:
+    """Time of rounding all linears of an input at each ratio: measured on some rows."""
+    assert linears[0].scheme is not None, "only quantized linears are scaled"
+    spec, num_inputs = linears[0].scheme.weight, linears[0].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    w_NK = torch.randn(SAMPLE_ROWS, num_inputs, generator=generator).to(device)
+    importance_K = torch.ones(num_inputs, device=device)
+    seconds = _timed(
+        lambda: rtn(w_NK, spec, plan.scale_dtype, scales="importance", importance_K=importance_K), device
+    )
+    return (NUM_RATIOS + 1) * seconds * sum(linear.shape[0] for linear in linears) / SAMPLE_ROWS
 
 
 def _sample_seconds(num_rows: int, device: torch.device) -> float:

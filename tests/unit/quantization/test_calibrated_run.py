@@ -258,7 +258,9 @@ def test_the_dry_run_says_what_calibrating_takes(source, tmp_path, text, setting
     plan = dry_run(source, load_recipe("int4-all", settings), calib=text)
     cost = plan.calibration
     assert cost is not None
-    passes = 2 if settings == EVERYTHING else 1  # where weights are corrected, the original runs alongside
+    passes = (
+        3 if settings == EVERYTHING else 1
+    )  # smoothing looks first; the original runs beside corrected weights
     assert (cost.text, cost.samples, cost.length, cost.passes) == (text, 4, 16, passes)
     assert cost.tokens_sha256 == calibration_tokens(source, text, 4, 16).hash
     assert cost.holds_model == (("tune",) if settings == EVERYTHING else ())
@@ -268,6 +270,15 @@ def test_the_dry_run_says_what_calibrating_takes(source, tmp_path, text, setting
     without = dry_run(source, load_recipe("int4-all", ("algorithm=rtn",)))
     assert without.calibration is None
     assert without.after_bytes == plan.after_bytes
+
+
+def test_the_dry_run_counts_the_search_of_awq(source, text):
+    def seconds(algorithm: str) -> float:
+        plan = dry_run(source, load_recipe("int4-all", (*SMALL, f"algorithm={algorithm}")), calib=text)
+        assert plan.calibration is not None
+        return plan.calibration.seconds
+
+    assert seconds("awq") > 5 * seconds("bias_correction")  # 21 roundings of every weight
 
 
 def test_room_on_the_disk_is_asked_for_the_stage_too(source, tmp_path, text, monkeypatch):
