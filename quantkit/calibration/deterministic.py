@@ -13,9 +13,7 @@ def deterministic_sums() -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = (
-        False  # a kernel more for every tensor, to find bugs that are not ours
-    )
+    settings.fill_uninitialized_memory = False  # would cost a kernel for every tensor
     try:
         yield
     finally:

@@ -21,9 +21,7 @@ from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes import IntSpec
 
 STEPS, BATCH = 200, 8  # as in arXiv:2309.05516 section 4.1
-SEED_STRIDE = (
-    1_000_003  # more layers than any model has: no two pairs of seed and layer share their samples' order
-)
+SEED_STRIDE = 1_000_003  # no two pairs of seed and layer share an order of samples
 
 
 class Start(NamedTuple):
