@@ -1,7 +1,7 @@
 """One decoder layer: its inputs observed, its linears rounded, the tokens sent on through the rounded layer.
 
 In one pass each linear is rounded when its input arrives, so that o_proj sees the rounded q, k and v. In batches,
-the layer is observed as it was, then rounded, then run again.
+the layer is observed as it was, then rounded, then run again. Where codes learn, they do once all are rounded.
 
 Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size, K in_features.
 """
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from quantkit.arch import Role, place_of
 from quantkit.arch.experts import EXPERTS, ExpertNames
+from quantkit.calibration.deterministic import deterministic_sums
 from quantkit.calibration.experts import Coverage, Routed, round_experts
 from quantkit.calibration.kv import ATTENTION, LayerKV, choose_kv, probe_samples, through_cache, watch_cache
-from quantkit.calibration.rounding import RoundedLinear, new_stats, round_linears
-from quantkit.calibration.skeleton import Call, Skeleton, run_layer
+from quantkit.calibration.layer_learning import Start, finite_samples, learn_layer
+from quantkit.calibration.rounding import RoundedLinear, learns, new_stats, round_linears
+from quantkit.calibration.skeleton import Call, Skeleton, run_layer, run_layer_with
 from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.formats.compressed_tensors import StoredLinear, encode_linear
 from quantkit.observers import InputStats
@@ -61,6 +63,7 @@ class LayerWork:
     ) -> None:
         self._skeleton = skeleton
         self._plan = plan
+        self._layer = layer
         self._tensors = tensors
         self._module = skeleton.fill_layer(layer, tensors)
         self._on_linear = on_linear
@@ -78,6 +81,8 @@ class LayerWork:
         self._biases: dict[str, Tensor] = {}
         self._num_excluded = 0
         self._seconds: dict[str, float] = {}
+        self._starts: list[Start] = []
+        self._learned: dict[str, Any] | None = None
         self._kv: LayerKV | None = None
         self._attention = f"{prefix_of(linears[0].name)}{ATTENTION}"
 
@@ -87,6 +92,7 @@ class LayerWork:
         original_inputs: dict[str, Tensor] = {}
         if originals is not None:
             originals = [self._run(originals[0], call, partial(_keep_input, original_inputs))]
+        targets = originals or self._targets([hidden], call)
 
         def observe_and_round(group: str, x: Tensor) -> Tensor:
             stats = self._new_stats(x, group in original_inputs)
@@ -98,6 +104,9 @@ class LayerWork:
         after = None
         if self._groups or self._experts:  # else there is a KV cache alone
             after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
+        if self._starts:
+            self._learn([hidden], targets, call)
+            after = None
         self._calibrate_kv([hidden], call)
         if after is None or (self._kv is not None and not self._kv.stays):
             after = self.as_served(hidden, call)
@@ -109,6 +118,9 @@ class LayerWork:
         Where weights are corrected, group by group: what one group makes up for, the next must not make up for again.
         """
         original = copy.deepcopy(self._module) if streams.originals is not None else None
+        targets = streams.originals or self._targets(
+            streams.hidden, call
+        )  # the former: once they have advanced
         together = [list(self._groups)] if original is None else [[group] for group in self._groups]
         routed: list[Routed] = []
         for groups in together:
@@ -119,11 +131,13 @@ class LayerWork:
             if not routed:
                 self._observed([], streams, call, None, routed)
             self._round_experts(routed)
-        self._calibrate_kv(streams.hidden, call)
         if original is not None and streams.originals is not None:
             with self._watch.measure("forward"):
                 for number, batch in enumerate(streams.originals):
                     streams.originals[number] = run_layer(original, self._there(batch), call).to(batch.device)
+        if self._starts:
+            self._learn(streams.hidden, targets, call)
+        self._calibrate_kv(streams.hidden, call)
         for number, batch in enumerate(streams.hidden):
             streams.hidden[number] = self.as_served(batch, call).to(batch.device)
         return streams
@@ -159,6 +173,44 @@ class LayerWork:
                 batch, call, on_input, lambda found: routed.append(Routed(*(part.cpu() for part in found)))
             )
         return stats
+
+    def _targets(self, hidden: list[Tensor], call: Call) -> list[Tensor]:
+        """What the layer, not rounded yet, makes of the hidden states; nothing where no linear will learn."""
+        if not learns(self._plan) or not self._groups:
+            return []
+        return [self._run(batch, call, lambda _, x: x).to(batch.device) for batch in hidden]
+
+    def _learn(self, hidden: list[Tensor], targets: list[Tensor], call: Call) -> None:
+        """Learn codes and scales of what is rounded, from the layer's input and the original's output."""
+        started = time.perf_counter()
+        with self._watch.measure("learn"), deterministic_sums():
+            learned = learn_layer(
+                self._plan,
+                self._layer,
+                self._starts,
+                lambda weights, x: self._run_with(weights, x, call),
+                finite_samples(hidden, targets),
+            )
+        starts, self._starts = self._starts, []
+        self._time([start.linear for start in starts], time.perf_counter() - started)
+        for start in starts:
+            self._finish(start.linear, learned.linears[start.linear.name])
+        self._learned = learned.note | ({"experts": "not learned"} if self._experts else {})
+
+    def _run_with(self, weights: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+        """The layer's output with these weights, by full names of their linears; differentiable in them."""
+
+        def quantized(group: str, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                used = self._quantized(group, x)
+            return x if used is x else used + (x - x.detach())  # the gradient of x passes straight through
+
+        parameters = {
+            f"{self._skeleton.module_name(below_layer(name))}.weight": weight_NK.to(self._skeleton.dtype)
+            for name, weight_NK in weights.items()
+        }
+        with self._inputs(self._module, quantized):
+            return run_layer_with(self._module, parameters, hidden, call)
 
     def restore(self, stored: Mapping[str, StoredLinear], kv: LayerKV | None) -> None:
         """Take linears that are rounded already, whose dequantized weights the layer was given."""
@@ -219,6 +271,8 @@ class LayerWork:
         }
         if self._coverage is not None:
             notes["experts"] = {"tokens": self._coverage.num_tokens, "starved": self._coverage.starved}
+        if self._learned is not None:
+            notes["signround"] = self._learned
         if self._kv is not None:
             notes["kv_cache"] = self._kv.note
         return notes
@@ -311,9 +365,23 @@ class LayerWork:
         self._num_excluded += stats.num_excluded
         self._time(linears, time.perf_counter() - started)
         for linear in linears:
-            module, result = self._linear(self._module, linear), rounded[linear.name]
-            module.get_parameter("weight").data = result.weight_NK.to(self._skeleton.dtype)
-            self._keep(linear, result._replace(note=result.note | self._correct_bias(linear, result)))
+            result = rounded[linear.name]
+            if result.target_NK is None:
+                self._finish(linear, result)
+            else:
+                self._compute_with(linear, result)
+                light = result.without_weights()
+                self._rounded[linear.name] = linear, light
+                self._starts.append(Start(linear, light, self._weight(linear), result.target_NK, stats))
+
+    def _finish(self, linear: LinearPlan, result: RoundedLinear) -> None:
+        """Codes are final: compute with them, correct the bias, keep and tell."""
+        self._compute_with(linear, result)
+        self._keep(linear, result._replace(note=result.note | self._correct_bias(linear, result)))
+
+    def _compute_with(self, linear: LinearPlan, result: RoundedLinear) -> None:
+        weight = self._linear(self._module, linear).get_parameter("weight")
+        weight.data = result.weight_NK.to(self._skeleton.dtype)
 
     def _correct_bias(self, linear: LinearPlan, result: RoundedLinear) -> dict[str, str]:
         """Add to the linear's bias what rounding took; the bias computes as it is stored. Returns what to note."""
@@ -365,17 +433,18 @@ class LayerWork:
         return corrects | ({"bias": "none to correct"} if "bias_correction" in algorithms else {})
 
     def _time(self, linears: Sequence[LinearPlan], seconds: float) -> None:
-        """Share the seconds of linears that were rounded together by their weights."""
+        """Share the seconds of linears that were rounded or learned together by their weights."""
         weights = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
         for name, count in weights.items():
-            self._seconds[name] = round(seconds * count / sum(weights.values()), 4)
+            share = seconds * count / sum(weights.values())
+            self._seconds[name] = round(self._seconds.get(name, 0.0) + share, 4)
 
     def _weight(self, linear: LinearPlan) -> Tensor:
         """The weight before rounding, as it came."""
         return self._tensors[f"{below_layer(linear.name)}.weight"]
 
     def _keep(self, linear: LinearPlan, result: RoundedLinear) -> None:
-        self._rounded[linear.name] = linear, result._replace(weight_NK=result.weight_NK.new_empty(0))
+        self._rounded[linear.name] = linear, result.without_weights()
         self._on_linear(linear, result.note, self._seconds[linear.name])
 
 

@@ -30,12 +30,25 @@ LOSS_WEIGHTS = 1 << 24  # so many at a time, so that the report takes little mem
 
 
 class RoundedLinear(NamedTuple):
-    """One linear as it is stored and as it computes. bias_N: what is to be added to its bias, or None."""
+    """One linear as it is stored and as it computes. bias_N: what is to be added to its bias, or None.
+
+    target_NK: what it stands for, float32, where its codes are yet to learn: the weight, or the corrected one.
+    """
 
     stored: StoredLinear
     weight_NK: Tensor
     bias_N: Tensor | None
     note: dict[str, Any]
+    target_NK: Tensor | None = None
+
+    def without_weights(self) -> "RoundedLinear":
+        """What is left to say and to store, once the layer computes with the weight."""
+        return self._replace(weight_NK=self.weight_NK.new_empty(0), target_NK=None)
+
+
+def learns(plan: QuantPlan) -> bool:
+    """Whether rounding is where codes start from, to be learned with the whole layer."""
+    return "signround" in plan.recipe.algorithms
 
 
 def new_stats(plan: QuantPlan, num_features: int, device: torch.device, *, has_original: bool) -> InputStats:
@@ -102,9 +115,10 @@ def _round_together(
         name = linear.name
         stored = StoredLinear(*chosen[name], _input_qparams(plan, linear, stats))
         with watch.measure("report"):
-            rounded[name] = _described(
-                plan, linear, stored, targets[name], exact[name], starts[name], stats, note
-            )
+            loss_rtn = significant(_loss(targets[name], _dequantized(linear, starts[name]), stats))
+            about = note | {"loss_rtn": loss_rtn}
+            result = describe(plan, linear, stored, targets[name], exact[name], stats, about)
+        rounded[name] = result._replace(target_NK=targets[name]) if learns(plan) else result
     return rounded
 
 
@@ -172,32 +186,34 @@ def _input_qparams(plan: QuantPlan, linear: LinearPlan, stats: InputStats) -> QP
     return static_qparams(stats.sample(), stats.absmax_K.amax(), spec, scale_dtype=plan.scale_dtype)
 
 
-def _described(
+def describe(
     plan: QuantPlan,
     linear: LinearPlan,
     stored: StoredLinear,
     target_NK: Tensor,
     weight_NK: Tensor,
-    nearest: Refined,
     stats: InputStats,
-    note: dict[str, Any],
+    note: Mapping[str, Any],
 ) -> RoundedLinear:
-    assert linear.scheme is not None, "only quantized linears are rounded"
-    granularity = linear.scheme.weight.granularity
-    nearest_NK = dequantize_weight(nearest.codes_NK, granularity, nearest.qparams)
-    loss_rtn = _loss(target_NK, nearest_NK, stats)
-    del nearest_NK  # as large as the weight
-    dequantized_NK = dequantize_weight(stored.codes_NK, granularity, stored.qparams)
+    """What is stored, as it computes, and what it costs added to the note.
+
+    target_NK: what it stands for, float32; weight_NK: the original's. Both on the device of the statistics.
+    """
+    dequantized_NK = _dequantized(linear, stored)
     sqnr = decibels(*signal_and_noise(weight_NK, dequantized_NK))
-    note = note | {
-        "loss_rtn": _significant(loss_rtn),
-        "loss": _significant(_loss(target_NK, dequantized_NK, stats)),
+    about = dict(note) | {
+        "loss": significant(_loss(target_NK, dequantized_NK, stats)),
         "sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None,
     }
     bias_N = None
     if "bias_correction" in plan.recipe.algorithms:
         bias_N = bias_correction(target_NK, dequantized_NK, stats.mean_K)
-    return RoundedLinear(stored, dequantized_NK, bias_N, note)
+    return RoundedLinear(stored, dequantized_NK, bias_N, about)
+
+
+def _dequantized(linear: LinearPlan, codes: Refined | StoredLinear) -> Tensor:
+    assert linear.scheme is not None, "only quantized linears are rounded"
+    return dequantize_weight(codes.codes_NK, linear.scheme.weight.granularity, codes.qparams)
 
 
 def _loss(target_NK: Tensor, dequantized_NK: Tensor, stats: InputStats) -> float:
@@ -209,5 +225,6 @@ def _loss(target_NK: Tensor, dequantized_NK: Tensor, stats: InputStats) -> float
     return total / len(target_NK)
 
 
-def _significant(value: float) -> float:
+def significant(value: float) -> float:
+    """As many digits as a report needs."""
     return float(f"{value:.6g}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from quantkit.arch import FAMILIES
 from quantkit.arch.experts import EXPERTS, ExpertNames
@@ -178,7 +179,14 @@ class _Recorder(nn.Module):
 @torch.no_grad()
 def run_layer(module: nn.Module, hidden_SLE: Tensor, call: Call) -> Tensor:
     """Hidden states after the layer."""
-    out = module(hidden_SLE, *call.args, **call.kwargs)
+    return run_layer_with(module, {}, hidden_SLE, call)
+
+
+def run_layer_with(
+    module: nn.Module, parameters: Mapping[str, Tensor], hidden_SLE: Tensor, call: Call
+) -> Tensor:
+    """Hidden states after the layer with other parameters, by names in the module; differentiable in them."""
+    out = functional_call(module, dict(parameters), (hidden_SLE, *call.args), call.kwargs)
     hidden: Tensor = out[0] if isinstance(out, tuple) else out
     return hidden
 

@@ -13,7 +13,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn.functional import log_softmax
 
 from quantkit.arch import Role, place_of
 from quantkit.arch.pairs import Link, find_wiring
+from quantkit.calibration.deterministic import deterministic_sums
 from quantkit.calibration.folds import Folds
 from quantkit.calibration.learned import LearnedNorm, LearnedWeight
 from quantkit.calibration.skeleton import Skeleton, text_name, to_module_names
@@ -74,7 +74,7 @@ def tune(
     run = TuneRun(checkpoint, plan, tokens, stage, device)
     run.resume(stage)
     kept_at = time.monotonic()
-    with _deterministic():
+    with deterministic_sums():
         run.record()
         while run.step < run.schedule.steps:
             loss = run.learn()
@@ -101,22 +101,6 @@ def schedule(plan: QuantPlan, tokens: CalibrationTokens, device: torch.device, n
         flops = FLOPS[device.type] * (num_threads if device.type == "cpu" else 1)
         steps = min(steps, max(1, int(60 * plan.recipe.budget_minutes * flops / flops_per_step)))
     return Schedule(steps, batch, per_epoch)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """While open, sums on a GPU have a fixed order, so that the same run gives the same bytes."""
-    settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = (
-        False  # a kernel more for every tensor, to find bugs that are not ours
-    )
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        settings.fill_uninitialized_memory = before[1]
 
 
 class TuneRun:

@@ -209,7 +209,7 @@ def collect(stage: Stage) -> Staged:
     notes: dict[str, dict[str, Any]] = defaultdict(dict)
     excluded: dict[str, int] = {}
     experts: dict[str, Any] = {}
-    kv_cache: dict[str, Any] = {}
+    optional: dict[str, dict[str, Any]] = {"signround": {}, "kv_cache": {}}
     seconds: dict[str, Any] = {"linears": {}, "parts": {}}
     for part in [*(part for part in stage.parts() if part != TUNED), TUNED]:
         if not stage.has(part):
@@ -222,11 +222,13 @@ def collect(stage: Stage) -> Staged:
             excluded[part] = said["excluded"]
         if "experts" in said:
             experts[part] = said["experts"]
-        if "kv_cache" in said:
-            kv_cache[part] = said["kv_cache"]
+        for kind, by_part in optional.items():
+            if kind in said:
+                by_part[part] = said[kind]
         seconds["linears"] |= said.get("linear_seconds", {})
         seconds["parts"] |= {part: said["seconds"]} if "seconds" in said else {}
-    observed = {"excluded_rows": excluded, "experts": experts} | ({"kv_cache": kv_cache} if kv_cache else {})
+    observed = {"excluded_rows": excluded, "experts": experts}
+    observed |= {kind: by_part for kind, by_part in optional.items() if by_part}
     return Staged(tensors, notes, observed, seconds)
 
 

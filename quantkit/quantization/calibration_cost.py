@@ -17,7 +17,9 @@ from quantkit.algorithms.gptq import gptq
 from quantkit.algorithms.refine import SWEEPS
 from quantkit.algorithms.rtn import rtn
 from quantkit.arch import Role
+from quantkit.calibration.layer_learning import BATCH, STEPS
 from quantkit.calibration.loop import compute_dtype, layer_of_linear, layout
+from quantkit.calibration.rounding import learns
 from quantkit.calibration.self_text import NOT_WRITTEN, batch_size, kv_token_bytes, text_dtype
 from quantkit.calibration.smoothing import smooths
 from quantkit.calibration.tokens import CalibrationTokens
@@ -31,6 +33,8 @@ SAMPLE_COLUMNS, SAMPLE_ROWS = 256, 128
 MATMUL_SIZE = 1024
 HESSIAN_SHARE = 0.58  # of a full product: the half above the diagonal is mirrored
 WRITING_OVERHEAD = 3  # small products, attention over all tokens before, the head, sampling
+LEARNING_PRODUCTS = 3  # a step's forward, and backward to inputs and to weights
+LEARNING_BYTES = 40  # of a weight: it, its offset and shift, gradients, and what its values are computed from
 FORWARD_OVERHEAD = 1.5  # norms, activations and attention beside the matmuls, which they slow down
 
 
@@ -111,6 +115,8 @@ def _seconds(
     if "gptq" in algorithms:
         columns = _gptq_seconds(plan, device)  # which each sweep of refine goes over again
         rounding += columns * (1 + SWEEPS) if "refine" in algorithms else columns
+    if learns(plan):
+        flops += _learning_flops(plan, tokens, share)
     if "tune" in algorithms:
         learning = schedule(plan, tokens, device, torch.get_num_threads())
         weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
@@ -120,22 +126,38 @@ def _seconds(
     return flops / _flops_per_second(device, compute_dtype(checkpoint, plan, device)) + rounding
 
 
+def _learning_flops(plan: QuantPlan, tokens: CalibrationTokens, expert_share: float) -> float:
+    """Of all steps in all layers that have something to learn."""
+    samples, length = tokens.ids_SL.shape
+    learning = {layer_of_linear(linear) for linear in plan.linears if _is_learned(linear)}
+    weights = sum(
+        linear.shape[0] * linear.shape[1] * (expert_share if linear.role is Role.EXPERT else 1.0)
+        for linear in plan.linears
+        if layer_of_linear(linear) in learning
+    )
+    step = FORWARD_OVERHEAD * LEARNING_PRODUCTS * 2 * weights * min(BATCH, samples) * length
+    return STEPS * step
+
+
+def _is_learned(linear: LinearPlan) -> bool:
+    return linear.scheme is not None and linear.role is not Role.EXPERT
+
+
 def _passes(plan: QuantPlan, is_whole: bool) -> int:
     """Once at all, or to observe and to advance; where weights are corrected, both models, and group by group.
 
     Channels are scaled by what is seen in a pass of its own.
 
-    Where one pass rounds all, once more through the KV cache that was chosen.
+    Where one pass rounds all, once more through the codes that were learned and the KV cache that was chosen. Where
+    codes learn, the original on the same inputs unless it runs alongside, and twice to measure; steps not counted.
     """
+    corrects = "weight_correction" in plan.recipe.algorithms
+    learning = (2 + (not corrects)) if learns(plan) else 0
     if not is_whole:  # 7: to the inputs of 4 groups, together 2.5 layers long, and to advance
-        return (7 if "weight_correction" in plan.recipe.algorithms else 2) + smooths(plan)
+        return (7 if corrects else 2) + learning + smooths(plan)
     has_linears = any(plan.schemes.values())
-    return (
-        1
-        + ("weight_correction" in plan.recipe.algorithms)
-        + (plan.calibrates_kv and has_linears)
-        + smooths(plan)
-    )
+    again = (plan.calibrates_kv or learns(plan)) and has_linears
+    return 1 + corrects + learning + again + smooths(plan)
 
 
 def _inputs(plan: QuantPlan) -> list[list[LinearPlan]]:
@@ -208,10 +230,11 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
 def _hidden_bytes(
     checkpoint: Checkpoint, plan: QuantPlan, tokens: CalibrationTokens, device: torch.device
 ) -> int:
-    """Hidden states before and after a layer, of one model or of two."""
+    """Hidden states before and after a layer, of one model or of two; where codes learn, the outputs to learn from."""
     itemsize = compute_dtype(checkpoint, plan, device).itemsize
-    streams = 2 if "weight_correction" in plan.recipe.algorithms else 1
-    return 2 * streams * tokens.ids_SL.numel() * _hidden_size(plan) * itemsize
+    corrects = "weight_correction" in plan.recipe.algorithms
+    copies = 4 if corrects else 2 + learns(plan)
+    return copies * tokens.ids_SL.numel() * _hidden_size(plan) * itemsize
 
 
 def _hidden_size(plan: QuantPlan) -> int:
@@ -237,7 +260,11 @@ def _working_bytes(
     scale = itemsize / stored_itemsize
     outside = (checkpoint.num_bytes - in_layers) * (1 + scale)
     layer = _layer_bytes(checkpoint, plan) * (1 + scale)
-    working = outside + layer + found.batch * found.sample_bytes + _statistics_bytes(plan, found.is_whole)
+    statistics = _statistics_bytes(plan, found.is_whole and not learns(plan))
+    working = outside + layer + found.batch * found.sample_bytes + statistics
+    if learns(plan):
+        learning = _learning_bytes(plan, min(BATCH, len(tokens.ids_SL)) * found.sample_bytes)
+        working = max(working, outside + layer + statistics + learning)
     if "tune" in plan.recipe.algorithms:
         working = max(working, _tune_bytes(checkpoint, plan, tokens))
     if tokens.hash == NOT_WRITTEN:
@@ -266,6 +293,15 @@ def _statistics_bytes(plan: QuantPlan, is_whole: bool) -> int:
     largest = max((linears[0].shape[1] for linears in _inputs(plan)), default=0)
     at_once = max((max(sizes) if is_whole else sum(sizes) for sizes in by_layer.values()), default=0)
     return at_once + (24 * largest**2 if matrices else 0)
+
+
+def _learning_bytes(plan: QuantPlan, batch_bytes: int) -> int:
+    """What the largest layer learns with, and a batch's activations, kept for the way back."""
+    weights: dict[int, int] = defaultdict(int)
+    for linear in plan.linears:
+        if _is_learned(linear):
+            weights[layer_of_linear(linear)] += linear.shape[0] * linear.shape[1]
+    return LEARNING_BYTES * max(weights.values(), default=0) + 2 * batch_bytes
 
 
 def _tune_bytes(checkpoint: Checkpoint, plan: QuantPlan, tokens: CalibrationTokens) -> int:

@@ -12,7 +12,16 @@ WeightGranularity = Literal["auto", "group", "channel", "tensor", "block"]
 Scales = Literal["auto", "minmax", "mse", "importance"]
 # In the order in which they can be applied.
 AlgorithmName = Literal[
-    "rotate", "smoothquant", "awq", "weight_correction", "rtn", "gptq", "refine", "bias_correction", "tune"
+    "rotate",
+    "smoothquant",
+    "awq",
+    "weight_correction",
+    "rtn",
+    "gptq",
+    "refine",
+    "signround",
+    "bias_correction",
+    "tune",
 ]
 ALGORITHM_ORDER: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
 WITHOUT_DATA = {"rotate", "rtn"}
@@ -95,8 +104,10 @@ class Recipe(_Strict):
         description="One, or a list applied in order. rotate: Hadamard rotations folded into the weights. "
         "smoothquant, awq: scales of input channels folded into the weights. weight_correction: weights that make up "
         "for what the layers before lost. rtn: round to nearest; gptq: round, making up for each column's error in "
-        "the others. refine: scales and codes improved in turn, after gptq. bias_correction: biases that make up for "
-        "the mean error. tune: scales, norms and codes learned end to end from the original's logits.",
+        "the others. refine: scales and codes improved in turn, after gptq. signround: codes and scales of integer "
+        "weights learned layer by layer from the original layer's output, starting from what rtn or gptq chose; "
+        "experts do not learn. bias_correction: biases that make up for the mean error. tune: scales, norms and "
+        "codes learned end to end from the original's logits.",
     )
     scales: Scales = Field(
         "auto",
@@ -131,7 +142,9 @@ class Recipe(_Strict):
     budget_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Time that `tune` may take, by an estimate from the model's size and the device."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of rotations and of the order of windows.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Seed of rotations, and of the order in which signround and tune take windows."
+    )
     ignore: list[str] = Field([], description="Linears that stay in 16 bits; patterns as in overrides.match.")
     overrides: list[Override] = Field([], description="Other treatments by name; a later match wins.")
 
@@ -157,6 +170,13 @@ class Recipe(_Strict):
         return None
 
     @property
+    def _may_round_to_fp8(self) -> bool:
+        """Whether a weight would be FP8: the recipe's, an override's, or attention's, whose 8 bits are the inputs'."""
+        all_weights = [self.weights, *(override.weights for override in self.overrides)]
+        is_attention = self.attention == "8bit" and self.activations == "fp8"
+        return "fp8" in all_weights or is_attention
+
+    @property
     def can_use_data(self) -> bool:
         """Whether calibration text would change anything."""
         scales = [self.scales, *(override.scales for override in self.overrides if override.scales)]
@@ -172,6 +192,11 @@ class Recipe(_Strict):
             raise ValueError("algorithms rtn and gptq exclude each other: each chooses the codes")
         if "refine" in given and "gptq" not in given:
             raise ValueError("algorithm refine improves what gptq chose, and needs it before")
+        if "signround" in given and self._may_round_to_fp8:
+            raise ValueError(
+                "algorithm signround learns integer codes, and this recipe has FP8 weights: choose other weights, "
+                "or leave signround out"
+            )
         if {"smoothquant", "awq"} <= {*given}:
             raise ValueError(
                 "algorithms smoothquant and awq exclude each other: each scales the same channels"

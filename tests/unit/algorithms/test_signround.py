@@ -51,7 +51,7 @@ class Layer:
         specs = dict.fromkeys(self.weights, spec)
         return signround(
             self.forward, self.inputs, self.targets, self.weights, starts, specs, schedule=schedule
-        )
+        ).rounded
 
 
 @every_spec

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from quantkit.algorithms.rtn import rtn
-from quantkit.calibration import loop
+from quantkit.calibration import layer_learning, loop
 from quantkit.calibration.loop import calibrate, staged_layer
 from quantkit.calibration.tokens import CalibrationTokens, with_hash
 from quantkit.errors import CalibrationError, SourceError
@@ -124,9 +124,18 @@ def test_gptq_loses_less_than_rtn_in_every_family(tmp_path, model_type):
             assert sum(said["experts"]["tokens"]) % tokens().ids_SL.numel() == 0
 
 
-@pytest.mark.parametrize("settings", [(), ("algorithm=[rotate,weight_correction,gptq]",)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("algorithm=[rotate,weight_correction,gptq]",),
+        ("algorithm=signround",),
+        ("algorithm=[weight_correction,signround]", "activations=int8"),
+    ],
+)
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_resumed_at_any_layer_it_stages_the_same(tmp_path, monkeypatch, settings, is_whole):
+    monkeypatch.setattr(layer_learning, "STEPS", 10)
     if not is_whole:
         monkeypatch.setattr(loop, "WHOLE_BYTES", 0)
     folder = save_family("gemma2", tmp_path / "model", num_hidden_layers=3)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from quantkit.calibration import tune
+from quantkit.calibration import layer_learning, tune
 from quantkit.calibration.tokens import calibration_tokens
 from quantkit.errors import CalibrationError, OutputError, RecipeError, SourceError, UnsupportedModelError
 from quantkit.formats.folder import FolderState, folder_state
@@ -28,6 +28,7 @@ EVERYTHING = (
     "tune.epochs=1",
     "tune.batch=2",
 )
+LEARNING = (*SMALL, "algorithm=[signround,bias_correction]")
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -107,12 +108,14 @@ def test_the_same_run_gives_the_same_bytes_and_other_text_others(source, tmp_pat
 
 
 @pytest.mark.parametrize("operation", ["os.fsync", "os.pwrite", "pathlib.Path.replace"])
+@pytest.mark.parametrize("settings", [EVERYTHING, LEARNING], ids=["everything", "learning"])
 def test_killed_before_any_step_it_continues_to_the_same_bytes(
-    source, tmp_path, text, monkeypatch, operation
+    source, tmp_path, text, monkeypatch, operation, settings
 ):
     """Every call of one kind dies once, on what the one before left; then the run is continued and compared."""
     monkeypatch.setattr(tune, "KEEP_SECONDS", 0.0)
-    quantize(source, tmp_path / "undisturbed", text, *EVERYTHING)
+    monkeypatch.setattr(layer_learning, "STEPS", 10)
+    quantize(source, tmp_path / "undisturbed", text, *settings)
     expected = content(tmp_path / "undisturbed")
     module_name, _, rest = operation.partition(".")
     owner = importlib.import_module(module_name)
@@ -132,12 +135,12 @@ def test_killed_before_any_step_it_continues_to_the_same_bytes(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, dying)
             try:
-                quantize(source, out, text, *EVERYTHING)
+                quantize(source, out, text, *settings)
                 is_done = True
             except Killed:
                 step += 1
         if is_done or step % 2:
-            quantize(source, out, text, *EVERYTHING)
+            quantize(source, out, text, *settings)
             assert content(out) == expected
             quantize_started_again(source, out, text)
     assert step > 3
@@ -253,15 +256,58 @@ def test_a_family_nobody_knows_is_refused_before_anything_is_written(tmp_path, t
     quantize(source, tmp_path / "out", None, "algorithm=rtn")
 
 
-@pytest.mark.parametrize("settings", [SMALL, EVERYTHING])
+def test_a_layer_that_learned_is_nearer_to_the_original(source, tmp_path, text):
+    quantize(source, tmp_path / "learned", text, *SMALL, "algorithm=signround")
+    quantize(source, tmp_path / "rounded", text, *SMALL, "algorithm=rtn")
+    assert verify_checkpoint(tmp_path / "learned").findings == ()
+    learned, rounded = (
+        json.loads((tmp_path / name / "quantkit.json").read_text()) for name in ("learned", "rounded")
+    )
+    for name, note in learned["linears"].items():
+        assert note["algorithm"] == "signround"
+        assert 0.01 < note["learned_codes"] < 0.5
+        if ".layers.0." in name:  # further on, other inputs arrive
+            assert note["loss"] != note["loss_rtn"] == rounded["linears"][name]["loss_rtn"]
+    for part in ("00000", "00001"):
+        said = learned["observed"]["signround"][part]
+        assert (said["samples"], said["samples_excluded"]) == (4, 0)
+        assert said["loss"] < 0.7 * said["loss_start"]
+    assert "signround" not in rounded["observed"]
+
+
+def test_learning_follows_from_the_seed(source, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(layer_learning, "STEPS", 20)
+    monkeypatch.setattr(layer_learning, "BATCH", 2)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        quantize(source, tmp_path / name, text, *SMALL, "algorithm=signround", f"seed={seed}")
+    a, b, c = (content(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a["model.safetensors"] != c["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("weights=fp8",),
+        ("overrides=[{match: '*.down_proj', weights: fp8}]",),
+        ("attention=8bit", "activations=fp8"),
+    ],
+)
+def test_weights_in_fp8_do_not_learn(settings):
+    with pytest.raises(RecipeError, match="signround learns integer codes"):
+        load_recipe("int4-all", ("algorithm=signround", *settings))
+
+
+# 3: one to smooth, the original alongside; 5: the original, to measure, to advance
+PASSES = {SMALL: 1, EVERYTHING: 3, LEARNING: 5}
+
+
+@pytest.mark.parametrize("settings", [SMALL, EVERYTHING, LEARNING])
 def test_the_dry_run_says_what_calibrating_takes(source, tmp_path, text, settings):
     plan = dry_run(source, load_recipe("int4-all", settings), calib=text)
     cost = plan.calibration
     assert cost is not None
-    passes = (
-        3 if settings == EVERYTHING else 1
-    )  # smoothing looks first; the original runs beside corrected weights
-    assert (cost.text, cost.samples, cost.length, cost.passes) == (text, 4, 16, passes)
+    assert (cost.text, cost.samples, cost.length, cost.passes) == (text, 4, 16, PASSES[settings])
     assert cost.tokens_sha256 == calibration_tokens(source, text, 4, 16).hash
     assert cost.holds_model == (("tune",) if settings == EVERYTHING else ())
     assert 0 < cost.seconds < plan.seconds < 600
