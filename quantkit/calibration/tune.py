@@ -183,13 +183,16 @@ class TuneRun:
 
     def keep(self, stage: Stage) -> None:
         """Put everything that learning depends on into the stage."""
-        stage.write(TUNING, self._state(), {"step": self.step})
+        stage.write(TUNING, self._state(), {"step": self.step, "steps": self.schedule.steps})
 
     def resume(self, stage: Stage) -> None:
         """Take up what `keep` left, if anything."""
         if not stage.has(TUNING):
             return
-        self.step = stage.notes(TUNING)["step"]
+        said = stage.notes(TUNING)
+        self.step = said["step"]
+        # a budget is translated by the number of threads, which may have changed since
+        self.schedule = self.schedule._replace(steps=said["steps"])
         self._restore(stage.read(TUNING))
 
     def stored_tensors(self) -> dict[str, Tensor]:

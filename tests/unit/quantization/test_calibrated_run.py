@@ -32,6 +32,15 @@ LEARNING = (*SMALL, "algorithm=[signround,bias_correction]")
 Q = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.fixture
+def fast_tuning(monkeypatch):
+    """Tuning whose every step shows in the bytes, and is kept."""
+    monkeypatch.setattr(tune, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(tune, "WARM_UP_STEPS", 1)
+    for rate in ("SCALE_RATE", "NORM_RATE", "CODE_RATE"):
+        monkeypatch.setattr(tune, rate, 0.1)
+
+
 class Killed(BaseException):
     """What a kill looks like from inside."""
 
@@ -110,10 +119,9 @@ def test_the_same_run_gives_the_same_bytes_and_other_text_others(source, tmp_pat
 @pytest.mark.parametrize("operation", ["os.fsync", "os.pwrite", "pathlib.Path.replace"])
 @pytest.mark.parametrize("settings", [EVERYTHING, LEARNING], ids=["everything", "learning"])
 def test_killed_before_any_step_it_continues_to_the_same_bytes(
-    source, tmp_path, text, monkeypatch, operation, settings
+    source, tmp_path, text, monkeypatch, fast_tuning, operation, settings
 ):
     """Every call of one kind dies once, on what the one before left; then the run is continued and compared."""
-    monkeypatch.setattr(tune, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(layer_learning, "STEPS", 10)
     quantize(source, tmp_path / "undisturbed", text, *settings)
     expected = content(tmp_path / "undisturbed")
@@ -144,6 +152,27 @@ def test_killed_before_any_step_it_continues_to_the_same_bytes(
             assert content(out) == expected
             quantize_started_again(source, out, text)
     assert step > 3
+
+
+def test_tuning_goes_on_as_long_as_was_planned_whatever_the_machine_has_become(
+    source, tmp_path, text, monkeypatch, fast_tuning
+):
+    settings = (*EVERYTHING, "tune.epochs=4", "budget_minutes=100")
+    quantize(source, tmp_path / "undisturbed", text, *settings)
+    learn, steps = tune.TuneRun.learn, iter(range(100))
+
+    def dying(run):
+        if next(steps) == 3:
+            raise Killed
+        return learn(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.TuneRun, "learn", dying)
+        with pytest.raises(Killed):
+            quantize(source, tmp_path / "out", text, *settings)
+    monkeypatch.setattr(tune, "FLOPS", {"cpu": 1e-3})  # by which a step is all that 100 minutes allow
+    quantize(source, tmp_path / "out", text, *settings)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
 def quantize_started_again(source: Path, out: Path, text: str) -> None:
