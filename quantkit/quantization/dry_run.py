@@ -12,16 +12,14 @@ import torch
 
 from quantkit.algorithms.rtn import rtn
 from quantkit.arch import Role
-from quantkit.calibration.idle import idle_algorithms
-from quantkit.calibration.skeleton import check_known
-from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
+from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.loaders import LinearFacts, LoaderVerdict, loader_verdicts
 from quantkit.numerics.sqnr import signal_and_noise
-from quantkit.quantization.calibrated import calibration_spec, choose_device, expected_tokens
+from quantkit.quantization.calibrated import expected_tokens
 from quantkit.quantization.calibration_cost import CalibrationCost, calibration_cost
 from quantkit.quantization.linear import CHUNK_ELEMENTS
-from quantkit.quantization.run import Entry, check_places, plan_entries
-from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
+from quantkit.quantization.prepare import Entry, prepare
+from quantkit.recipe import LinearPlan, QuantPlan, Recipe
 from quantkit.recipe.model import Scales
 from quantkit.schemes import PerTensor, Scheme
 from quantkit.schemes.labels import scheme_label
@@ -72,17 +70,9 @@ def dry_run(
 
     folder: where the run would write (None: not said yet). An earlier run in it is not compared with this one.
     """
-    checkpoint = open_checkpoint(source)
-    spec = calibration_spec(recipe, calib, where, announce)
-    plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
-    if spec is not None:
-        check_known(checkpoint)
-        for line in idle_algorithms(checkpoint, plan):
-            announce(line)
-    entries = plan_entries(checkpoint, plan)
-    if folder is not None:
-        check_places(source, folder)
-    chosen = choose_device(device)
+    checkpoint, plan, spec, entries, chosen = prepare(
+        source, recipe, folder, where=where, calib=calib, device=device, announce=announce
+    )
     rows = tuple(_rows(checkpoint, plan, entries))
     cost = None
     if spec is not None:

@@ -10,39 +10,27 @@ import json
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from quantkit.arch import place_of
-from quantkit.calibration.idle import idle_algorithms
-from quantkit.calibration.skeleton import check_known
 from quantkit.errors import CalibrationError, OutputError, SourceError, UnsupportedModelError
-from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
-from quantkit.formats.compressed_tensors import encode_linear, linear_layout
-from quantkit.formats.folder import FolderState, check_apart, check_companions, folder_state, remove_run
-from quantkit.formats.kv_cache import kv_layout, num_kv_heads
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.compressed_tensors import encode_linear
+from quantkit.formats.folder import FolderState, remove_run
 from quantkit.formats.safetensors_file import iter_bytes
-from quantkit.formats.shards import DEFAULT_LIMITS, Limits, OutputTensor, ShardWriter
+from quantkit.formats.shards import DEFAULT_LIMITS, Limits, ShardWriter
 from quantkit.formats.stage import Stage
-from quantkit.quantization.calibrated import (
-    Staged,
-    calibrate_into,
-    calibration_spec,
-    choose_device,
-    read_tokens,
-    staged_bytes,
-)
+from quantkit.quantization.calibrated import Staged, calibrate_into, read_tokens, staged_bytes
 from quantkit.quantization.linear import quantize_linear
+from quantkit.quantization.prepare import Entry, prepare, refuse_foreign
 from quantkit.quantization.progress import Step
 from quantkit.quantization.record import (
     OBSERVED,
     SECONDS,
     QuantReport,
-    attention_modules,
     has_sidecar_tensors,
     is_same_run,
     linear_notes,
@@ -50,15 +38,7 @@ from quantkit.quantization.record import (
     source_stamps,
     write_companions,
 )
-from quantkit.recipe import LinearPlan, QuantPlan, Recipe, make_plan
-
-
-class Entry(NamedTuple):
-    """What one tensor of the source (source None: a constant of ours) becomes in the output."""
-
-    source: str | None
-    linear: LinearPlan | None
-    tensors: tuple[OutputTensor, ...]
+from quantkit.recipe import QuantPlan, Recipe
 
 
 def quantize_checkpoint(
@@ -84,16 +64,9 @@ def quantize_checkpoint(
     what was written is removed, since it cannot be continued.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(source)
-    spec = calibration_spec(recipe, calib, where, announce)
-    plan = make_plan(checkpoint, recipe, where=where, has_data=spec is not None)
-    if spec is not None:
-        check_known(checkpoint)
-        for line in idle_algorithms(checkpoint, plan):
-            announce(line)
-    entries = plan_entries(checkpoint, plan)
-    check_places(source, folder)
-    chosen = choose_device(device)
+    checkpoint, plan, spec, entries, chosen = prepare(
+        source, recipe, folder, where=where, calib=calib, device=device, announce=announce
+    )
     tokens = None if spec is None else read_tokens(checkpoint, recipe, spec, chosen, announce)
     summary = plan_summary(checkpoint, plan, base or source.name, tokens, chosen)
     stamps = source_stamps(checkpoint)
@@ -126,40 +99,6 @@ def quantize_checkpoint(
         remove_run(folder)
         raise
     return report
-
-
-def check_places(source: Path, folder: Path) -> None:
-    """Raise OutputError if the folder can be no output of this source, SourceError if not all of that can be copied."""
-    check_apart(source, folder)
-    _refuse_foreign(folder)
-    check_companions(source)
-
-
-def plan_entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:
-    """What every source tensor becomes, in the order of writing: outside the layers first, then by layer."""
-    by_weight = {f"{linear.name}.weight": linear for linear in plan.linears if linear.scheme}
-    entries = []
-    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: _position(item[0])):
-        linear = by_weight.get(name)
-        if linear is None:
-            entries.append(Entry(name, None, (OutputTensor(name, info.dtype, info.shape),)))
-            continue
-        assert linear.scheme is not None, "selected above"
-        layout = linear_layout(linear.scheme, *linear.shape, plan.scale_dtype)
-        tensors = (OutputTensor(f"{linear.name}.{suffix}", *kind) for suffix, kind in layout.items())
-        entries.append(Entry(name, linear, tuple(tensors)))
-    if plan.kv is not None:
-        heads = num_kv_heads(checkpoint)
-        for name, kind in kv_layout(plan.kv, attention_modules(plan), heads, plan.scale_dtype).items():
-            entries.append(Entry(None, None, (OutputTensor(name, *kind),)))
-    counts = Counter(tensor.name for entry in entries for tensor in entry.tensors)
-    doubled = [name for name, count in counts.items() if count > 1]
-    if doubled:
-        raise SourceError(
-            f"{checkpoint.path}: holds {doubled[0]}, which is the name of a tensor of the quantized checkpoint",
-            fix="start from the original 16-bit checkpoint: this one has leftovers of a quantization",
-        )
-    return entries
 
 
 def _write_tensors(
@@ -215,7 +154,7 @@ def _stage_needs(recipe: Recipe, entries: Sequence[Entry], stage: Stage) -> int:
 
 def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:
     """Decide whether the folder may be written; a finished run of the same plan is left as it is."""
-    state = _refuse_foreign(folder)
+    state = refuse_foreign(folder)
     if state is FolderState.EMPTY:
         return state
     if overwrite or state is FolderState.HALF_REMOVED:
@@ -225,15 +164,6 @@ def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overw
         raise OutputError(
             f"{folder}: holds a finished run of another plan or source, or its source has changed since",
             fix="give another folder, or --overwrite",
-        )
-    return state
-
-
-def _refuse_foreign(folder: Path) -> FolderState:
-    state = folder_state(folder)
-    if state is FolderState.FOREIGN:
-        raise OutputError(
-            f"{folder}: not empty, and not a run of quantkit", fix="give a folder that does not exist yet"
         )
     return state
 
@@ -256,11 +186,6 @@ def _report(
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         was_finished=was_finished,
     )
-
-
-def _position(name: str) -> tuple[int, str]:
-    place = place_of(name)
-    return (-1, name) if place is None else (place.layer, name)
 
 
 def _peak_rss_bytes() -> int:
