@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from quantkit.arch import Role
-from quantkit.arch.pairs import Link, layer_wiring, read_heads
+from quantkit.arch.pairs import layer_wiring, read_heads
 from quantkit.calibration.folds import why_stream_stays
-from quantkit.calibration.smoothing import smooths
+from quantkit.calibration.smoothing import is_scaled, smooths
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.recipe import LinearPlan, QuantPlan
 
@@ -32,8 +32,7 @@ def _can_scale(checkpoint: Checkpoint, dense: list[LinearPlan]) -> bool:
     names = {linear.name for linear in dense}
     for layer in range(int(checkpoint.text_config["num_hidden_layers"])):
         wiring = layer_wiring(checkpoint, layer)
-        for pair in wiring.pairs:
-            shares_values = pair.link is Link.VALUES and heads.num != heads.num_kv
-            if not shares_values and any(f"{wiring.prefix}{name}" in names for name in pair.to):
-                return True
+        below = {name.removeprefix(wiring.prefix) for name in names if name.startswith(wiring.prefix)}
+        if any(is_scaled(pair, heads, below) for pair in wiring.pairs):
+            return True
     return False

@@ -3,7 +3,7 @@
 Shape suffixes: K in_features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -20,6 +20,15 @@ def smooths(plan: QuantPlan) -> bool:
     return bool({"awq", "smoothquant"} & {*plan.recipe.algorithms})
 
 
+def is_scaled(pair: Pair, heads: Heads, rounded: Collection[str]) -> bool:
+    """Whether the pair gets a scale: something behind it is rounded, and no two query heads share its channels.
+
+    rounded: linears by names below the layer.
+    """
+    shares_values = pair.link is Link.VALUES and heads.num != heads.num_kv
+    return not shares_values and any(name in rounded for name in pair.to)
+
+
 def smoothed(
     plan: QuantPlan,
     pairs: Sequence[Pair],
@@ -31,18 +40,14 @@ def smoothed(
     """The tensors that change, by names below the layer, float32; each pair scaled by what was seen of its input.
 
     linears: those that are rounded, by names below the layer, experts left out. stats: of their inputs, by group.
-    A pair is left alone where nothing behind it is rounded, or where query heads share the values between them.
     """
     changed: dict[str, Tensor] = {}
     for pair in pairs:
-        rounded = [linears[name] for name in pair.to if name in linears]
-        shares_values = pair.link is Link.VALUES and heads.num != heads.num_kv
-        if not rounded or shares_values:
+        if not is_scaled(pair, heads, linears):
             continue
+        first = next(linears[name] for name in pair.to if name in linears)
         now = {**tensors, **changed}
-        scale_K = _scale(
-            plan, rounded[0], [now[f"{name}.weight"] for name in pair.to], stats[rounded[0].group]
-        )
+        scale_K = _scale(plan, first, [now[f"{name}.weight"] for name in pair.to], stats[first.group])
         changed |= fold_scale(now, pair, scale_K.cpu(), heads=heads, dtype=plan.scale_dtype)
     return changed
 
