@@ -50,6 +50,5 @@ def _base_name(source: str) -> str:
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
     if not Path(source).exists():
         return source
-    return (
-        Path(source).resolve().name.encode(errors="replace").decode()
-    )  # of a name in other bytes, what it can
+    # a name in bytes that are not UTF-8 goes on the card with question marks
+    return Path(source).resolve().name.encode(errors="replace").decode()

@@ -25,9 +25,8 @@ from quantkit.numerics import affine
 from quantkit.schemes import FloatSpec, Granularity, PerBlock, PerGroup, QParams, Spec
 
 BLOCK_COLUMNS = 128
-GPU_WEIGHTS = (
-    1 << 25
-)  # rows of so many weights at a time: enough to fill a GPU, and half a GB with what they need
+# Rows of so many weights are rounded at a time: enough to fill a GPU, and half a GB with what they need.
+GPU_WEIGHTS = 1 << 25
 
 
 class ColumnScales(NamedTuple):
@@ -58,8 +57,7 @@ def gptq(w_NK: Tensor, factor: Factor, spec: Spec, qparams: QParams) -> Tensor:
     """
     num_rows, num_cols = w_NK.shape
     scales = column_scales(qparams, spec.granularity, num_rows, num_cols)
-    code_dtype = torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
-    codes_NK = torch.empty(num_rows, num_cols, dtype=code_dtype, device=w_NK.device)
+    codes_NK = torch.empty(num_rows, num_cols, dtype=_code_dtype(spec), device=w_NK.device)
     step = max(1, GPU_WEIGHTS // num_cols) if w_NK.is_cuda else num_rows
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
@@ -77,8 +75,7 @@ def _round_columns(w_NK: Tensor, factor: Factor, spec: Spec, scales: ColumnScale
     w_KN[factor.dead_K[order_K]] = 0  # nothing is lost there, and nothing has to be made up for
     group_K = scales.group_K[order_K]
     carried_KN = torch.zeros(num_cols, num_rows, device=w_NK.device)
-    code_dtype = torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
-    codes_KN = torch.empty(num_cols, num_rows, dtype=code_dtype, device=w_NK.device)
+    codes_KN = torch.empty(num_cols, num_rows, dtype=_code_dtype(spec), device=w_NK.device)
     solve = solve_block_on_gpu if w_NK.is_cuda else solve_block
     for stop in range(num_cols, 0, -BLOCK_COLUMNS):
         block = slice(max(0, stop - BLOCK_COLUMNS), stop)
@@ -117,9 +114,7 @@ def solve_block(
     w_CN: Tensor, carried_CN: Tensor, lower_CC: Tensor, spec: Spec, scales: ColumnScales
 ) -> Solved:
     """Round the columns of one block, the last one first. Changes carried_CN, which is what later columns add."""
-    codes_CN = torch.empty(
-        w_CN.shape, dtype=torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8
-    )
+    codes_CN = torch.empty(w_CN.shape, dtype=_code_dtype(spec))
     lost_CN = torch.empty(w_CN.shape)
     for column in reversed(range(len(w_CN))):
         w_N = w_CN[column].float()
@@ -160,3 +155,7 @@ def _round(target_N: Tensor, spec: Spec, scale_N: Tensor, zero_point_N: Tensor |
     if isinstance(spec, FloatSpec):
         return affine.quantize_e4m3(target_N, scale_N)
     return affine.quantize_int(target_N, scale_N, zero_point_N, spec.qmin, spec.qmax)
+
+
+def _code_dtype(spec: Spec) -> torch.dtype:
+    return torch.float8_e4m3fn if isinstance(spec, FloatSpec) else torch.int8

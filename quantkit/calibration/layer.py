@@ -118,9 +118,8 @@ class LayerWork:
         Where weights are corrected, group by group: what one group makes up for, the next must not make up for again.
         """
         original = copy.deepcopy(self._module) if streams.originals is not None else None
-        targets = streams.originals or self._targets(
-            streams.hidden, call
-        )  # the former: once they have advanced
+        # of the original stream once it has advanced, which it does in place
+        targets = streams.originals or self._targets(streams.hidden, call)
         together = [list(self._groups)] if original is None else [[group] for group in self._groups]
         routed: list[Routed] = []
         for groups in together:

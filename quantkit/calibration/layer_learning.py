@@ -62,14 +62,14 @@ class LearnedLayer(NamedTuple):
 
 def finite_samples(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Samples:
     """Views of the samples of all batches [S, L, E], those with NaN or Inf left out: one would spoil every gradient."""
-    found = Samples([], [], 0)
+    found_inputs: list[Tensor] = []
+    found_targets: list[Tensor] = []
     for input_SLE, target_SLE in zip(inputs, targets, strict=True):
         is_finite_S = (input_SLE.isfinite() & target_SLE.isfinite()).flatten(1).all(dim=1)
-        found = found._replace(num_excluded=found.num_excluded + int((~is_finite_S).sum()))
         for number in is_finite_S.nonzero().flatten().tolist():
-            found.inputs.append(input_SLE[number])
-            found.targets.append(target_SLE[number])
-    return found
+            found_inputs.append(input_SLE[number])
+            found_targets.append(target_SLE[number])
+    return Samples(found_inputs, found_targets, sum(map(len, inputs)) - len(found_inputs))
 
 
 def learn_layer(
@@ -97,15 +97,14 @@ def learn_layer(
 
 
 def _learn(starts: Sequence[Start], forward: Forward, samples: Samples, schedule: Schedule) -> Learned:
-    names = [start.linear.name for start in starts]
-    stored = [start.rounded.stored for start in starts]
+    stored = {start.linear.name: start.rounded.stored for start in starts}
     return signround(
         forward,
         samples.inputs,
         samples.targets,
-        dict(zip(names, (start.target_NK for start in starts), strict=True)),
-        dict(zip(names, (Rounded(one.codes_NK, one.qparams, 0.0) for one in stored), strict=True)),
-        dict(zip(names, (start.spec for start in starts), strict=True)),
+        {start.linear.name: start.target_NK for start in starts},
+        {name: Rounded(one.codes_NK, one.qparams, 0.0) for name, one in stored.items()},
+        {start.linear.name: start.spec for start in starts},
         schedule=schedule,
     )
 

@@ -169,7 +169,7 @@ class TuneRun:
         before = self._state()
         for group in self._optimizer.param_groups:
             group["lr"].zero_()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(STEPS_BEFORE_RECORDING):
@@ -246,16 +246,14 @@ class TuneRun:
         used = [group for group in groups if group["params"]]
         is_gpu = self._device.type == "cuda"
         optimizer = torch.optim.Adam(used, betas=BETAS, fused=True, capturable=is_gpu)
-        for group in used:
-            for parameter in group[
-                "params"
-            ]:  # what the first step would make, so that it can be restored before
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=self._device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-                parameter.grad = torch.zeros_like(parameter)
+        for _, parameter in self._parameters():
+            # what the first step would make: it has to be there to be restored into, and stay where it is
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=self._device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            parameter.grad = torch.zeros_like(parameter)
         return optimizer
 
     def _set_rate(self) -> None:
@@ -377,9 +375,8 @@ class TuneRun:
         prefix = f"{linear.name}."
         parts = {name.removeprefix(prefix): part for name, part in staged.items() if name.startswith(prefix)}
         stored = decode_linear(parts, scheme)
-        if smooths(
-            self._plan
-        ):  # what was rounded is not what the original has: positions start at their codes
+        if smooths(self._plan):
+            # what was rounded is not what the original has: positions start at their codes
             tensor = dequantize_weight(stored.codes_NK, scheme.weight.granularity, stored.qparams)
         return LearnedWeight(stored, scheme, tensor.to(self._device), with_codes=self._plan.recipe.tune.codes)
 
