@@ -1,0 +1,191 @@
+"""CUDA C++ compiled when it is first used, by NVRTC; kept on disk; launched through the driver.
+
+torch's CUDA builds install `cuda-bindings` and NVRTC with them, so there is no toolkit to have, no host compiler, and
+no build against one torch. A source file has one entry, `extern "C"`, that takes one struct by value:
+
+    struct Params { void* y; const void* x; int num_rows; };
+    extern "C" __global__ void entry(const __grid_constant__ Params p) { … }
+
+and is specialised by -D definitions. What is compiled depends on the text of `csrc/`, the definitions, the capability
+and the compiler, and on nothing else; the file's name on disk is a hash of these.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+COMMON = "common.cuh"
+Defines = tuple[tuple[str, int | str], ...]
+INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
+
+
+class CudaKernel:
+    """One entry on one device. `params`: the fields of its struct, in the letters of Python's `struct` module."""
+
+    def __init__(self, module: Any, function: Any, params: str) -> None:
+        self._module = module  # unloaded when it is collected
+        self._function = function
+        self._params = struct.Struct("@" + params)
+        self._shared_bytes = 48 << 10
+        self._configs: dict[tuple[Any, ...], Any] = {}
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        threads: int,
+        args: tuple[Any, ...],
+        *,
+        shared_bytes: int = 0,
+        cluster: int = 1,
+        dependent: bool = False,
+    ) -> None:
+        """Launch on torch's current stream. args: one value per field; pointers as integers.
+
+        cluster: blocks along x that share their shared memory. dependent: may start before the kernel in front of it
+        has ended, and waits by itself (`griddepcontrol.wait`).
+        """
+        from cuda.bindings import driver
+
+        if shared_bytes > self._shared_bytes:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
+            self._shared_bytes = shared_bytes
+        key = (grid, threads, shared_bytes, cluster, dependent)
+        config = self._configs.get(key)
+        if config is None:
+            config = self._configs[key] = _launch_config(*key)
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        packed = ctypes.create_string_buffer(self._params.pack(*args))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        _check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+    def resident_blocks(self, threads: int, shared_bytes: int) -> int:
+        """Blocks that a multiprocessor holds at a time."""
+        from cuda.bindings import driver
+
+        found = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared_bytes)
+        return int(_check(found))
+
+
+def load(file: str, entry: str, params: str, defines: Defines = ()) -> CudaKernel:
+    """The kernel on the current device, compiled unless a file on disk has it. Cached for the process."""
+    return _load(file, entry, params, defines, torch.cuda.current_device())
+
+
+@functools.cache
+def _load(file: str, entry: str, params: str, defines: Defines, device: int) -> CudaKernel:
+    from cuda.bindings import driver
+
+    cubin = cached_cubin(file, entry, defines, torch.cuda.get_device_capability(device))
+    torch.cuda.current_stream(device)  # torch's context is current from here on
+    module = _check(driver.cuModuleLoadData(cubin))
+    return CudaKernel(module, _check(driver.cuModuleGetFunction(module, entry.encode())), params)
+
+
+def cached_cubin(file: str, entry: str, defines: Defines, capability: tuple[int, int]) -> bytes:
+    """Machine code from the disk, or compiled and put there."""
+    options = compile_options(defines, capability)
+    parts = [_version(), entry, *options, (SOURCES / COMMON).read_text(), (SOURCES / file).read_text()]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{entry}-{name}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin = compile_cubin(file, entry, defines, capability)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
+        temporary.write(cubin)
+    Path(temporary.name).replace(path)  # whole or not at all, whoever else compiles it now
+    return cubin
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept."""
+    configured = os.environ.get("QUANTKIT_CACHE")
+    return (Path(configured).expanduser() if configured else Path.home() / ".cache" / "quantkit") / "kernels"
+
+
+def compile_options(defines: Defines, capability: tuple[int, int]) -> list[str]:
+    """For NVRTC. From 9.0 on the machine code is for this very architecture, whose own instructions it uses."""
+    major, minor = capability
+    suffix = "a" if major >= 9 else ""
+    options = [f"--gpu-architecture=sm_{major}{minor}{suffix}", "--std=c++17", "-default-device"]
+    return options + [f"-D{name}={value}" for name, value in defines]
+
+
+def compile_cubin(file: str, entry: str, defines: Defines, capability: tuple[int, int]) -> bytes:
+    """Compile `csrc/file` for a compute capability; needs no GPU. Raises RuntimeError with the compiler's words."""
+    nvrtc = _nvrtc()
+    source, header = (SOURCES / file).read_bytes(), (SOURCES / COMMON).read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 1, [header], [COMMON.encode()]))
+    try:
+        options = [option.encode() for option in compile_options(defines, capability)]
+        if nvrtc.nvrtcCompileProgram(program, len(options), options)[0].value != 0:
+            raise RuntimeError(f"{file} with {dict(defines)} for {capability}:\n{_log(nvrtc, program)}")
+        cubin = bytes(_check(nvrtc.nvrtcGetCUBINSize(program)))
+        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        _check(nvrtc.nvrtcDestroyProgram(program))
+    return cubin
+
+
+def _log(nvrtc: Any, program: Any) -> str:
+    log = bytes(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+    _check(nvrtc.nvrtcGetProgramLog(program, log))
+    return log.rstrip(b"\0").decode(errors="replace")
+
+
+@functools.cache
+def _version() -> str:
+    return "{}.{}".format(*_check(_nvrtc().nvrtcVersion()))
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise ImportError(f"CUDA kernels are compiled with cuda-bindings: {INSTALL}") from error
+    return nvrtc
+
+
+def _launch_config(
+    grid: tuple[int, ...], threads: int, shared_bytes: int, cluster: int, dependent: bool
+) -> Any:
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    attributes = []
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = (
+            cluster,
+            1,
+            1,
+        )
+        attributes.append(attribute)
+    if dependent:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """The value of a call, or RuntimeError with the name of its error."""
+    status, *values = result
+    if status.value != 0:
+        raise RuntimeError(f"CUDA: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
