@@ -1,0 +1,467 @@
+// y [M, N] = x [M, K] · wᵀ [N, K] for few rows M, bound by the bytes of w.
+//
+//   a block, persistent:  a producer warp streams strips of 16 rows of w through a ring in shared memory (bulk copies);
+//                         WARPS consumer warps share the columns of a stage in pairs of blocks, multiply on tensor cores with w as the
+//                         left operand (16 rows of w x 8 rows of x), and add up their sums in a fixed order
+//
+//   stage   | w: 16 rows x 64 BLOCKS columns | scales: [groups][16] | zero points: [groups][16] |
+//
+// The ring is full of weights before x is there: with dependent launch the producer starts while the kernel in front
+// still runs. Which columns a lane holds: docs/kernels.md, the same for all formats.
+//
+// Definitions: W_KIND X_KIND Y_KIND SCALE_KIND (below), W_BITS, GROUP (0: scale per row), ZERO (zero points),
+// TILES (8 rows of x each), WARPS, BLOCKS, STAGES, VECTOR_X (eight values of x are one load: K is a
+// multiple of 8 and rows start at multiples of 16 bytes).
+
+#include "common.cuh"
+
+#define INT 0
+#define E4M3 1
+#define BF16 2
+#define F16 3
+#define F32 4
+
+struct Params {
+  void* y;
+  const void* x;
+  const u8* w;
+  const u8* scale;    // GROUP: [strips][groups][16] of SCALE_KIND; else f32 [N]
+  const u8* zero;     // ZERO: i8 [strips][groups][16]
+  const void* bias;   // Y_KIND [N], or null
+  const float* x_scale;  // [M] with stride x_scale_step, or null
+  const float* x_zero;   // likewise: zero points of x, or null
+  const float* w_sum;    // [N]: sum of each row of the dequantized w; read with x_zero
+  int num_rows, n, k, x_stride, y_stride, x_scale_step;
+  int w_stride;  // bytes of a row of w (row-major formats); a multiple of 16
+  int num_strips, num_blocks, num_groups;
+};
+
+constexpr bool IS_PACKED = W_BITS == 4;
+constexpr bool IS_INTEGER = X_KIND == INT;
+constexpr bool IS_BF16 = X_KIND == BF16;
+constexpr int ROW_BYTES = BLOCKS * 64 * W_BITS / 8;        // of a stage, row-major
+constexpr int ROW_PITCH = ROW_BYTES + (W_BITS == 8 ? 32 : 64);  // rows of a quarter warp fall into different banks
+constexpr int W_BYTES = IS_PACKED ? BLOCKS * 512 : 16 * ROW_PITCH;
+constexpr int STAGE_GROUPS = GROUP ? BLOCKS * 64 / GROUP : 0;
+constexpr int SCALE_SIZE = SCALE_KIND == F32 ? 4 : 2;
+constexpr int SCALE_BYTES = STAGE_GROUPS * 16 * SCALE_SIZE;
+constexpr int ZERO_BYTES = ZERO ? STAGE_GROUPS * 16 : 0;
+constexpr int STAGE_BYTES = (W_BYTES + SCALE_BYTES + ZERO_BYTES + 127) / 128 * 128;
+constexpr bool AHEAD = TILES < 4;  // x is loaded one pair ahead, as far as there are registers
+constexpr int SUM_PITCH = 10;  // floats of a row of 8 sums
+constexpr int SUM_FLOATS = WARPS * TILES * 16 * SUM_PITCH;
+static_assert(BLOCKS % 2 == 0, "a warp takes pairs of blocks: 128 columns, the largest group");
+
+#if X_KIND == INT
+using Sum = int;
+#else
+using Sum = float;
+#endif
+
+// One half block (32 columns) of 8 rows of x, as the tensor core takes it.
+struct Half {
+  u32 w[IS_INTEGER ? 2 : 4];
+};
+
+// ---- conversions ----
+
+inline u32 sub2(u32 a, u32 b) {
+  u32 d;
+  if constexpr (IS_BF16)
+    asm("sub.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+// (a & mask) | bits, one instruction where the compiler would make two.
+inline u32 select_or(u32 a, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
+inline u32 spread(u32 w, u32 selector) { return __byte_perm(w, 0, selector); }
+
+// Two codes of e4m3, bytes `first` and `first + 1` of w, times 2^-8, as fp16: its exponent is one bit longer and counts
+// from 8 more. The products are scaled back at the end. (The conversion instruction has a fraction of the throughput.)
+inline u32 shifted_f16(u32 w, int first) {
+  u32 high = spread(w, first ? 0x3424 : 0x1404);
+  return select_or(high, 0x80008000, (high & 0x7F007F00) >> 1);
+}
+
+constexpr float RESCALE = (W_KIND == E4M3 && X_KIND != BF16 ? 256.0f : 1.0f) * (X_KIND == E4M3 ? 256.0f : 1.0f);
+
+// Two codes of 8 bits, bytes `first` and `first + 1` of w, to a pair of 16-bit floats.
+inline u32 pair_of_8(u32 w, int first) {
+  if constexpr (W_KIND == E4M3 && !IS_BF16) return shifted_f16(w, first);
+  if constexpr (W_KIND == E4M3) {
+    // exponent and mantissa move down to where bf16 has them; that is 2^-120 of the value, so times 2^120
+    u32 high = spread(w, first ? 0x3424 : 0x1404);
+    u32 moved = select_or(high, 0x80008000, (high & 0x7F007F00) >> 4), d;
+    asm("mul.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(moved), "r"(0x7B807B80));
+    return d;
+  }
+  u32 low = spread(w, first ? 0x4342 : 0x4140);
+  if constexpr (IS_BF16)  // (128 + low seven bits) - (128, or 256 where the sign is set)
+    return sub2(select_or(low, 0x007F007F, 0x43004300), select_or(low, 0x00800080, 0x43004300));
+  return sub2((low ^ 0x00800080) | 0x64006400, 0x64806480);  // 1024 + code + 128, less 1152
+}
+
+// Four codes of 4 bits, less their zero point, as bytes: columns 0 2 1 3.
+inline u32 bytes_of_4(u32 w, u32 zero) { return (select_or(w, 0x0F0F0F0F, 0x80808080) - zero) ^ 0x80808080; }
+
+inline float scale_at(const u8* scales, int i) {
+#if SCALE_KIND == F32
+  return reinterpret_cast<const float*>(scales)[i];
+#elif SCALE_KIND == BF16
+  return __uint_as_float(static_cast<u32>(reinterpret_cast<const u16*>(scales)[i]) << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(reinterpret_cast<const u16*>(scales)[i]));
+  return f;
+#endif
+}
+
+inline float output_at(const void* values, int i) {
+  u16 bits = reinterpret_cast<const u16*>(values)[i];
+#if Y_KIND == BF16
+  return __uint_as_float(static_cast<u32>(bits) << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+#endif
+}
+
+inline void store_output(void* y, long long i, float value) {
+  u16 bits;
+#if Y_KIND == BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+  reinterpret_cast<u16*>(y)[i] = bits;
+}
+
+// ---- products: 16 rows of w times 8 rows of x, 16 columns (integers: 32) ----
+
+inline void multiply(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if X_KIND == INT
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#elif X_KIND == BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
+// ---- x ----
+
+constexpr int X_SIZE = X_KIND == BF16 || X_KIND == F16 ? 2 : 1;
+
+// Where a lane reads x: row `row`, or the last one where there are fewer (what comes of it is not written).
+inline const u8* x_row(const Params& p, int row) {
+  return static_cast<const u8*>(p.x) + static_cast<long long>(min(row, p.num_rows - 1)) * p.x_stride * X_SIZE;
+}
+
+// Eight values from column `column` on. IS_WHOLE: all of them exist; else zero for those that do not.
+template <bool IS_WHOLE>
+inline Half load_x(const Params& p, const u8* row, int column) {
+  alignas(16) u32 raw[2 * X_SIZE];
+  const u8* at = row + column * X_SIZE;
+  if constexpr (VECTOR_X) {
+#pragma unroll
+    for (int i = 0; i < 2 * X_SIZE; i++) raw[i] = 0;
+    if (IS_WHOLE || column < p.k) {
+      if constexpr (X_SIZE == 2)
+        *reinterpret_cast<Vec16*>(raw) = *reinterpret_cast<const Vec16*>(at);
+      else
+        *reinterpret_cast<u64*>(raw) = *reinterpret_cast<const u64*>(at);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2 * X_SIZE; i++) raw[i] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (column + i >= p.k) continue;
+      u32 value = X_SIZE == 2 ? reinterpret_cast<const u16*>(at)[i] : at[i];
+      raw[i * X_SIZE / 4] |= value << (i * X_SIZE % 4 * 8);
+    }
+  }
+  Half half;
+#if X_KIND == E4M3
+#pragma unroll
+  for (int i = 0; i < 4; i++) half.w[i] = shifted_f16(raw[i / 2], i % 2 * 2);
+#else
+#pragma unroll
+  for (int i = 0; i < 2 * X_SIZE; i++) half.w[i] = IS_INTEGER && IS_PACKED ? spread(raw[i], 0x3120) : raw[i];
+#endif
+  return half;
+}
+
+// ---- one half block: 32 columns of the strip ----
+
+// zero: of rows g and g + 8, in the form that `multiply_half` subtracts
+struct Zeros {
+  u32 low, high;
+};
+
+inline Zeros zeros_at(const u8* zeros, int group, int g) {
+  if constexpr (!IS_PACKED) return {};
+  int low = 8, high = 8;
+  if constexpr (ZERO) {
+    low += static_cast<signed char>(zeros[group * 16 + g]);
+    high += static_cast<signed char>(zeros[group * 16 + g + 8]);
+  }
+  if constexpr (IS_INTEGER) return {low * 0x01010101u, high * 0x01010101u};
+  constexpr u32 magic = IS_BF16 ? 0x43004300 : 0x64006400;
+  return {magic + low * 0x00010001u, magic + high * 0x00010001u};
+}
+
+inline void multiply_half(Sum (&sums)[TILES][4], const u32 (&low)[W_BITS / 2], const u32 (&high)[W_BITS / 2],
+                          Zeros zero, const Half (&x)[TILES]) {
+  if constexpr (IS_PACKED && IS_INTEGER) {
+    u32 a0 = bytes_of_4(low[0], zero.low), a1 = bytes_of_4(low[0] >> 4, zero.high);
+    u32 a2 = bytes_of_4(low[1], zero.low), a3 = bytes_of_4(low[1] >> 4, zero.high);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) multiply(sums[tile], a0, a1, a2, a3, x[tile].w[0], x[tile].w[1]);
+  } else if constexpr (IS_INTEGER) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      multiply(sums[tile], low[0], high[0], low[1], high[1], x[tile].w[0], x[tile].w[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      u32 a[4];
+      if constexpr (IS_PACKED) {
+        constexpr u32 magic = IS_BF16 ? 0x43004300 : 0x64006400;
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+          a[r] = sub2(select_or(low[i] >> (4 * r), 0x000F000F, magic), r % 2 ? zero.high : zero.low);
+      } else if constexpr (W_BITS == 8) {
+        a[0] = pair_of_8(low[i], 0), a[1] = pair_of_8(high[i], 0);
+        a[2] = pair_of_8(low[i], 2), a[3] = pair_of_8(high[i], 2);
+      } else {
+        a[0] = low[2 * i], a[1] = high[2 * i], a[2] = low[2 * i + 1], a[3] = high[2 * i + 1];
+      }
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+        multiply(sums[tile], a[0], a[1], a[2], a[3], x[tile].w[2 * i % 4], x[tile].w[(2 * i + 1) % 4]);
+    }
+  }
+}
+
+// Codes of rows g and g + 8 in half h of a block of the stage.
+inline void load_codes(u32 (&low)[W_BITS / 2], u32 (&high)[W_BITS / 2], const u8* stage, int block, int h, int lane) {
+  if constexpr (IS_PACKED) {  // one word has both rows
+    const u32* at = reinterpret_cast<const u32*>(stage + block * 512 + lane * 16) + 2 * h;
+    low[0] = at[0], low[1] = at[1];
+  } else {
+    constexpr int BYTES = W_BITS;  // of eight codes
+    const u8* at = stage + (lane >> 2) * ROW_PITCH + (block * 64 + h * 32 + (lane & 3) * 8) * (W_BITS / 8);
+    const u8* below = at + 8 * ROW_PITCH;
+#pragma unroll
+    for (int i = 0; i < BYTES / 8; i++) {
+      u64 a = reinterpret_cast<const u64*>(at)[i], b = reinterpret_cast<const u64*>(below)[i];
+      low[2 * i] = static_cast<u32>(a), low[2 * i + 1] = static_cast<u32>(a >> 32);
+      high[2 * i] = static_cast<u32>(b), high[2 * i + 1] = static_cast<u32>(b >> 32);
+    }
+  }
+}
+
+inline void add_scaled(float (&total)[TILES][4], Sum (&sums)[TILES][4], float low, float high) {
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      total[tile][i] += static_cast<float>(sums[tile][i]) * (i < 2 ? low : high);
+      sums[tile][i] = 0;
+    }
+}
+
+// ---- the two roles ----
+
+struct Ring {
+  u32 full, empty;  // first barriers of each kind
+  int stage = 0;
+  u32 parity = 0;
+
+  void next() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+inline void produce(const Params& p, u8* memory, Ring ring, int lane) {
+  u64 policy = evict_first();
+  for (int strip = blockIdx.x; strip < p.num_strips; strip += gridDim.x) {
+    for (int first = 0; first < p.num_blocks; first += BLOCKS) {
+      int blocks = min(BLOCKS, p.num_blocks - first);
+      u32 full = ring.full + ring.stage * 8;
+      u32 to = shared_address(memory + ring.stage * STAGE_BYTES);
+      barrier_wait(ring.empty + ring.stage * 8, ring.parity ^ 1);
+      int group = 0, groups = 0;
+      if constexpr (GROUP) {
+        group = first * 64 / GROUP;
+        groups = min(STAGE_GROUPS, p.num_groups - group);
+      }
+      long long at_group = (static_cast<long long>(strip) * p.num_groups + group) * 16;
+      int rows = min(16, p.n - strip * 16);
+      int row_bytes = min(ROW_BYTES, p.w_stride - first * 64 * W_BITS / 8);
+      if (lane == 0) {
+        u32 bytes = IS_PACKED ? blocks * 512 : rows * row_bytes;
+        barrier_expect(full, bytes + groups * 16 * (SCALE_SIZE + ZERO));
+        if constexpr (IS_PACKED)
+          bulk_copy(to, p.w + (static_cast<long long>(strip) * p.num_blocks + first) * 512, bytes, full, policy);
+        if constexpr (GROUP)
+          bulk_copy(to + W_BYTES, p.scale + at_group * SCALE_SIZE, groups * 16 * SCALE_SIZE, full, policy);
+        if constexpr (ZERO) bulk_copy(to + W_BYTES + SCALE_BYTES, p.zero + at_group, groups * 16, full, policy);
+      }
+      __syncwarp();
+      if constexpr (!IS_PACKED)
+        if (lane < rows)
+          bulk_copy(to + lane * ROW_PITCH,
+                    p.w + (static_cast<long long>(strip) * 16 + lane) * p.w_stride + first * 64 * W_BITS / 8,
+                    row_bytes, full, policy);
+      ring.next();
+    }
+  }
+}
+
+// x for a pair of blocks.
+struct Pair {
+  Half half[4][TILES];
+};
+
+template <bool IS_WHOLE>
+inline void load_pair(Pair& x, const Params& p, const u8* const (&rows)[TILES], int block, int t) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      x.half[i][tile] = load_x<IS_WHOLE>(p, rows[tile], block * 64 + i * 32 + t * 8);
+}
+
+// Adds one pair of blocks, `block` of the stage whose first is `first`, to the sums of the strip. IS_WHOLE: all of its
+// columns exist.
+template <bool IS_WHOLE>
+inline void multiply_pair(const Params& p, const u8* stage, int first, int block, const Pair& x, int lane,
+                          Sum (&sums)[TILES][4], float (&total)[TILES][4]) {
+  const int g = lane >> 2, t = lane & 3;
+  const u8 *scales = stage + W_BYTES, *zeros = scales + SCALE_BYTES;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    int column = (first + block) * 64 + i * 32;
+    if (!IS_WHOLE && column >= p.k) break;
+    u32 low[W_BITS / 2], high[W_BITS / 2];
+    load_codes(low, high, stage, block + i / 2, i % 2, lane);
+    if constexpr (!IS_WHOLE && !IS_PACKED)  // past the last column lies what an earlier stage left
+      if (column + t * 8 >= p.k)
+#pragma unroll
+        for (int j = 0; j < W_BITS / 2; j++) low[j] = high[j] = 0;
+    int group = GROUP ? (block * 64 + i * 32) / (GROUP ? GROUP : 1) : 0;
+    multiply_half(sums, low, high, zeros_at(zeros, group, g), x.half[i]);
+    if constexpr (GROUP)
+      if ((i * 32 + 32) % (GROUP ? GROUP : 1) == 0 || (!IS_WHOLE && GROUP > 32 && column + 32 >= p.k))
+        add_scaled(total, sums, scale_at(scales, group * 16 + g), scale_at(scales, group * 16 + g + 8));
+  }
+}
+
+// The sums of one strip over this warp's columns. x: of this warp's first pair, which every strip has.
+inline void consume_strip(const Params& p, const u8* memory, Ring& ring, Pair& x, const u8* const (&rows)[TILES],
+                          int warp, int lane, float (&total)[TILES][4]) {
+  Sum sums[TILES][4] = {};
+  const int t = lane & 3, whole = p.k / 128 * 2;  // blocks of whole pairs
+  for (int first = 0; first < p.num_blocks; first += BLOCKS) {
+    const int end = min(BLOCKS, whole - first);
+    const u8* stage = memory + ring.stage * STAGE_BYTES;
+    barrier_wait(ring.full + ring.stage * 8, ring.parity);
+    int block = 2 * warp;
+#pragma unroll 2
+    for (; block < end; block += 2 * WARPS) {
+      if constexpr (AHEAD) {
+        int next = first + (block + 2 * WARPS < BLOCKS ? block + 2 * WARPS : BLOCKS + 2 * warp);
+        Pair now = x;
+        load_pair<true>(x, p, rows, next < whole ? next : 2 * warp < whole ? 2 * warp : 0, t);
+        multiply_pair<true>(p, stage, first, block, now, lane, sums, total);
+      } else {
+        load_pair<true>(x, p, rows, first + block, t);
+        multiply_pair<true>(p, stage, first, block, x, lane, sums, total);
+      }
+    }
+    if (block < BLOCKS && first + block < p.num_blocks) {  // the last columns, no whole pair: one warp has them
+      Pair rest;
+      load_pair<false>(rest, p, rows, first + block, t);
+      multiply_pair<false>(p, stage, first, block, rest, lane, sums, total);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(ring.empty + ring.stage * 8);
+    ring.next();
+  }
+  if constexpr (!GROUP) add_scaled(total, sums, 1.0f, 1.0f);
+}
+
+inline void write_strip(const Params& p, const float* sums, int strip, int thread) {
+  for (int i = thread; i < TILES * 128; i += WARPS * 32) {
+    int row = i % 16, m = i / 16, n = strip * 16 + row;
+    if (m >= p.num_rows || n >= p.n) continue;
+    const float* at = sums + (m / 8 * 16 + row) * SUM_PITCH + m % 8;
+    float value = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) value += at[warp * TILES * 16 * SUM_PITCH];
+    value *= RESCALE;
+    if constexpr (!GROUP)
+      if (p.scale) value *= reinterpret_cast<const float*>(p.scale)[n];
+    if (p.x_zero) value -= p.x_zero[m * p.x_scale_step] * p.w_sum[n];
+    if (p.x_scale) value *= p.x_scale[m * p.x_scale_step];
+    if (p.bias) value += output_at(p.bias, n);
+    store_output(p.y, static_cast<long long>(m) * p.y_stride + n, value);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1) skinny(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) u8 memory[];
+  float* sums = reinterpret_cast<float*>(memory + STAGES * STAGE_BYTES);
+  u32 barriers = shared_address(sums + 2 * SUM_FLOATS);
+  Ring ring{barriers, barriers + STAGES * 8};
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; stage++) {
+      barrier_init(ring.full + stage * 8, 1);
+      barrier_init(ring.empty + stage * 8, WARPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  launch_dependents();
+  if (warp == WARPS) {
+    produce(p, memory, ring, lane);
+    return;
+  }
+  wait_for_previous();
+  const u8* rows[TILES];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) rows[tile] = x_row(p, tile * 8 + (lane >> 2));
+  Pair x;
+  if (AHEAD && 2 * warp < p.k / 128 * 2) load_pair<true>(x, p, rows, 2 * warp, lane & 3);
+  int turn = 0;
+  for (int strip = blockIdx.x; strip < p.num_strips; strip += gridDim.x, turn ^= 1) {
+    float total[TILES][4] = {};
+    consume_strip(p, memory, ring, x, rows, warp, lane, total);
+    float* mine = sums + turn * SUM_FLOATS + warp * TILES * 16 * SUM_PITCH;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      float* at = mine + (tile * 16 + (lane >> 2)) * SUM_PITCH + (lane & 3) * 2;
+      at[0] = total[tile][0], at[1] = total[tile][1];
+      at[8 * SUM_PITCH] = total[tile][2], at[8 * SUM_PITCH + 1] = total[tile][3];
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");  // two buffers: one barrier per strip is enough
+    write_strip(p, sums + turn * SUM_FLOATS, strip, threadIdx.x);
+  }
+}
