@@ -17,10 +17,8 @@ from quantkit_kernels.weight import LinearWeight
 MAX_ROWS = 32
 MIN_CAPABILITY = (9, 0)
 WARPS = 8
-STAGE_BLOCKS_4, STAGE_BLOCKS_8, STAGE_BLOCKS_16 = 32, 32, 16
 GROUPS = (32, 64, 128)
 PARAMS = "9P10i"
-RING_BYTES = 84 << 10  # two kernels share a multiprocessor while one follows the other
 KINDS = {
     torch.int8: 0,
     torch.int32: 0,
@@ -65,10 +63,11 @@ def prepare(weight: LinearWeight, *, with_row_sum: bool = False) -> StripWeight:
         row_sum = _row_sums(weight)
     stored = to_fragments(weight.codes_NK) if weight.bits == 4 else _aligned_rows(weight.codes_NK)
     scale, zero_point, group = weight.scale_RG, weight.zero_point_RG, weight.tile[1]
-    if group >= num_cols and zero_point is None:
-        per_row = scale[torch.arange(num_rows, device=scale.device) // weight.tile[0], 0].float()
-        return StripWeight(stored, per_row, None, row_sum, (num_rows, num_cols), weight.bits, 0)
-    if group >= num_cols:  # zero points are subtracted by group: repeat what is one for the row
+    if group >= num_cols:
+        if zero_point is None:
+            per_row = scale[torch.arange(num_rows, device=scale.device) // weight.tile[0], 0].float()
+            return StripWeight(stored, per_row, None, row_sum, (num_rows, num_cols), weight.bits, 0)
+        # zero points are subtracted by group: repeat what is one for the row
         group, times = GROUPS[-1], -(-num_cols // GROUPS[-1])
         scale, zero_point = scale.repeat(1, times), zero_point.repeat(1, times)
     scale = to_strips(scale.to(exact_dtype(scale)), weight.tile, num_rows)
@@ -79,7 +78,8 @@ def prepare(weight: LinearWeight, *, with_row_sum: bool = False) -> StripWeight:
 
 def prepare_dense(weight_NK: Tensor) -> StripWeight:
     """A weight in 16 bits."""
-    return StripWeight(_aligned_rows(weight_NK), None, None, None, tuple(weight_NK.shape), 16, 0)
+    num_rows, num_cols = weight_NK.shape
+    return StripWeight(_aligned_rows(weight_NK), None, None, None, (num_rows, num_cols), 16, 0)
 
 
 def _row_sums(weight: LinearWeight) -> Tensor:
@@ -122,18 +122,20 @@ def skinny(
     assert out_dtype in (torch.bfloat16, torch.float16), f"no output in {out_dtype}"
     assert bias_N is None or bias_N.dtype == out_dtype, "bias and output have one dtype"
     y_MN = torch.empty(num_rows, n, dtype=out_dtype, device=x_MK.device)
-    blocks, stages, shared = _ring(weight, num_rows)
-    defines = _defines(x_MK, weight, out_dtype, blocks, stages)
-    kernel = nvrtc.load("skinny.cu", "skinny", PARAMS, defines)
+    num_sms = torch.cuda.get_device_properties(x_MK.device).multi_processor_count
+    shape = _shape(weight, x_MK.dtype, num_rows, num_sms)
+    stages, stage_bytes = _stages(weight, shape)
+    kernel = nvrtc.load("skinny.cu", "skinny", PARAMS, _defines(x_MK, weight, out_dtype, shape, stages))
     num_strips = -(-n // STRIP_ROWS)
     num_groups = weight.scale.shape[1] if weight.group_size and weight.scale is not None else 0
     step = 0 if x_scale is None or x_scale.numel() == 1 else 1
-    pointers = (y_MN, x_MK, weight.stored, weight.scale, weight.zero_point, bias_N)
-    pointers += (x_scale, x_zero_point, weight.row_sum if x_zero_point is not None else None)
-    numbers = (num_rows, n, k, x_MK.stride(0), y_MN.stride(0), step)
+    pointers: tuple[Tensor | None, ...] = (y_MN, x_MK, weight.stored, weight.scale, weight.zero_point, bias_N)
+    pointers += (x_scale, x_zero_point, None if x_zero_point is None else weight.row_sum)
+    numbers: tuple[int, ...] = (num_rows, n, k, x_MK.stride(0), y_MN.stride(0), step)
     numbers += (weight.stored.stride(0) * weight.stored.element_size() if weight.bits > 4 else 0,)
     numbers += (num_strips, -(-k // BLOCK_COLUMNS), num_groups)
-    grid = min(num_strips, torch.cuda.get_device_properties(x_MK.device).multi_processor_count)
+    grid = min(-(-num_strips // shape.strips), num_sms)
+    shared = stages * (stage_bytes + 16) + _sum_bytes(shape, num_rows)
     args = tuple(0 if tensor is None else tensor.data_ptr() for tensor in pointers) + numbers
     kernel.launch((grid,), 32 * (WARPS + 1), args, shared_bytes=shared, dependent=dependent)
     return y_MN
@@ -143,37 +145,66 @@ def _tiles(num_rows: int) -> int:
     return 1 if num_rows <= 8 else 2 if num_rows <= 16 else 4
 
 
-def _stage_blocks(weight: StripWeight) -> int:
-    return {4: STAGE_BLOCKS_4, 8: STAGE_BLOCKS_8, 16: STAGE_BLOCKS_16}[weight.bits]
+class Shape(NamedTuple):
+    """How a kernel goes over a weight: strips at a time, blocks of 64 columns in a stage, bytes of the ring.
+
+    Measured on an H100; more than 113 KB of ring, and the kernel behind cannot be there while this one runs.
+    """
+
+    strips: int
+    blocks: int
+    ring_bytes: int
 
 
-def _ring(weight: StripWeight, num_rows: int) -> tuple[int, int, int]:
-    """Blocks of 64 columns in a stage, stages, bytes of shared memory."""
-    blocks = _stage_blocks(weight)
-    codes = blocks * 512 if weight.bits == 4 else 16 * (blocks * 8 * weight.bits + (32 if weight.bits == 8 else 64))
-    groups = blocks * BLOCK_COLUMNS // weight.group_size if weight.group_size else 0
-    scales = groups * 16 * weight.scale.element_size() if weight.scale is not None else 0
-    stage = -(-(codes + scales + (groups * 16 if weight.zero_point is not None else 0)) // 128) * 128
-    stages = max(2, RING_BYTES // stage)
-    return blocks, stages, stages * (stage + 16) + 2 * WARPS * _tiles(num_rows) * 160 * 4
+def _shape(weight: StripWeight, x_dtype: torch.dtype, num_rows: int, num_sms: int) -> Shape:
+    tiles = _tiles(num_rows)
+    if weight.bits == 8:
+        shape = Shape(2, 32, 136 << 10) if tiles > 1 and x_dtype.itemsize == 1 else Shape(1, 32, 102 << 10)
+    elif weight.bits == 4:
+        shape = Shape(2, 32 if tiles < 4 else 16, 84 << 10)
+    else:
+        shape = Shape(2 if tiles == 1 else 1, 16, 110 << 10)
+    return shape._replace(strips=1) if -(-weight.shape[0] // STRIP_ROWS) <= num_sms else shape
+
+
+def _stages(weight: StripWeight, shape: Shape) -> tuple[int, int]:
+    """Number of stages that the ring has, and their bytes."""
+    columns = shape.blocks * BLOCK_COLUMNS
+    row_pad = {4: 0, 8: 32, 16: 64}[weight.bits]
+    codes = 16 * (columns * weight.bits // 8 + row_pad)
+    groups = columns // weight.group_size if weight.group_size else 0
+    per_group = 0 if weight.scale is None else weight.scale.element_size() + (weight.zero_point is not None)
+    stage = shape.strips * (-(-(codes + groups * 16 * per_group) // 128) * 128)
+    return max(2, shape.ring_bytes // stage), stage
+
+
+def _sum_bytes(shape: Shape, num_rows: int) -> int:
+    """Of the warps' sums: two buffers, as long as they are small."""
+    parts = shape.strips * _tiles(num_rows)
+    return (1 if parts > 2 else 2) * WARPS * parts * 16 * 10 * 4
 
 
 def _defines(
-    x_MK: Tensor, weight: StripWeight, out_dtype: torch.dtype, blocks: int, stages: int
+    x_MK: Tensor, weight: StripWeight, out_dtype: torch.dtype, shape: Shape, stages: int
 ) -> nvrtc.Defines:
-    is_vector = x_MK.data_ptr() % 16 == 0 and x_MK.stride(0) * x_MK.element_size() % 16 == 0 and x_MK.shape[1] % 8 == 0
-    in_groups = weight.group_size and weight.scale is not None
+    is_vector = (
+        x_MK.data_ptr() % 16 == 0
+        and x_MK.stride(0) * x_MK.element_size() % 16 == 0
+        and x_MK.shape[1] % 8 == 0
+    )
+    scale_dtype = weight.scale.dtype if weight.scale is not None and weight.group_size else torch.float32
     return (
         ("W_KIND", KINDS[weight.stored.dtype]),
         ("X_KIND", KINDS[x_MK.dtype]),
         ("Y_KIND", KINDS[out_dtype]),
-        ("SCALE_KIND", KINDS[weight.scale.dtype] if in_groups else KINDS[torch.float32]),
+        ("SCALE_KIND", KINDS[scale_dtype]),
         ("W_BITS", weight.bits),
         ("GROUP", weight.group_size),
         ("ZERO", int(weight.zero_point is not None)),
         ("TILES", _tiles(x_MK.shape[0])),
+        ("STRIPS", shape.strips),
         ("WARPS", WARPS),
-        ("BLOCKS", blocks),
+        ("BLOCKS", shape.blocks),
         ("STAGES", stages),
         ("VECTOR_X", int(is_vector)),
     )

@@ -63,7 +63,9 @@ def measure(shapes, kind, x_kind="bf16", group=128, rows=(1, 8, 16), copies=8, b
     total = sum(bytes_of(w[0]) for w in weights.values())
     for m in rows:
         xs = {name: x_for(k, m, x_kind) for name, (_, k) in shapes.items()}
-        more = {} if x_kind == "bf16" else {"x_scale": torch.rand(m, device="cuda"), "out_dtype": torch.bfloat16}
+        more = (
+            {} if x_kind == "bf16" else {"x_scale": torch.rand(m, device="cuda"), "out_dtype": torch.bfloat16}
+        )
 
         def layers(dependent, names, xs=xs, more=more):
             for i in range(copies):
@@ -84,5 +86,11 @@ if __name__ == "__main__":
     print(torch.cuda.get_device_name(), sys.argv[1:])
     measure(LAYERS_8B, "int4", rows=(1, 4, 8, 16, 32))
     measure(LAYERS_70B, "int4", copies=3)
-    for kind, x_kind in (("int8", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("int8", "int8"), ("bf16", "bf16")):
+    for kind, x_kind in (
+        ("int8", "bf16"),
+        ("fp8", "bf16"),
+        ("fp8", "fp8"),
+        ("int8", "int8"),
+        ("bf16", "bf16"),
+    ):
         measure(LAYERS_8B, kind, x_kind, copies=4 if kind == "bf16" else 6)

@@ -20,7 +20,9 @@ SHAPES = ((64, 128), (4096, 4096), (576, 1536), (33, 200), (100, 576), (129, 416
 BITS = {torch.int8: 8, torch.float8_e4m3fn: 8}
 
 
-def random_weight(n, k, *, kind="int4", group=0, rows=1, asymmetric=False, scale_dtype=torch.bfloat16, seed=0):
+def random_weight(
+    n, k, *, kind="int4", group=0, rows=1, asymmetric=False, scale_dtype=torch.bfloat16, seed=0
+):
     draw = generator(seed)
     cols = group or k
     grid = (-(-n // rows), -(-k // cols))
@@ -32,7 +34,11 @@ def random_weight(n, k, *, kind="int4", group=0, rows=1, asymmetric=False, scale
     scale = (torch.rand(grid, generator=draw) + 0.1).mul(0.01).to(scale_dtype)
     zero = torch.randint(-8, 8, grid, generator=draw, dtype=torch.int8) if asymmetric else None
     weight = LinearWeight(
-        codes.cuda(), scale.cuda(), None if zero is None else zero.cuda(), (rows, cols), 4 if kind == "int4" else 8
+        codes.cuda(),
+        scale.cuda(),
+        None if zero is None else zero.cuda(),
+        (rows, cols),
+        4 if kind == "int4" else 8,
     )
     return weight, dequantized(weight)
 
@@ -104,7 +110,9 @@ def test_16_bit_weights(n, k, dtype):
         check(skinny(x, prepare_dense(w)), x, w.double())
 
 
-@pytest.mark.parametrize(("kind", "group"), [("fp8", 0), ("fp8", 128), ("int4", 128), ("int4", 32), ("int4", 0)])
+@pytest.mark.parametrize(
+    ("kind", "group"), [("fp8", 0), ("fp8", 128), ("int4", 128), ("int4", 32), ("int4", 0)]
+)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (100, 576), (33, 200), (40, 77)])
 def test_fp8_inputs(n, k, kind, group):
     rows = 128 if kind == "fp8" and group else 1
@@ -125,10 +133,16 @@ def test_int8_inputs(n, k, kind, group, with_zero, static):
     for m in (1, 8, 17):
         codes = torch.randint(-128, 128, (m, k), generator=generator(2), dtype=torch.int8).cuda()
         scale = (torch.rand(1 if static else m, generator=generator(4)) + 0.1).cuda()
-        zero = torch.randint(-128, 128, scale.shape, generator=generator(5)).float().cuda() if with_zero else None
+        zero = (
+            torch.randint(-128, 128, scale.shape, generator=generator(5)).float().cuda()
+            if with_zero
+            else None
+        )
         operand = prepare(weight, with_row_sum=with_zero)
         y = skinny(codes, operand, out_dtype=torch.float16, x_scale=scale * 0.01, x_zero_point=zero)
-        x = (codes.double() - (0 if zero is None else zero.double().view(-1, 1))) * (scale * 0.01).double().view(-1, 1)
+        x = (codes.double() - (0 if zero is None else zero.double().view(-1, 1))) * (
+            scale * 0.01
+        ).double().view(-1, 1)
         magnitude = (codes.double().abs() + 128) * (scale * 0.01).double().view(-1, 1) @ w.abs().T
         check(y, x, w, magnitude=magnitude)
 

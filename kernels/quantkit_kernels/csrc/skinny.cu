@@ -4,13 +4,15 @@
 //                         WARPS consumer warps share the columns of a stage in pairs of blocks, multiply on tensor cores with w as the
 //                         left operand (16 rows of w x 8 rows of x), and add up their sums in a fixed order
 //
-//   stage   | w: 16 rows x 64 BLOCKS columns | scales: [groups][16] | zero points: [groups][16] |
+//   stage   STRIPS times  | w: 16 rows x 64 BLOCKS columns | scales: [groups][16] | zero points: [groups][16] |
+//
+// STRIPS strips at a time share what is read of x, which would otherwise keep L1 busier than the weights do.
 //
 // The ring is full of weights before x is there: with dependent launch the producer starts while the kernel in front
 // still runs. Which columns a lane holds: docs/kernels.md, the same for all formats.
 //
 // Definitions: W_KIND X_KIND Y_KIND SCALE_KIND (below), W_BITS, GROUP (0: scale per row), ZERO (zero points),
-// TILES (8 rows of x each), WARPS, BLOCKS, STAGES, VECTOR_X (eight values of x are one load: K is a
+// TILES (8 rows of x each), STRIPS, WARPS, BLOCKS, STAGES, VECTOR_X (eight values of x are one load: K is a
 // multiple of 8 and rows start at multiples of 16 bytes).
 
 #include "common.cuh"
@@ -46,10 +48,12 @@ constexpr int STAGE_GROUPS = GROUP ? BLOCKS * 64 / GROUP : 0;
 constexpr int SCALE_SIZE = SCALE_KIND == F32 ? 4 : 2;
 constexpr int SCALE_BYTES = STAGE_GROUPS * 16 * SCALE_SIZE;
 constexpr int ZERO_BYTES = ZERO ? STAGE_GROUPS * 16 : 0;
-constexpr int STAGE_BYTES = (W_BYTES + SCALE_BYTES + ZERO_BYTES + 127) / 128 * 128;
+constexpr int STRIP_BYTES = (W_BYTES + SCALE_BYTES + ZERO_BYTES + 127) / 128 * 128;
+constexpr int STAGE_BYTES = STRIPS * STRIP_BYTES;
 constexpr bool AHEAD = TILES < 4;  // x is loaded one pair ahead, as far as there are registers
 constexpr int SUM_PITCH = 10;  // floats of a row of 8 sums
-constexpr int SUM_FLOATS = WARPS * TILES * 16 * SUM_PITCH;
+constexpr int SUM_FLOATS = TILES * 16 * SUM_PITCH;  // of a warp and a strip
+constexpr int BUFFERS = STRIPS * TILES > 2 ? 1 : 2;  // of sums
 static_assert(BLOCKS % 2 == 0, "a warp takes pairs of blocks: 128 columns, the largest group");
 
 #if X_KIND == INT
@@ -298,37 +302,47 @@ struct Ring {
   }
 };
 
+// One strip's part of a stage.
+inline void fetch_strip(const Params& p, u32 to, u32 full, int strip, int first, int lane, u64 policy) {
+  const int blocks = min(BLOCKS, p.num_blocks - first);
+  int group = 0, groups = 0;
+  if constexpr (GROUP) {
+    group = first * 64 / GROUP;
+    groups = min(STAGE_GROUPS, p.num_groups - group);
+  }
+  const int rows = min(16, p.n - strip * 16);
+  const int row_bytes = min(ROW_BYTES, p.w_stride - first * 64 * W_BITS / 8);
+  const u32 bytes = IS_PACKED ? blocks * 512 : rows * row_bytes;
+  if (lane == 0) {
+    barrier_add_expected(full, bytes + groups * 16 * (SCALE_SIZE + ZERO));
+    long long at = (static_cast<long long>(strip) * p.num_groups + group) * 16;
+    if constexpr (IS_PACKED)
+      bulk_copy(to, p.w + (static_cast<long long>(strip) * p.num_blocks + first) * 512, bytes, full, policy);
+    if constexpr (GROUP)
+      bulk_copy(to + W_BYTES, p.scale + at * SCALE_SIZE, groups * 16 * SCALE_SIZE, full, policy);
+    if constexpr (ZERO) bulk_copy(to + W_BYTES + SCALE_BYTES, p.zero + at, groups * 16, full, policy);
+  }
+  if constexpr (!IS_PACKED) {
+    __syncwarp();
+    if (lane < rows) {
+      const u8* row = p.w + (static_cast<long long>(strip) * 16 + lane) * p.w_stride;
+      bulk_copy(to + lane * ROW_PITCH, row + first * 64 * W_BITS / 8, row_bytes, full, policy);
+    }
+  }
+}
+
 inline void produce(const Params& p, u8* memory, Ring ring, int lane) {
   u64 policy = evict_first();
-  for (int strip = blockIdx.x; strip < p.num_strips; strip += gridDim.x) {
+  for (int unit = blockIdx.x * STRIPS; unit < p.num_strips; unit += gridDim.x * STRIPS) {
     for (int first = 0; first < p.num_blocks; first += BLOCKS) {
-      int blocks = min(BLOCKS, p.num_blocks - first);
       u32 full = ring.full + ring.stage * 8;
       u32 to = shared_address(memory + ring.stage * STAGE_BYTES);
       barrier_wait(ring.empty + ring.stage * 8, ring.parity ^ 1);
-      int group = 0, groups = 0;
-      if constexpr (GROUP) {
-        group = first * 64 / GROUP;
-        groups = min(STAGE_GROUPS, p.num_groups - group);
-      }
-      long long at_group = (static_cast<long long>(strip) * p.num_groups + group) * 16;
-      int rows = min(16, p.n - strip * 16);
-      int row_bytes = min(ROW_BYTES, p.w_stride - first * 64 * W_BITS / 8);
-      if (lane == 0) {
-        u32 bytes = IS_PACKED ? blocks * 512 : rows * row_bytes;
-        barrier_expect(full, bytes + groups * 16 * (SCALE_SIZE + ZERO));
-        if constexpr (IS_PACKED)
-          bulk_copy(to, p.w + (static_cast<long long>(strip) * p.num_blocks + first) * 512, bytes, full, policy);
-        if constexpr (GROUP)
-          bulk_copy(to + W_BYTES, p.scale + at_group * SCALE_SIZE, groups * 16 * SCALE_SIZE, full, policy);
-        if constexpr (ZERO) bulk_copy(to + W_BYTES + SCALE_BYTES, p.zero + at_group, groups * 16, full, policy);
-      }
+#pragma unroll
+      for (int r = 0; r < STRIPS; r++)
+        if (unit + r < p.num_strips) fetch_strip(p, to + r * STRIP_BYTES, full, unit + r, first, lane, policy);
       __syncwarp();
-      if constexpr (!IS_PACKED)
-        if (lane < rows)
-          bulk_copy(to + lane * ROW_PITCH,
-                    p.w + (static_cast<long long>(strip) * 16 + lane) * p.w_stride + first * 64 * W_BITS / 8,
-                    row_bytes, full, policy);
+      if (lane == 0) barrier_arrive(full);
       ring.next();
     }
   }
@@ -352,31 +366,32 @@ inline void load_pair(Pair& x, const Params& p, const u8* const (&rows)[TILES], 
 // columns exist.
 template <bool IS_WHOLE>
 inline void multiply_pair(const Params& p, const u8* stage, int first, int block, const Pair& x, int lane,
-                          Sum (&sums)[TILES][4], float (&total)[TILES][4]) {
+                          Sum (&sums)[STRIPS][TILES][4], float (&total)[STRIPS][TILES][4]) {
   const int g = lane >> 2, t = lane & 3;
-  const u8 *scales = stage + W_BYTES, *zeros = scales + SCALE_BYTES;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int j = 0; j < 4 * STRIPS; j++) {
+    const int i = j / STRIPS, r = j % STRIPS;
+    const u8 *strip = stage + r * STRIP_BYTES, *scales = strip + W_BYTES, *zeros = scales + SCALE_BYTES;
     int column = (first + block) * 64 + i * 32;
     if (!IS_WHOLE && column >= p.k) break;
     u32 low[W_BITS / 2], high[W_BITS / 2];
-    load_codes(low, high, stage, block + i / 2, i % 2, lane);
+    load_codes(low, high, strip, block + i / 2, i % 2, lane);
     if constexpr (!IS_WHOLE && !IS_PACKED)  // past the last column lies what an earlier stage left
       if (column + t * 8 >= p.k)
 #pragma unroll
-        for (int j = 0; j < W_BITS / 2; j++) low[j] = high[j] = 0;
+        for (int c = 0; c < W_BITS / 2; c++) low[c] = high[c] = 0;
     int group = GROUP ? (block * 64 + i * 32) / (GROUP ? GROUP : 1) : 0;
-    multiply_half(sums, low, high, zeros_at(zeros, group, g), x.half[i]);
+    multiply_half(sums[r], low, high, zeros_at(zeros, group, g), x.half[i]);
     if constexpr (GROUP)
       if ((i * 32 + 32) % (GROUP ? GROUP : 1) == 0 || (!IS_WHOLE && GROUP > 32 && column + 32 >= p.k))
-        add_scaled(total, sums, scale_at(scales, group * 16 + g), scale_at(scales, group * 16 + g + 8));
+        add_scaled(total[r], sums[r], scale_at(scales, group * 16 + g), scale_at(scales, group * 16 + g + 8));
   }
 }
 
-// The sums of one strip over this warp's columns. x: of this warp's first pair, which every strip has.
-inline void consume_strip(const Params& p, const u8* memory, Ring& ring, Pair& x, const u8* const (&rows)[TILES],
-                          int warp, int lane, float (&total)[TILES][4]) {
-  Sum sums[TILES][4] = {};
+// The sums of a unit's strips over this warp's columns. x: of this warp's first pair, which every unit has.
+inline void consume_unit(const Params& p, const u8* memory, Ring& ring, Pair& x, const u8* const (&rows)[TILES],
+                         int warp, int lane, float (&total)[STRIPS][TILES][4]) {
+  Sum sums[STRIPS][TILES][4] = {};
   const int t = lane & 3, whole = p.k / 128 * 2;  // blocks of whole pairs
   for (int first = 0; first < p.num_blocks; first += BLOCKS) {
     const int end = min(BLOCKS, whole - first);
@@ -404,17 +419,31 @@ inline void consume_strip(const Params& p, const u8* memory, Ring& ring, Pair& x
     if (lane == 0) barrier_arrive(ring.empty + ring.stage * 8);
     ring.next();
   }
-  if constexpr (!GROUP) add_scaled(total, sums, 1.0f, 1.0f);
+#pragma unroll
+  for (int r = 0; r < STRIPS && !GROUP; r++) add_scaled(total[r], sums[r], 1.0f, 1.0f);
 }
 
-inline void write_strip(const Params& p, const float* sums, int strip, int thread) {
-  for (int i = thread; i < TILES * 128; i += WARPS * 32) {
-    int row = i % 16, m = i / 16, n = strip * 16 + row;
+// Leaves this warp's sums for all to add up.
+inline void leave_sums(float* sums, const float (&total)[STRIPS][TILES][4], int lane) {
+#pragma unroll
+  for (int j = 0; j < STRIPS * TILES; j++) {
+    const float(&from)[4] = total[j / TILES][j % TILES];
+    float* at = sums + (j * 16 + (lane >> 2)) * SUM_PITCH + (lane & 3) * 2;
+    at[0] = from[0], at[1] = from[1];
+    at[8 * SUM_PITCH] = from[2], at[8 * SUM_PITCH + 1] = from[3];
+  }
+}
+
+// Adds up what the warps left, in their order, and writes y.
+inline void write_unit(const Params& p, const float* sums, int unit, int thread) {
+  for (int i = thread; i < STRIPS * TILES * 128; i += WARPS * 32) {
+    int row = i % 16, column = i / 16 % 8, tile = i / 128 % TILES, r = i / 128 / TILES;
+    int m = tile * 8 + column, n = (unit + r) * 16 + row;
     if (m >= p.num_rows || n >= p.n) continue;
-    const float* at = sums + (m / 8 * 16 + row) * SUM_PITCH + m % 8;
+    const float* at = sums + ((r * TILES + tile) * 16 + row) * SUM_PITCH + column;
     float value = 0;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) value += at[warp * TILES * 16 * SUM_PITCH];
+    for (int warp = 0; warp < WARPS; warp++) value += at[warp * STRIPS * SUM_FLOATS];
     value *= RESCALE;
     if constexpr (!GROUP)
       if (p.scale) value *= reinterpret_cast<const float*>(p.scale)[n];
@@ -425,10 +454,12 @@ inline void write_strip(const Params& p, const float* sums, int strip, int threa
   }
 }
 
+inline void wait_for_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
+
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1) skinny(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) u8 memory[];
   float* sums = reinterpret_cast<float*>(memory + STAGES * STAGE_BYTES);
-  u32 barriers = shared_address(sums + 2 * SUM_FLOATS);
+  u32 barriers = shared_address(sums + BUFFERS * WARPS * STRIPS * SUM_FLOATS);
   Ring ring{barriers, barriers + STAGES * 8};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
@@ -451,17 +482,13 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1), 1) skinny(const _
   Pair x;
   if (AHEAD && 2 * warp < p.k / 128 * 2) load_pair<true>(x, p, rows, 2 * warp, lane & 3);
   int turn = 0;
-  for (int strip = blockIdx.x; strip < p.num_strips; strip += gridDim.x, turn ^= 1) {
-    float total[TILES][4] = {};
-    consume_strip(p, memory, ring, x, rows, warp, lane, total);
-    float* mine = sums + turn * SUM_FLOATS + warp * TILES * 16 * SUM_PITCH;
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      float* at = mine + (tile * 16 + (lane >> 2)) * SUM_PITCH + (lane & 3) * 2;
-      at[0] = total[tile][0], at[1] = total[tile][1];
-      at[8 * SUM_PITCH] = total[tile][2], at[8 * SUM_PITCH + 1] = total[tile][3];
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");  // two buffers: one barrier per strip is enough
-    write_strip(p, sums + turn * SUM_FLOATS, strip, threadIdx.x);
+  for (int unit = blockIdx.x * STRIPS; unit < p.num_strips; unit += gridDim.x * STRIPS, turn ^= 1) {
+    float total[STRIPS][TILES][4] = {};
+    consume_unit(p, memory, ring, x, rows, warp, lane, total);
+    float* buffer = sums + (BUFFERS == 2 ? turn * WARPS * STRIPS * SUM_FLOATS : 0);
+    leave_sums(buffer + warp * STRIPS * SUM_FLOATS, total, lane);
+    wait_for_consumers();
+    write_unit(p, buffer, unit, threadIdx.x);
+    if constexpr (BUFFERS == 1) wait_for_consumers();  // with two, the next unit's barrier says that this is read
   }
 }
