@@ -27,15 +27,43 @@ Defines = tuple[tuple[str, int | str], ...]
 INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
 
 
-class CudaKernel:
-    """One entry on one device. `params`: the fields of its struct, in the letters of Python's `struct` module."""
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
 
-    def __init__(self, module: Any, function: Any, params: str) -> None:
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+
+
+class CudaKernel:
+    """One entry on one device. `params`: the fields of its struct, in the letters of Python's `struct` module.
+
+    Launching goes through ctypes: the bindings take 20 us of Python for what the driver does in 2.
+    """
+
+    def __init__(self, module: Any, function: Any, params: str, device: int) -> None:
         self._module = module  # unloaded when it is collected
         self._function = function
+        self._address = ctypes.c_void_p(int(function))
+        self._device = device
         self._params = struct.Struct("@" + params)
+        self._launch = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
         self._shared_bytes = 48 << 10
-        self._configs: dict[tuple[Any, ...], Any] = {}
+        self._configs: dict[tuple[Any, ...], tuple[_Config, Any]] = {}
 
     def launch(
         self,
@@ -52,20 +80,29 @@ class CudaKernel:
         cluster: blocks along x that share their shared memory. dependent: may start before the kernel in front of it
         has ended, and waits by itself (`griddepcontrol.wait`).
         """
+        key = (grid, threads, shared_bytes, cluster, dependent)
+        known = self._configs.get(key)
+        if known is None:
+            self._allow_shared(shared_bytes)
+            known = self._configs[key] = _launch_config(*key)
+        config = known[0]
+        # what `torch.cuda.current_stream` wraps: a step in no graph launches hundreds of kernels
+        config.stream = torch._C._cuda_getCurrentRawStream(self._device)
+        packed = ctypes.create_string_buffer(
+            self._params.pack(*args)
+        )  # the driver copies it before it returns
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
+        status = self._launch(ctypes.byref(config), self._address, pointers, None)
+        if status != 0:
+            raise RuntimeError(f"CUDA: error {status} when a kernel was launched with {key}")
+
+    def _allow_shared(self, shared_bytes: int) -> None:
         from cuda.bindings import driver
 
         if shared_bytes > self._shared_bytes:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
             self._shared_bytes = shared_bytes
-        key = (grid, threads, shared_bytes, cluster, dependent)
-        config = self._configs.get(key)
-        if config is None:
-            config = self._configs[key] = _launch_config(*key)
-        config.hStream = torch.cuda.current_stream().cuda_stream
-        packed = ctypes.create_string_buffer(self._params.pack(*args))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
-        _check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
     def resident_blocks(self, threads: int, shared_bytes: int) -> int:
         """Blocks that a multiprocessor holds at a time."""
@@ -87,7 +124,7 @@ def _load(file: str, entry: str, params: str, defines: Defines, device: int) -> 
     cubin = cached_cubin(file, entry, defines, torch.cuda.get_device_capability(device))
     torch.cuda.current_stream(device)  # torch's context is current from here on
     module = _check(driver.cuModuleLoadData(cubin))
-    return CudaKernel(module, _check(driver.cuModuleGetFunction(module, entry.encode())), params)
+    return CudaKernel(module, _check(driver.cuModuleGetFunction(module, entry.encode())), params, device)
 
 
 def cached_cubin(file: str, entry: str, defines: Defines, capability: tuple[int, int]) -> bytes:
@@ -157,30 +194,18 @@ def _nvrtc() -> Any:
 
 def _launch_config(
     grid: tuple[int, ...], threads: int, shared_bytes: int, cluster: int, dependent: bool
-) -> Any:
-    from cuda.bindings import driver
-
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared_bytes
+) -> tuple[_Config, Any]:
+    """The driver's configuration, and the attributes that it points to."""
     attributes = []
     if cluster > 1:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = (
-            cluster,
-            1,
-            1,
-        )
-        attributes.append(attribute)
+        attributes.append(_Attribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
     if dependent:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(attribute)
-    config.attrs, config.numAttrs = attributes, len(attributes)
-    return config
+        attributes.append(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
+    kept = (_Attribute * max(1, len(attributes)))(*attributes)
+    config = _Config(
+        (*grid, 1, 1)[:3], (threads, 1, 1), shared_bytes, None, ctypes.addressof(kept), len(attributes)
+    )
+    return config, kept
 
 
 def _check(result: tuple[Any, ...]) -> Any:

@@ -48,3 +48,8 @@ def to_strips(values_RG: Tensor, tile: tuple[int, int], num_rows: int) -> Tensor
     of_row = torch.arange(num_rows, device=values_RG.device) // tile[0]
     values_NG = pad(values_RG[of_row], (0, 0, 0, -num_rows % STRIP_ROWS))
     return values_NG.view(-1, STRIP_ROWS, values_RG.shape[1]).transpose(1, 2).contiguous()
+
+
+def from_strips(values: Tensor, num_rows: int) -> Tensor:
+    """[N / 16, G, 16] to [N, G]."""
+    return values.transpose(1, 2).reshape(-1, values.shape[1])[:num_rows]

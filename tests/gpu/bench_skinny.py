@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from quantkit_kernels import skinny as s
+from quantkit_kernels import strip_weight as s
+from quantkit_kernels.skinny import skinny
 
 LAYERS_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 LAYERS_70B = {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
@@ -70,7 +71,7 @@ def measure(shapes, kind, x_kind="bf16", group=128, rows=(1, 8, 16), copies=8, b
         def layers(dependent, names, xs=xs, more=more):
             for i in range(copies):
                 for name in names:
-                    s.skinny(xs[name], weights[name][i], dependent=dependent, **more)
+                    skinny(xs[name], weights[name][i], dependent=dependent, **more)
 
         alone, chained = (time_graph(lambda d=d: layers(d, shapes)) / copies for d in (False, True))
         line = f"{kind} x {x_kind} M={m:3}  alone {alone:6.1f}  dependent {chained:6.1f} us"

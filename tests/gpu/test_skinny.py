@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
 from quantkit_kernels.repack import from_fragments, to_fragments
-from quantkit_kernels.skinny import prepare, prepare_dense, skinny
+from quantkit_kernels.skinny import skinny
+from quantkit_kernels.strip_weight import prepare, prepare_dense
 from quantkit_kernels.weight import LinearWeight
 from tests.gpu.triton_device import generator, poisoned  # noqa: F401
 

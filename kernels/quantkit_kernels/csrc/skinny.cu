@@ -51,6 +51,8 @@ constexpr int ZERO_BYTES = ZERO ? STAGE_GROUPS * 16 : 0;
 constexpr int STRIP_BYTES = (W_BYTES + SCALE_BYTES + ZERO_BYTES + 127) / 128 * 128;
 constexpr int STAGE_BYTES = STRIPS * STRIP_BYTES;
 constexpr bool AHEAD = TILES < 4;  // x is loaded one pair ahead, as far as there are registers
+// two pairs at a time, where that leaves no register in memory
+constexpr int UNROLL = __CUDA_ARCH__ == 900 || TILES * STRIPS < 4 ? 2 : 1;
 constexpr int SUM_PITCH = 10;  // floats of a row of 8 sums
 constexpr int SUM_FLOATS = TILES * 16 * SUM_PITCH;  // of a warp and a strip
 constexpr int BUFFERS = STRIPS * TILES > 2 ? 1 : 2;  // of sums
@@ -62,7 +64,12 @@ using Sum = int;
 using Sum = float;
 #endif
 
-// One half block (32 columns) of 8 rows of x, as the tensor core takes it.
+constexpr int X_SIZE = X_KIND == BF16 || X_KIND == F16 ? 2 : 1;
+
+// A lane's eight values of a half block (32 columns) of x: as they are in memory, and as the tensor core takes them.
+struct alignas(8 * X_SIZE) Raw {
+  u32 w[2 * X_SIZE];
+};
 struct Half {
   u32 w[IS_INTEGER ? 2 : 4];
 };
@@ -87,18 +94,17 @@ inline u32 select_or(u32 a, u32 mask, u32 bits) {
 
 inline u32 spread(u32 w, u32 selector) { return __byte_perm(w, 0, selector); }
 
-// Two codes of e4m3, bytes `first` and `first + 1` of w, times 2^-8, as fp16: its exponent is one bit longer and counts
-// from 8 more. The products are scaled back at the end. (The conversion instruction has a fraction of the throughput.)
-inline u32 shifted_f16(u32 w, int first) {
-  u32 high = spread(w, first ? 0x3424 : 0x1404);
-  return select_or(high, 0x80008000, (high & 0x7F007F00) >> 1);
+inline u32 e4m3_to_f16(u32 w, int first) {
+  u32 d;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }"
+      : "=r"(d)
+      : "r"(w >> (8 * first)));
+  return d;
 }
-
-constexpr float RESCALE = (W_KIND == E4M3 && X_KIND != BF16 ? 256.0f : 1.0f) * (X_KIND == E4M3 ? 256.0f : 1.0f);
 
 // Two codes of 8 bits, bytes `first` and `first + 1` of w, to a pair of 16-bit floats.
 inline u32 pair_of_8(u32 w, int first) {
-  if constexpr (W_KIND == E4M3 && !IS_BF16) return shifted_f16(w, first);
+  if constexpr (W_KIND == E4M3 && !IS_BF16) return e4m3_to_f16(w, first);
   if constexpr (W_KIND == E4M3) {
     // exponent and mantissa move down to where bf16 has them; that is 2^-120 of the value, so times 2^120
     u32 high = spread(w, first ? 0x3424 : 0x1404);
@@ -168,8 +174,6 @@ inline void multiply(Sum (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 
 // ---- x ----
 
-constexpr int X_SIZE = X_KIND == BF16 || X_KIND == F16 ? 2 : 1;
-
 // Where a lane reads x: row `row`, or the last one where there are fewer (what comes of it is not written).
 inline const u8* x_row(const Params& p, int row) {
   return static_cast<const u8*>(p.x) + static_cast<long long>(min(row, p.num_rows - 1)) * p.x_stride * X_SIZE;
@@ -177,36 +181,32 @@ inline const u8* x_row(const Params& p, int row) {
 
 // Eight values from column `column` on. IS_WHOLE: all of them exist; else zero for those that do not.
 template <bool IS_WHOLE>
-inline Half load_x(const Params& p, const u8* row, int column) {
-  alignas(16) u32 raw[2 * X_SIZE];
+inline Raw load_x(const Params& p, const u8* row, int column) {
+  Raw raw = {};
   const u8* at = row + column * X_SIZE;
   if constexpr (VECTOR_X) {
-#pragma unroll
-    for (int i = 0; i < 2 * X_SIZE; i++) raw[i] = 0;
-    if (IS_WHOLE || column < p.k) {
-      if constexpr (X_SIZE == 2)
-        *reinterpret_cast<Vec16*>(raw) = *reinterpret_cast<const Vec16*>(at);
-      else
-        *reinterpret_cast<u64*>(raw) = *reinterpret_cast<const u64*>(at);
-    }
+    if (IS_WHOLE || column < p.k) raw = *reinterpret_cast<const Raw*>(at);
   } else {
-#pragma unroll
-    for (int i = 0; i < 2 * X_SIZE; i++) raw[i] = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       if (column + i >= p.k) continue;
       u32 value = X_SIZE == 2 ? reinterpret_cast<const u16*>(at)[i] : at[i];
-      raw[i * X_SIZE / 4] |= value << (i * X_SIZE % 4 * 8);
+      raw.w[i * X_SIZE / 4] |= value << (i * X_SIZE % 4 * 8);
     }
   }
+  return raw;
+}
+
+// When it is used, not when it is loaded: who converts waits for the load.
+inline Half to_half(const Raw& raw) {
   Half half;
-#if X_KIND == E4M3
 #pragma unroll
-  for (int i = 0; i < 4; i++) half.w[i] = shifted_f16(raw[i / 2], i % 2 * 2);
-#else
-#pragma unroll
-  for (int i = 0; i < 2 * X_SIZE; i++) half.w[i] = IS_INTEGER && IS_PACKED ? spread(raw[i], 0x3120) : raw[i];
-#endif
+  for (int i = 0; i < (IS_INTEGER ? 2 : 4); i++) {
+    if constexpr (X_KIND == E4M3)
+      half.w[i] = e4m3_to_f16(raw.w[i / 2], i % 2 * 2);
+    else
+      half.w[i] = IS_INTEGER && IS_PACKED ? spread(raw.w[i], 0x3120) : raw.w[i];
+  }
   return half;
 }
 
@@ -350,7 +350,7 @@ inline void produce(const Params& p, u8* memory, Ring ring, int lane) {
 
 // x for a pair of blocks.
 struct Pair {
-  Half half[4][TILES];
+  Raw raw[4][TILES];
 };
 
 template <bool IS_WHOLE>
@@ -359,7 +359,7 @@ inline void load_pair(Pair& x, const Params& p, const u8* const (&rows)[TILES], 
   for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
-      x.half[i][tile] = load_x<IS_WHOLE>(p, rows[tile], block * 64 + i * 32 + t * 8);
+      x.raw[i][tile] = load_x<IS_WHOLE>(p, rows[tile], block * 64 + i * 32 + t * 8);
 }
 
 // Adds one pair of blocks, `block` of the stage whose first is `first`, to the sums of the strip. IS_WHOLE: all of its
@@ -368,9 +368,13 @@ template <bool IS_WHOLE>
 inline void multiply_pair(const Params& p, const u8* stage, int first, int block, const Pair& x, int lane,
                           Sum (&sums)[STRIPS][TILES][4], float (&total)[STRIPS][TILES][4]) {
   const int g = lane >> 2, t = lane & 3;
+  Half half[TILES];
 #pragma unroll
   for (int j = 0; j < 4 * STRIPS; j++) {
     const int i = j / STRIPS, r = j % STRIPS;
+    if (r == 0)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) half[tile] = to_half(x.raw[i][tile]);
     const u8 *strip = stage + r * STRIP_BYTES, *scales = strip + W_BYTES, *zeros = scales + SCALE_BYTES;
     int column = (first + block) * 64 + i * 32;
     if (!IS_WHOLE && column >= p.k) break;
@@ -381,7 +385,7 @@ inline void multiply_pair(const Params& p, const u8* stage, int first, int block
 #pragma unroll
         for (int c = 0; c < W_BITS / 2; c++) low[c] = high[c] = 0;
     int group = GROUP ? (block * 64 + i * 32) / (GROUP ? GROUP : 1) : 0;
-    multiply_half(sums[r], low, high, zeros_at(zeros, group, g), x.half[i]);
+    multiply_half(sums[r], low, high, zeros_at(zeros, group, g), half);
     if constexpr (GROUP)
       if ((i * 32 + 32) % (GROUP ? GROUP : 1) == 0 || (!IS_WHOLE && GROUP > 32 && column + 32 >= p.k))
         add_scaled(total[r], sums[r], scale_at(scales, group * 16 + g), scale_at(scales, group * 16 + g + 8));
@@ -398,7 +402,7 @@ inline void consume_unit(const Params& p, const u8* memory, Ring& ring, Pair& x,
     const u8* stage = memory + ring.stage * STAGE_BYTES;
     barrier_wait(ring.full + ring.stage * 8, ring.parity);
     int block = 2 * warp;
-#pragma unroll 2
+#pragma unroll UNROLL
     for (; block < end; block += 2 * WARPS) {
       if constexpr (AHEAD) {
         int next = first + (block + 2 * WARPS < BLOCKS ? block + 2 * WARPS : BLOCKS + 2 * warp);
@@ -444,7 +448,6 @@ inline void write_unit(const Params& p, const float* sums, int unit, int thread)
     float value = 0;
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp++) value += at[warp * STRIPS * SUM_FLOATS];
-    value *= RESCALE;
     if constexpr (!GROUP)
       if (p.scale) value *= reinterpret_cast<const float*>(p.scale)[n];
     if (p.x_zero) value -= p.x_zero[m * p.x_scale_step] * p.w_sum[n];

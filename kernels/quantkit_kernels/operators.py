@@ -1,0 +1,35 @@
+"""`quantkit::` operators: a function per device, and little in front of it.
+
+What `torch.library.custom_op` makes checks each call in Python for aliases and gradients: on one machine 52 us in front
+of a function that takes 4, 90 where an argument is written, against 11 for an operator that is defined by its schema
+alone. A step of a model that is in no CUDA graph calls hundreds.
+"""
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def operator(
+    name: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Decorator: the function becomes what `quantkit::name` does with CUDA tensors; its annotations are the schema.
+
+    cpu, fake: for CPU tensors, and for tensors without data. mutates: names of the arguments that are written. No
+    gradients, and no result may share memory with an argument.
+    """
+
+    def define(cuda: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        full_name = f"quantkit::{name}"
+        torch.library.define(full_name, torch.library.infer_schema(cuda, mutates_args=mutates))
+        torch.library.impl(full_name, "cuda", cuda)
+        torch.library.impl(full_name, "cpu", cpu)
+        torch.library.register_fake(full_name, fake)
+        overloads = getattr(torch.ops.quantkit, name)
+        return cast(Callable[Arguments, Result], overloads.default)
+
+    return define

@@ -1,0 +1,106 @@
+"""How the kernels in CUDA C++ read a weight of any format: by strips of 16 rows.
+
+    INT4            fragments, int32 [N / 16, K / 64, 32, 4]     docs/kernels.md draws them
+    8 and 16 bits   rows as they are on disk, [N, K]
+    scales          in groups: [N / 16, G, 16], one strip's scales of a group side by side; else float32 [N]
+
+Shape suffixes: N out_features, K in_features, G groups.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quantkit_kernels.repack import from_fragments, from_strips, to_fragments, to_strips
+from quantkit_kernels.weight import LinearWeight
+
+GROUPS = (32, 64, 128)
+
+
+class StripWeight(NamedTuple):
+    """A weight as the kernel reads it.
+
+    stored: fragments (INT4), or rows [N, K'] of codes or 16-bit values. scale: [N / 16, G, 16] in groups, float32 [N]
+    per row, None for a 16-bit weight. zero_point: int8 like scale. row_sum: float32 [N], of the dequantized rows, for
+    inputs with a zero point.
+    """
+
+    stored: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+    row_sum: Tensor | None
+    shape: tuple[int, int]
+    bits: int
+    group_size: int  # 0: one scale per row
+
+
+def exact_dtype(scale: Tensor) -> torch.dtype:
+    """The smallest dtype that has these scales exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scale.to(dtype).float(), scale.float()):
+            return dtype
+    return torch.float32
+
+
+def prepare(weight: LinearWeight, *, with_row_sum: bool = False) -> StripWeight:
+    """Lay a quantized weight out. Codes of 8 bits stay where they are, unless rows are no multiple of 16 bytes."""
+    num_rows, num_cols = weight.codes_NK.shape
+    row_sum = None
+    if with_row_sum:
+        assert weight.zero_point_RG is None, "no scheme has zero points on both sides"
+        row_sum = _row_sums(weight)
+    stored = to_fragments(weight.codes_NK) if weight.bits == 4 else _aligned_rows(weight.codes_NK)
+    scale, zero_point, group = weight.scale_RG, weight.zero_point_RG, weight.tile[1]
+    if group >= num_cols:
+        if zero_point is None:
+            per_row = scale[torch.arange(num_rows, device=scale.device) // weight.tile[0], 0].float()
+            return StripWeight(stored, per_row, None, row_sum, (num_rows, num_cols), weight.bits, 0)
+        # zero points are subtracted by group: repeat what is one for the row
+        group, times = GROUPS[-1], -(-num_cols // GROUPS[-1])
+        scale, zero_point = scale.repeat(1, times), zero_point.repeat(1, times)
+    scale = to_strips(scale.to(exact_dtype(scale)), weight.tile, num_rows)
+    if zero_point is not None:
+        zero_point = to_strips(zero_point, weight.tile, num_rows)
+    return StripWeight(stored, scale, zero_point, row_sum, (num_rows, num_cols), weight.bits, group)
+
+
+def prepare_dense(weight_NK: Tensor) -> StripWeight:
+    """A weight in 16 bits."""
+    num_rows, num_cols = weight_NK.shape
+    return StripWeight(_aligned_rows(weight_NK), None, None, None, (num_rows, num_cols), 16, 0)
+
+
+def _row_sums(weight: LinearWeight) -> Tensor:
+    rows, cols = weight.tile
+    num_rows, num_cols = weight.codes_NK.shape
+    per_group = pad(weight.codes_NK.float(), (0, -num_cols % cols)).view(num_rows, -1, cols).sum(dim=-1)
+    of_row = torch.arange(num_rows, device=per_group.device) // rows
+    return (per_group * weight.scale_RG.float()[of_row]).sum(dim=1)
+
+
+def _aligned_rows(values_NK: Tensor) -> Tensor:
+    per_16_bytes = 16 // values_NK.element_size()
+    extra = -values_NK.shape[1] % per_16_bytes
+    if extra == 0 and values_NK.stride(1) == 1 and values_NK.stride(0) % per_16_bytes == 0:
+        return values_NK
+    raw = values_NK.view(torch.int8) if values_NK.element_size() == 1 else values_NK
+    return pad(raw, (0, extra)).view(values_NK.dtype).contiguous()
+
+
+def dense(weight: StripWeight, dtype: torch.dtype) -> Tensor:
+    """The weight's values, [N, K], rounded once to `dtype`. The arithmetic is float32."""
+    num_rows, num_cols = weight.shape
+    if weight.bits == 4:
+        values = from_fragments(weight.stored, num_rows, num_cols).float()
+    else:
+        values = weight.stored[:, :num_cols].float()
+    if weight.scale is None:
+        return values.to(dtype)
+    if not weight.group_size:
+        return (values * weight.scale[:, None]).to(dtype)
+    group = torch.arange(num_cols, device=values.device) // weight.group_size
+    if weight.zero_point is not None:
+        values = values - from_strips(weight.zero_point, num_rows)[:, group].float()
+    return (values * from_strips(weight.scale, num_rows)[:, group].float()).to(dtype)
