@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit_kernels import embedding, hadamard, norm_quant, rope_append, row_codes, sampling, silu_quant
+from quantkit_kernels import (
+    embedding_kernel,
+    hadamard_kernel,
+    norm_kernel,
+    rope_kernel,
+    row_codes_kernel,
+    sampling_kernel,
+    silu_kernel,
+)
+from quantkit_kernels.norm_quant import Norm
+from quantkit_kernels.rope_append import Append
+from quantkit_kernels.row_codes import Codes
 
 L2_BYTES = 50 << 20
 LAUNCHES = 16  # of a graph at least, so that its own start does not count
@@ -49,10 +60,10 @@ def copies_for(num_bytes: int) -> int:
 
 
 def copy_rate() -> float:
-    """Bytes read and written per second by torch's copy of 1 GiB."""
+    """Bytes read and written per second by a copy of 1 GiB."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / microseconds([lambda: target.copy_(source)]) * 1e6
+    return 2 * source.nbytes / microseconds([lambda: torch.mul(source, 1.0, out=target)]) * 1e6
 
 
 def table(lines: Iterator[tuple[str, int, list[Callable[[], Any]]]]) -> None:
@@ -72,35 +83,32 @@ def matrices(num_tokens: int, num_features: int, count: int) -> list[Tensor]:
 def norms(num_tokens: int) -> Iterator[tuple[str, int, list[Callable[[], Any]]]]:
     size = num_tokens * HIDDEN
     count = copies_for(6 * size)
-    weight = torch.randn(HIDDEN, device="cuda", dtype=torch.bfloat16)
+    norm = Norm(torch.randn(HIDDEN, device="cuda", dtype=torch.bfloat16), 1e-6)
     pairs = list(zip(matrices(num_tokens, HIDDEN, count), matrices(num_tokens, HIDDEN, count), strict=True))
-    common = (weight, 1e-6, False)
     yield (
-        f"residual + norm, {num_tokens} × {HIDDEN}",
+        f"residual + norm, {num_tokens} x {HIDDEN}",
         8 * size,
-        [functools.partial(norm_quant.launch_norm, *pair, *common) for pair in pairs],
+        [functools.partial(norm_kernel.launch, *pair, norm) for pair in pairs],
     )
     for code_dtype in (torch.int8, torch.float8_e4m3fn):
         for group in (0, 128):
             yield (
-                f"residual + norm + {code_dtype} by {group or 'token'}, {num_tokens} × {HIDDEN}",
+                f"residual + norm + {code_dtype} by {group or 'token'}, {num_tokens} x {HIDDEN}",
                 7 * size,
                 [
-                    functools.partial(
-                        norm_quant.launch_norm_codes, *pair, *common, code_dtype, group, None, None
-                    )
+                    functools.partial(norm_kernel.launch_codes, *pair, norm, Codes(code_dtype, group))
                     for pair in pairs
                 ],
             )
     yield (
-        f"quantize to int8, {num_tokens} × {HIDDEN}",
+        f"quantize to int8, {num_tokens} x {HIDDEN}",
         3 * size,
-        [functools.partial(row_codes.launch, x, torch.int8, 0, None, None) for x, _ in pairs],
+        [functools.partial(row_codes_kernel.launch, x, Codes(torch.int8)) for x, _ in pairs],
     )
     yield (
-        f"Hadamard 128, {num_tokens} × {HIDDEN}",
+        f"Hadamard 128, {num_tokens} x {HIDDEN}",
         4 * size,
-        [functools.partial(hadamard.launch, x, 128) for x, _ in pairs],
+        [functools.partial(hadamard_kernel.launch, x, 128) for x, _ in pairs],
     )
 
 
@@ -108,16 +116,16 @@ def activations(num_tokens: int) -> Iterator[tuple[str, int, list[Callable[[], A
     size = num_tokens * INNER
     operands = matrices(num_tokens, 2 * INNER, copies_for(4 * size))
     yield (
-        f"SiLU · up, {num_tokens} × {INNER}",
+        f"SiLU · up, {num_tokens} x {INNER}",
         6 * size,
-        [functools.partial(silu_quant.launch_product, x, "silu") for x in operands],
+        [functools.partial(silu_kernel.launch, x, "silu") for x in operands],
     )
     for code_dtype, group in ((torch.int8, 0), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 128)):
         yield (
-            f"SiLU · up + {code_dtype} by {group or 'token'}, {num_tokens} × {INNER}",
+            f"SiLU · up + {code_dtype} by {group or 'token'}, {num_tokens} x {INNER}",
             5 * size,
             [
-                functools.partial(silu_quant.launch_codes, x, "silu", code_dtype, group, None, None)
+                functools.partial(silu_kernel.launch_codes, x, "silu", Codes(code_dtype, group))
                 for x in operands
             ],
         )
@@ -146,7 +154,7 @@ def rotations(num_tokens: int) -> Iterator[tuple[str, int, list[Callable[[], Any
         yield (
             f"RoPE + append, {name}, {num_tokens} tokens",
             moved,
-            [functools.partial(rope_append.launch, x, *arguments) for x in operands],
+            [functools.partial(rope_kernel.launch, Append(x, *arguments)) for x in operands],
         )
 
 
@@ -155,9 +163,9 @@ def rows_of_a_table(num_tokens: int) -> Iterator[tuple[str, int, list[Callable[[
     packed = torch.randint(-(2**31), 2**31, (VOCAB, HIDDEN // 8), device="cuda", dtype=torch.int32)
     scale = torch.rand(VOCAB, HIDDEN // 128, device="cuda").bfloat16()
     yield (
-        f"INT4 embedding, {num_tokens} × {HIDDEN}",
+        f"INT4 embedding, {num_tokens} x {HIDDEN}",
         num_tokens * HIDDEN * 5 // 2,
-        [functools.partial(embedding.launch, each, packed, scale, HIDDEN, 4, 1.0) for each in ids],
+        [functools.partial(embedding_kernel.launch, each, packed, scale, HIDDEN, 4, 1.0) for each in ids],
     )
 
 
@@ -167,20 +175,24 @@ def choices(num_rows: int) -> Iterator[tuple[str, int, list[Callable[[], Any]]]]
         for _ in range(copies_for(4 * num_rows * VOCAB))
     ]
     size = operands[0].nbytes
-    yield f"argmax, {num_rows} × {VOCAB}", size, [functools.partial(sampling.launch_argmax, x) for x in operands]
     yield (
-        f"argmax of torch, {num_rows} × {VOCAB}",
+        f"argmax, {num_rows} x {VOCAB}",
+        size,
+        [functools.partial(sampling_kernel.launch_argmax, x) for x in operands],
+    )
+    yield (
+        f"argmax of torch, {num_rows} x {VOCAB}",
         size,
         [functools.partial(torch.argmax, x, dim=1) for x in operands],
     )
     for kept in (20, 64):
         yield (
-            f"top {kept}, {num_rows} × {VOCAB}",
+            f"top {kept}, {num_rows} x {VOCAB}",
             size,
-            [functools.partial(sampling.launch_topk, x, kept) for x in operands],
+            [functools.partial(sampling_kernel.launch_topk, x, kept) for x in operands],
         )
     yield (
-        f"top 64 of torch, {num_rows} × {VOCAB}",
+        f"top 64 of torch, {num_rows} x {VOCAB}",
         size,
         [functools.partial(torch.topk, x, 64, dim=1) for x in operands[:16]],
     )
@@ -188,7 +200,9 @@ def choices(num_rows: int) -> Iterator[tuple[str, int, list[Callable[[], Any]]]]
 
 def main() -> None:
     torch.manual_seed(0)
-    parts = [(part, count) for part in (norms, activations, rotations, rows_of_a_table) for count in (1, 64, 4096)]
+    parts = [
+        (part, count) for part in (norms, activations, rotations, rows_of_a_table) for count in (1, 64, 4096)
+    ]
     parts += [(choices, count) for count in (1, 16, 64, 256)]
     table(line for part, count in parts for line in part(count))
 

@@ -7,7 +7,24 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import embedding, hadamard, norm_quant, rope_append, row_codes, sampling, silu_quant
+from quantkit_kernels import (
+    embedding,
+    embedding_kernel,
+    hadamard,
+    hadamard_kernel,
+    norm_kernel,
+    norm_quant,
+    rope_kernel,
+    row_codes,
+    row_codes_kernel,
+    sampling,
+    sampling_kernel,
+    silu_kernel,
+    silu_quant,
+)
+from quantkit_kernels.norm_quant import Norm
+from quantkit_kernels.rope_append import Append, append
+from quantkit_kernels.row_codes import Codes
 from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, generator, needs_gpu, needs_kernels, poisoned  # noqa: F401
 
 pytestmark = [*needs_kernels, pytest.mark.usefixtures("poisoned")]
@@ -36,18 +53,18 @@ def rows(num_tokens, num_features, dtype, seed=0, padding=8):
     return whole[:, padding : padding + num_features]
 
 
-def codes_by_definition(x, code_dtype, group, static_scale=None, zero_point=None):
+def codes_by_definition(x, codes):
     """`row_codes.encode_rows` on the CPU: the tests of the CPU hold it to `schemes.activation`."""
-    found = row_codes.encode_rows(
-        x.cpu(), code_dtype, group, *(None if t is None else t.cpu() for t in (static_scale, zero_point))
-    )
-    return tuple(tensor.to(DEVICE) for tensor in found)
+    on_cpu = (None if t is None else t.cpu() for t in (codes.static_scale, codes.zero_point))
+    return tuple(t.to(DEVICE) for t in row_codes.encode_rows(x.cpu(), Codes(*codes[:2], *on_cpu)))
 
 
 def same(got, expected):
     """Equal bit by bit; tensors may have 8-bit floats."""
     return all(
-        torch.equal(a.view(torch.int8) if a.itemsize == 1 else a, b.view(torch.int8) if b.itemsize == 1 else b)
+        torch.equal(
+            a.view(torch.int8) if a.itemsize == 1 else a, b.view(torch.int8) if b.itemsize == 1 else b
+        )
         for a, b in zip(got, expected, strict=True)
     )
 
@@ -74,7 +91,7 @@ def test_norm_is_that_of_float64(num_tokens, num_features, dtype):
             wide = total.double()
             exact = wide * (wide.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt()
             exact = exact * ((1 + weight.double()) if plus_one else weight.double())
-            got = norm_quant.launch_norm(x, residual, weight, 1e-6, plus_one)
+            got = norm_kernel.launch(x, residual, Norm(weight, 1e-6, plus_one))
             assert_within(got, exact, norm_bound(dtype, num_features))
             assert residual is None or torch.equal(residual, total)
 
@@ -86,16 +103,18 @@ def test_codes_of_a_norm_are_those_of_its_values(num_tokens, num_features, dtype
     x[-1] = 0
     residual = rows(num_tokens, num_features, dtype, seed=2)
     residual[-1] = 0
-    normed = norm_quant.launch_norm(x, residual.clone(), weight, 1e-6, False)
+    normed = norm_kernel.launch(x, residual.clone(), Norm(weight, 1e-6, False))
     scale, zero_point = (torch.tensor([value], device=DEVICE) for value in (0.0123, 3.0))
     for group in (0, *(size for size in (64, 128) if num_features % size == 0)):
-        got = norm_quant.launch_norm_codes(
-            x, residual.clone(), weight, 1e-6, False, code_dtype, group, None, None
+        got = norm_kernel.launch_codes(
+            x, residual.clone(), Norm(weight, 1e-6), Codes(code_dtype, group, None, None)
         )
-        assert same(got, codes_by_definition(normed, code_dtype, group))
+        assert same(got, codes_by_definition(normed, Codes(code_dtype, group)))
     for zero in (None, zero_point.to(torch.int8)) if code_dtype == torch.int8 else (None,):
-        got = norm_quant.launch_norm_codes(x, residual.clone(), weight, 1e-6, False, code_dtype, 0, scale, zero)
-        assert same(got, codes_by_definition(normed, code_dtype, 0, scale, zero))
+        got = norm_kernel.launch_codes(
+            x, residual.clone(), Norm(weight, 1e-6), Codes(code_dtype, 0, scale, zero)
+        )
+        assert same(got, codes_by_definition(normed, Codes(code_dtype, 0, scale, zero)))
 
 
 @pytest.mark.parametrize("code_dtype", CODES)
@@ -104,8 +123,8 @@ def test_rows_are_encoded_by_definition(num_tokens, num_features, dtype, code_dt
     x = rows(num_tokens, num_features, dtype)
     x *= torch.logspace(-3, 3, num_tokens, device=DEVICE)[:, None].to(dtype)
     for group in (0, *(size for size in (32, 128) if num_features % size == 0)):
-        got = row_codes.launch(x, code_dtype, group, None, None)
-        assert same(got, codes_by_definition(x, code_dtype, group))
+        got = row_codes_kernel.launch(x, Codes(code_dtype, group))
+        assert same(got, codes_by_definition(x, Codes(code_dtype, group)))
 
 
 @needs_gpu
@@ -116,31 +135,36 @@ def test_every_quotient_of_bfloat16_is_rounded_like_a_division(code_dtype):
         steps = torch.cat((significands, torch.rand(0, device=DEVICE))).double() * 2.0**exponent
         x = steps[:, None] * torch.cat((significands * 2, significands * 32, -significands * 64))[None, :]
         x = torch.cat((x, steps[:, None] * 127.5), dim=1).bfloat16()
-        got = row_codes.launch(x, code_dtype, 0, None, None)
-        assert same(got, codes_by_definition(x, code_dtype, 0)), exponent
+        got = row_codes_kernel.launch(x, Codes(code_dtype, 0))
+        assert same(got, codes_by_definition(x, Codes(code_dtype, 0))), exponent
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(
-    ("num_tokens", "num_features", "dtype"), [*CASES[:-1], (3, 1536 if IS_INTERPRETED else 28672, MODEL_DTYPE)]
+    ("num_tokens", "num_features", "dtype"),
+    [*CASES[:-1], (3, 1536 if IS_INTERPRETED else 28672, MODEL_DTYPE)],
 )
 def test_activation_is_that_of_float64(num_tokens, num_features, dtype, activation):
     gate_up = rows(num_tokens, 2 * num_features, dtype)
-    got = silu_quant.launch_product(gate_up, activation)
+    got = silu_kernel.launch(gate_up, activation)
     gate, up = gate_up.double().chunk(2, dim=1)
     exact = silu_quant.activate(torch.cat((gate, up), dim=1), activation)
     # roundings to dtype twice, of a value that exp and the cancellation in 1 + e^−x make no worse than 2^-20 of it
     # where it is not small; below that, of the gate
     small = 2.0**-20 * (gate * up).abs()
-    bound = 1.01 * torch.finfo(dtype).eps * exact.abs() + small + torch.finfo(dtype).smallest_normal * (1 + up.abs())
+    bound = (
+        1.01 * torch.finfo(dtype).eps * exact.abs()
+        + small
+        + torch.finfo(dtype).smallest_normal * (1 + up.abs())
+    )
     assert ((got.double() - exact).abs() <= bound).all()
     for code_dtype in CODES:
         for group in (0, *(size for size in (64, 128) if num_features % size == 0)):
-            coded = silu_quant.launch_codes(gate_up, activation, code_dtype, group, None, None)
-            assert same(coded, codes_by_definition(got, code_dtype, group))
+            coded = silu_kernel.launch_codes(gate_up, activation, Codes(code_dtype, group, None))
+            assert same(coded, codes_by_definition(got, Codes(code_dtype, group)))
         scale = torch.tensor([0.05], device=DEVICE)
-        coded = silu_quant.launch_codes(gate_up, activation, code_dtype, 0, scale, None)
-        assert same(coded, codes_by_definition(got, code_dtype, 0, scale))
+        coded = silu_kernel.launch_codes(gate_up, activation, Codes(code_dtype, 0, scale))
+        assert same(coded, codes_by_definition(got, Codes(code_dtype, 0, scale)))
 
 
 def angles(num_positions, half):
@@ -172,12 +196,15 @@ def test_rotation_and_pages(num_tokens, queries, heads, dim, turned, dtype, is_n
     unwritten = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
     pages = [unwritten.clone(), unwritten.clone()]
     arguments = (qkv, positions, cos, sin, slots.int(), *weights, 1e-6, False)
-    got_q = rope_append.launch(*arguments, *pages, None, None)
+    got_q = rope_kernel.launch(Append(*arguments, *pages, None, None))
 
     parts = qkv.double().unflatten(1, (-1, dim)).split((queries, heads, heads), dim=1)
     is_kept = slots >= 0
     block, slot = slots[is_kept] // 16, slots[is_kept] % 16
-    for part, weight, got in ((parts[0], weights[0], got_q), (parts[1], weights[1], pages[0][block, :, slot])):
+    for part, weight, got in (
+        (parts[0], weights[0], got_q),
+        (parts[1], weights[1], pages[0][block, :, slot]),
+    ):
         exact, size = by_definition(part, weight, cos.double()[positions], sin.double()[positions])
         if got is not got_q:
             exact, size = exact[is_kept], size[is_kept]
@@ -191,15 +218,19 @@ def test_rotation_and_pages(num_tokens, queries, heads, dim, turned, dtype, is_n
 
     for code_dtype in CODES:
         for per_token in (False, True):
-            scales = [torch.full(shape[:3] if per_token else (heads,), 0.037, device=DEVICE) for _ in range(2)]
-            coded = [torch.full(shape, 77, dtype=torch.int8, device=DEVICE).view(code_dtype) for _ in range(2)]
-            again = rope_append.launch(*arguments, *coded, *scales)
+            scales = [
+                torch.full(shape[:3] if per_token else (heads,), 0.037, device=DEVICE) for _ in range(2)
+            ]
+            coded = [
+                torch.full(shape, 77, dtype=torch.int8, device=DEVICE).view(code_dtype) for _ in range(2)
+            ]
+            again = rope_kernel.launch(Append(*arguments, *coded, *scales))
             assert torch.equal(again, got_q)
             for page, codes, scale in zip(pages, coded, scales, strict=True):
                 expected = torch.full(shape, 77, dtype=torch.int8).view(code_dtype)
                 expected_scale = torch.full(scale.shape, 0.037)
                 values = page[block, :, slot].cpu()
-                rope_append.append(values, slots[is_kept].cpu(), expected, expected_scale)
+                append(values, slots[is_kept].cpu(), expected, expected_scale)
                 assert same((codes.cpu(), scale.cpu()), (expected, expected_scale))
 
 
@@ -225,19 +256,21 @@ def test_hadamard_is_a_sum_and_undoes_itself(num_tokens, dtype, width):
         h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h)
     h = h.to(DEVICE) / math.sqrt(width)
     pieces = x.double().unflatten(1, (3, width))
-    got = hadamard.launch(x, width).unflatten(1, (3, width))
+    got = hadamard_kernel.launch(x, width).unflatten(1, (3, width))
     exact = pieces @ h
     sums = pieces.abs().sum(dim=2, keepdim=True) / math.sqrt(width)
     eps = torch.finfo(dtype).eps / 2
     assert ((got.double() - exact).abs() <= eps * 1.01 * exact.abs() + width * 2.0**-23 * sums + 1e-7).all()
-    back = hadamard.launch(got.flatten(1), width).unflatten(1, (3, width))
+    back = hadamard_kernel.launch(got.flatten(1), width).unflatten(1, (3, width))
     bound = eps * 1.01 * (pieces.abs() + got.double().abs().sum(dim=2, keepdim=True) / math.sqrt(width))
     assert ((back.double() - pieces).abs() <= bound + width * 2.0**-22 * sums + 1e-6).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES[:-1])
-@pytest.mark.parametrize(("num_features", "groups"), [(64, 2), (129, 1)] + [(4096, 32)] * (not IS_INTERPRETED))
+@pytest.mark.parametrize(
+    ("num_features", "groups"), [(64, 2), (129, 1)] + [(4096, 32)] * (not IS_INTERPRETED)
+)
 def test_packed_rows_are_the_tables(num_features, groups, dtype, bits):
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (50, num_features), generator=generator(0))
     per_word = 32 // bits
@@ -248,14 +281,18 @@ def test_packed_rows_are_the_tables(num_features, groups, dtype, bits):
     ids = torch.tensor([0, 49, 7, 7, 31])
     for multiplier in (1.0, 59.5):
         dense = (codes.to(dtype).unflatten(1, (groups, -1)) * scale[:, :, None]).flatten(1) * multiplier
-        got = embedding.launch(ids.to(DEVICE), packed, scale.to(DEVICE), num_features, bits, multiplier)
+        got = embedding_kernel.launch(
+            ids.to(DEVICE), packed, scale.to(DEVICE), num_features, bits, multiplier
+        )
         assert torch.equal(got.cpu(), dense[ids])
         on_cpu = embedding.embed(ids, packed.cpu(), scale, num_features, bits, multiplier)
         assert torch.equal(on_cpu, dense[ids])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "num_logits"), [(1, 5), (3, 5000)] + [(65, 128256)] * (not IS_INTERPRETED))
+@pytest.mark.parametrize(
+    ("num_rows", "num_logits"), [(1, 5), (3, 5000)] + [(65, 128256)] * (not IS_INTERPRETED)
+)
 def test_largest_logits_in_order(num_rows, num_logits, dtype):
     logits = torch.randn(num_rows, num_logits, generator=generator(0)).to(dtype)  # 16 bits: many ties
     logits[0, 3], logits[0, 1] = torch.inf, torch.inf
@@ -263,13 +300,13 @@ def test_largest_logits_in_order(num_rows, num_logits, dtype):
     values, order = logits.float().sort(dim=1, descending=True, stable=True)
     whole = torch.full((num_rows, num_logits + 3), torch.nan, dtype=dtype, device=DEVICE)
     whole[:, :num_logits] = logits.to(DEVICE)
-    assert torch.equal(sampling.launch_argmax(whole[:, :num_logits]).cpu(), order[:, 0])
+    assert torch.equal(sampling_kernel.launch_argmax(whole[:, :num_logits]).cpu(), order[:, 0])
     for num_kept in (1, 5) if num_logits < 128 else (1, 50) if IS_INTERPRETED else (1, 20, 64, 128):
-        got = sampling.launch_topk(whole[:, :num_logits], num_kept)
+        got = sampling_kernel.launch_topk(whole[:, :num_logits], num_kept)
         assert torch.equal(got[0].cpu(), values[:, :num_kept])
         assert torch.equal(got[1].cpu(), order[:, :num_kept])
     logits[0, 4] = torch.nan
-    assert sampling.launch_argmax(logits.to(DEVICE))[0] == 4
+    assert sampling_kernel.launch_argmax(logits.to(DEVICE))[0] == 4
 
 
 @needs_gpu
@@ -279,10 +316,10 @@ def test_past_two_to_the_31_elements():
     x[-1] = rows(1, 16384, torch.bfloat16)[0]
     weight = torch.ones(16384, dtype=torch.bfloat16, device=DEVICE)
     for work in (
-        lambda x: row_codes.launch(x, torch.int8, 0, None, None)[0],
-        lambda x: norm_quant.launch_norm_codes(x, None, weight, 1e-6, False, torch.int8, 0, None, None)[0],
-        lambda x: silu_quant.launch_codes(x, "silu", torch.int8, 0, None, None)[0],
-        lambda x: hadamard.launch(x, 128),
+        lambda x: row_codes_kernel.launch(x, Codes(torch.int8, 0))[0],
+        lambda x: norm_kernel.launch_codes(x, None, Norm(weight, 1e-6), Codes(torch.int8, 0, None, None))[0],
+        lambda x: silu_kernel.launch_codes(x, "silu", Codes(torch.int8, 0, None))[0],
+        lambda x: hadamard_kernel.launch(x, 128),
     ):
         assert torch.equal(work(x)[-1:], work(x[-1:]))
 
@@ -290,10 +327,12 @@ def test_past_two_to_the_31_elements():
 @needs_gpu
 def test_repeated_runs_and_operators():
     x, weight = rows(8191, 4096, torch.bfloat16), torch.ones(4096, dtype=torch.bfloat16, device=DEVICE)
-    first = norm_quant.launch_norm_codes(x, None, weight, 1e-6, False, torch.int8, 0, None, None)
+    first = norm_kernel.launch_codes(x, None, Norm(weight, 1e-6), Codes(torch.int8, 0, None, None))
     for _ in range(20):
-        assert same(first, norm_quant.launch_norm_codes(x, None, weight, 1e-6, False, torch.int8, 0, None, None))
-    one = norm_quant.launch_norm_codes(x[77:78], None, weight, 1e-6, False, torch.int8, 0, None, None)
+        assert same(
+            first, norm_kernel.launch_codes(x, None, Norm(weight, 1e-6), Codes(torch.int8, 0, None, None))
+        )
+    one = norm_kernel.launch_codes(x[77:78], None, Norm(weight, 1e-6), Codes(torch.int8, 0, None, None))
     assert same(one, [tensor[77:78] for tensor in first])  # alone as in a batch
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for op, arguments in (

@@ -1,0 +1,91 @@
+"""`norm_quant` on a GPU: a program holds one token.
+
+Its row is read once, stays in registers for both reductions (Σ h² and largest |value|), and is written once. The
+weight does not depend on the kernel before, so it is read while that one ends.
+
+Bound: bytes. bf16 with residual to 8-bit codes: 2 + 2 + 2 + 1 per element.
+Shape suffixes: T tokens, E features, G groups of features that share a scale.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quantkit_kernels.capability import converts_float8, starts_early
+from quantkit_kernels.norm_quant import Norm, check
+from quantkit_kernels.row_codes import Codes
+from quantkit_kernels.row_codes_kernel import as_bytes, rounded, store_codes, warps_for
+
+
+@triton.jit
+def norm_kernel(
+    x, residual, weight, normed, codes, scales, static_scale, zero_point, stride_x, stride_residual, stride_scale, eps,
+    NUM_FEATURES: tl.constexpr, PLUS_ONE: tl.constexpr, GROUP: tl.constexpr, HALF_RANGE: tl.constexpr,
+    IS_FLOAT8: tl.constexpr, HAS_FLOAT8: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program: one row of x. residual: read and written, or None. Of normed, codes and scales some are None."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    is_there = column < NUM_FEATURES
+    weight_E = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_wait()
+    x_E = tl.load(x + token * stride_x + column, mask=is_there, other=0.0).to(tl.float32)
+    if residual is not None:
+        at = residual + token * stride_residual + column
+        x_E = rounded(x_E + tl.load(at, mask=is_there, other=0.0).to(tl.float32), DTYPE)
+        tl.store(at, x_E.to(DTYPE), mask=is_there)
+    if EARLY:
+        gdc_launch_dependents()
+    x_E *= tl.math.rsqrt(tl.sum(x_E * x_E, axis=0) / NUM_FEATURES + eps)
+    if PLUS_ONE:  # noqa: SIM108
+        x_E = rounded(x_E * (1.0 + weight_E), DTYPE)
+    else:
+        x_E = rounded(weight_E * rounded(x_E, DTYPE), DTYPE)
+    if normed is not None:
+        tl.store(normed + token * NUM_FEATURES + column, x_E.to(DTYPE), mask=is_there)
+    else:
+        store_codes(
+            x_E, codes + token * NUM_FEATURES, scales + token * stride_scale, static_scale, zero_point, column, 0,
+            NUM_FEATURES, GROUP, HALF_RANGE, IS_FLOAT8, HAS_FLOAT8, DTYPE,
+        )  # fmt: skip
+
+
+def launch(x_TE: Tensor, residual_TE: Tensor | None, norm: Norm, *, num_warps: int | None = None) -> Tensor:
+    """`rms_norm` without the operator around it."""
+    check(x_TE, residual_TE, norm)
+    normed_TE = x_TE.new_empty(x_TE.shape)
+    if len(x_TE) > 0:
+        block = triton.next_power_of_2(x_TE.shape[1])
+        early = starts_early(x_TE.device)
+        norm_kernel[(len(x_TE),)](
+            x_TE, residual_TE, norm.weight_E, normed_TE, None, None, None, None, x_TE.stride(0), _stride(residual_TE),
+            0, norm.eps, x_TE.shape[1], norm.plus_one, 0, 1.0, False, False, early, block,
+            num_warps=num_warps or warps_for(block), launch_pdl=early,
+        )  # fmt: skip
+    return normed_TE
+
+
+def launch_codes(
+    x_TE: Tensor, residual_TE: Tensor | None, norm: Norm, codes: Codes, *, num_warps: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm_codes` without the operator around it."""
+    check(x_TE, residual_TE, norm)
+    codes.check(x_TE.shape[1])
+    codes_TE, scale_TG = codes.empty(x_TE, x_TE.shape[1])
+    if len(x_TE) > 0:
+        block = triton.next_power_of_2(x_TE.shape[1])
+        early = starts_early(x_TE.device)
+        norm_kernel[(len(x_TE),)](
+            x_TE, residual_TE, norm.weight_E, None, as_bytes(codes_TE), scale_TG, codes.static_scale, codes.zero_point,
+            x_TE.stride(0), _stride(residual_TE), scale_TG.stride(0), norm.eps, x_TE.shape[1], norm.plus_one,
+            codes.group, codes.half_range, codes.is_float8, converts_float8(x_TE.device), early, block,
+            num_warps=num_warps or warps_for(block), launch_pdl=early,
+        )  # fmt: skip
+    return codes_TE, scale_TG
+
+
+def _stride(residual_TE: Tensor | None) -> int:
+    return 0 if residual_TE is None else residual_TE.stride(0)

@@ -1,0 +1,92 @@
+"""`silu_quant` on a GPU, in one pass.
+
+With one dynamic scale per token a program holds a whole row, for the largest |value| has to be known before the first
+code is; everything else goes by PART columns.
+
+Bound: bytes. bf16 to 8-bit codes: 2 + 2 read, 1 written per element.
+Shape suffixes: T tokens, F intermediate features, G groups of features that share a scale.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quantkit_kernels.capability import converts_float8, starts_early
+from quantkit_kernels.row_codes import Codes
+from quantkit_kernels.row_codes_kernel import as_bytes, rounded, store_codes, warps_for
+from quantkit_kernels.silu_quant import check
+
+PART, PART_WARPS = 2048, 8
+
+
+@triton.jit
+def activated(x, IS_SILU: tl.constexpr):
+    """SiLU, or GELU with tanh: both are x · sigmoid(…), as ½ (1 + tanh u) = sigmoid(2u)."""
+    argument = x if IS_SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)  # 2 · √(2 / π)
+    return x / (1.0 + tl.exp(-argument))
+
+
+@triton.jit
+def activation_kernel(
+    gate_up, product, codes, scales, static_scale, zero_point, stride_gate_up, stride_scale,
+    NUM_FEATURES: tl.constexpr, IS_SILU: tl.constexpr, GROUP: tl.constexpr, HALF_RANGE: tl.constexpr,
+    IS_FLOAT8: tl.constexpr, HAS_FLOAT8: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program: BLOCK columns of one row. product, or codes and scales: the others are None."""
+    DTYPE: tl.constexpr = gate_up.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
+    is_there = column < NUM_FEATURES
+    gate_up += token * stride_gate_up
+    if EARLY:
+        gdc_wait()
+    gate_F = tl.load(gate_up + column, mask=is_there, other=0.0).to(tl.float32)
+    up_F = tl.load(gate_up + NUM_FEATURES + column, mask=is_there, other=0.0).to(tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+    value_F = rounded(rounded(activated(gate_F, IS_SILU), DTYPE) * up_F, DTYPE)
+    if product is not None:
+        tl.store(product + token * NUM_FEATURES + column, value_F.to(DTYPE), mask=is_there)
+    else:
+        store_codes(
+            value_F, codes + token * NUM_FEATURES, scales + token * stride_scale, static_scale, zero_point, column,
+            first // GROUP if GROUP else 0, NUM_FEATURES, GROUP, HALF_RANGE, IS_FLOAT8, HAS_FLOAT8, DTYPE,
+        )  # fmt: skip
+
+
+def launch(gate_up_TF: Tensor, activation: str, *, part: int = PART, num_warps: int = PART_WARPS) -> Tensor:
+    """`gated_activation` without the operator around it."""
+    check(gate_up_TF, activation)
+    num_tokens, num_features = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+    product_TF = gate_up_TF.new_empty(num_tokens, num_features)
+    early = starts_early(gate_up_TF.device)
+    if num_tokens > 0:
+        activation_kernel[(num_tokens, triton.cdiv(num_features, part))](
+            gate_up_TF, product_TF, None, None, None, None, gate_up_TF.stride(0), 0, num_features, activation == "silu",
+            0, 1.0, False, False, early, part, num_warps=num_warps, launch_pdl=early,
+        )  # fmt: skip
+    return product_TF
+
+
+def launch_codes(
+    gate_up_TF: Tensor, activation: str, codes: Codes, *, num_warps: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`gated_activation_codes` without the operator around it."""
+    check(gate_up_TF, activation)
+    num_tokens, num_features = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+    codes.check(num_features)
+    codes_TF, scale_TG = codes.empty(gate_up_TF, num_features)
+    block, warps = max(PART, codes.group), PART_WARPS
+    if codes.static_scale is None and codes.group == 0:
+        block = triton.next_power_of_2(num_features)
+        warps = warps_for(block)
+    early = starts_early(gate_up_TF.device)
+    if num_tokens > 0:
+        activation_kernel[(num_tokens, triton.cdiv(num_features, block))](
+            gate_up_TF, None, as_bytes(codes_TF), scale_TG, codes.static_scale, codes.zero_point, gate_up_TF.stride(0),
+            scale_TG.stride(0), num_features, activation == "silu", codes.group, codes.half_range, codes.is_float8,
+            converts_float8(gate_up_TF.device), early, block, num_warps=num_warps or warps, launch_pdl=early,
+        )  # fmt: skip
+    return codes_TF, scale_TG
