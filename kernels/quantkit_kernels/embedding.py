@@ -12,29 +12,9 @@ Shape suffixes: V vocab, K features, G groups of features that share a scale, T 
 import torch
 from torch import Tensor
 
-
-@torch.library.custom_op("quantkit::embed_packed", mutates_args=(), device_types="cuda")
-def embed_packed(
-    token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: int, bits: int, multiplier: float
-) -> Tensor:
-    """Rows [T, num_features] of the table, in the dtype of the scale.
-
-    token_ids_T: int32 or int64, inside the table. packed: int32, of 4 or 8 bits. multiplier: what the model multiplies
-    its embeddings by, a number of the scale's dtype; 1 for most.
-    """
-    from quantkit_kernels import embedding_kernel
-
-    return embedding_kernel.launch(token_ids_T, packed, scale_VG, num_features, bits, multiplier)
+from quantkit_kernels.operators import operator
 
 
-@embed_packed.register_fake
-def _(
-    token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: int, bits: int, multiplier: float
-) -> Tensor:
-    return scale_VG.new_empty(token_ids_T.shape[0], num_features)
-
-
-@embed_packed.register_kernel("cpu")
 def embed(
     token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: int, bits: int, multiplier: float
 ) -> Tensor:
@@ -43,10 +23,10 @@ def embed(
     ids = token_ids_T.long()
     words = packed[ids].unsqueeze(2) >> torch.arange(0, 32, bits, dtype=torch.int32)
     codes_TK = ((words & (2**bits - 1)) - 2 ** (bits - 1)).flatten(1)[:, :num_features]
-    tiles_TGK = codes_TK.to(scale_VG.dtype).reshape(*scale_VG[ids].shape, -1)
-    tiles_TGK *= scale_VG[ids].unsqueeze(2)
-    tiles_TGK *= multiplier
-    return tiles_TGK.flatten(1)
+    scale_TG = scale_VG[ids]
+    tiles_TGK = codes_TK.to(scale_VG.dtype).reshape(*scale_TG.shape, -1) * scale_TG.unsqueeze(2)
+    rows_TK: Tensor = tiles_TGK.flatten(1) * multiplier
+    return rows_TK
 
 
 def check(token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: int, bits: int) -> None:
@@ -59,3 +39,23 @@ def check(token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: i
     assert scale_VG.is_contiguous() and scale_VG.shape[0] == packed.shape[0], f"scale {scale_VG.shape}"
     assert num_features % scale_VG.shape[1] == 0, f"{num_features} columns in {scale_VG.shape[1]} groups"
     assert token_ids_T.ndim == 1 and token_ids_T.is_contiguous(), f"token ids {token_ids_T.shape}"
+
+
+def _fake(
+    token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: int, bits: int, multiplier: float
+) -> Tensor:
+    return scale_VG.new_empty(token_ids_T.shape[0], num_features)
+
+
+@operator("embed_packed", cpu=embed, fake=_fake)
+def embed_packed(
+    token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: int, bits: int, multiplier: float
+) -> Tensor:
+    """Rows [T, num_features] of the table, in the dtype of the scale.
+
+    token_ids_T: int32 or int64, inside the table. packed: int32, of 4 or 8 bits. multiplier: what the model multiplies
+    its embeddings by, a number of the scale's dtype; 1 for most.
+    """
+    from quantkit_kernels import embedding_kernel
+
+    return embedding_kernel.launch(token_ids_T, packed, scale_VG, num_features, bits, multiplier)

@@ -12,6 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit_kernels.capability import starts_early
 from quantkit_kernels.embedding import check
 from quantkit_kernels.row_codes_kernel import rounded
+from quantkit_kernels.triton_launch import Launcher
 
 WORDS, NUM_WARPS = 128, 4
 
@@ -44,6 +45,9 @@ def gather_kernel(
     tl.store(rows + token * NUM_FEATURES + column, value.to(DTYPE), mask=is_there)
 
 
+_gather = Launcher(gather_kernel)
+
+
 def launch(
     token_ids_T: Tensor,
     packed: Tensor,
@@ -60,8 +64,12 @@ def launch(
     rows_TK = scale_VG.new_empty(token_ids_T.shape[0], num_features)
     early = starts_early(scale_VG.device)
     if len(token_ids_T) > 0:
-        gather_kernel[(len(token_ids_T), triton.cdiv(packed.shape[1], words))](
-            token_ids_T, packed, scale_VG, rows_TK, multiplier, packed.shape[1], num_features, scale_VG.shape[1],
-            bits, multiplier != 1.0, early, words, num_warps=num_warps, launch_pdl=early,
-        )  # fmt: skip
+        shape = (packed.shape[1], num_features, scale_VG.shape[1], bits)
+        _gather(
+            (len(token_ids_T), triton.cdiv(packed.shape[1], words)),
+            (token_ids_T, packed, scale_VG, rows_TK, multiplier),
+            (*shape, multiplier != 1.0, early, words),
+            num_warps=num_warps,
+            early=early,
+        )
     return rows_TK

@@ -10,23 +10,11 @@ Shape suffixes: T tokens, K features, R pieces, W the width of a piece.
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operators import operator
+
 WIDTHS = (16, 32, 64, 128)
 
 
-@torch.library.custom_op("quantkit::hadamard", mutates_args=(), device_types="cuda")
-def hadamard(x_TK: Tensor, width: int) -> Tensor:
-    """x with every `width` features rotated, contiguous [T, K] in the dtype of x (any float), features contiguous."""
-    from quantkit_kernels import hadamard_kernel
-
-    return hadamard_kernel.launch(x_TK, width)
-
-
-@hadamard.register_fake
-def _(x_TK: Tensor, width: int) -> Tensor:
-    return x_TK.new_empty(x_TK.shape)
-
-
-@hadamard.register_kernel("cpu")
 def rotate(x_TK: Tensor, width: int) -> Tensor:
     """`hadamard` in plain torch: log2(width) rounds of sums and differences in float32."""
     check(x_TK, width)
@@ -44,3 +32,15 @@ def check(x_TK: Tensor, width: int) -> None:
     assert x_TK.ndim == 2 and x_TK.stride(1) == 1 and x_TK.shape[1] % width == 0, (
         f"rows of pieces of {width}, not {x_TK.shape} by {x_TK.stride()}"
     )
+
+
+def _fake(x_TK: Tensor, width: int) -> Tensor:
+    return x_TK.new_empty(x_TK.shape)
+
+
+@operator("hadamard", cpu=rotate, fake=_fake)
+def hadamard(x_TK: Tensor, width: int) -> Tensor:
+    """x with every `width` features rotated, contiguous [T, K] in the dtype of x (any float), features contiguous."""
+    from quantkit_kernels import hadamard_kernel
+
+    return hadamard_kernel.launch(x_TK, width)

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit_kernels.capability import starts_early
 from quantkit_kernels.hadamard import check
+from quantkit_kernels.triton_launch import Launcher
 
 ROWS, NUM_WARPS = 64, 4
 
@@ -48,6 +49,9 @@ def hadamard_kernel(
     tl.store(y + piece[:, None] * WIDTH + column[None, :], y_RW.to(x.dtype.element_ty), mask=is_there)
 
 
+_hadamard = Launcher(hadamard_kernel)
+
+
 def launch(x_TK: Tensor, width: int, *, rows: int = ROWS, num_warps: int = NUM_WARPS) -> Tensor:
     """`hadamard` without the operator around it."""
     check(x_TK, width)
@@ -55,8 +59,11 @@ def launch(x_TK: Tensor, width: int, *, rows: int = ROWS, num_warps: int = NUM_W
     num_pieces = x_TK.numel() // width
     early = starts_early(x_TK.device)
     if num_pieces > 0:
-        hadamard_kernel[(triton.cdiv(num_pieces, rows),)](
-            x_TK, y_TK, num_pieces, x_TK.stride(0), x_TK.shape[1] // width, width, width**-0.5, early, rows,
-            num_warps=num_warps, launch_pdl=early,
-        )  # fmt: skip
+        _hadamard(
+            (triton.cdiv(num_pieces, rows), 1),
+            (x_TK, y_TK, num_pieces, x_TK.stride(0)),
+            (x_TK.shape[1] // width, width, width**-0.5, early, rows),
+            num_warps=num_warps,
+            early=early,
+        )
     return y_TK

@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit_kernels.capability import converts_float8, starts_early
+from quantkit_kernels.capability import starts_early
 from quantkit_kernels.norm_quant import Norm, check
 from quantkit_kernels.row_codes import Codes
-from quantkit_kernels.row_codes_kernel import as_bytes, rounded, store_codes, warps_for
+from quantkit_kernels.row_codes_kernel import as_bytes, constants, rounded, store_codes, warps_for
+from quantkit_kernels.triton_launch import Launcher
 
 
 @triton.jit
@@ -53,18 +54,14 @@ def norm_kernel(
         )  # fmt: skip
 
 
+_norm = Launcher(norm_kernel)
+
+
 def launch(x_TE: Tensor, residual_TE: Tensor | None, norm: Norm, *, num_warps: int | None = None) -> Tensor:
     """`rms_norm` without the operator around it."""
     check(x_TE, residual_TE, norm)
     normed_TE = x_TE.new_empty(x_TE.shape)
-    if len(x_TE) > 0:
-        block = triton.next_power_of_2(x_TE.shape[1])
-        early = starts_early(x_TE.device)
-        norm_kernel[(len(x_TE),)](
-            x_TE, residual_TE, norm.weight_E, normed_TE, None, None, None, None, x_TE.stride(0), _stride(residual_TE),
-            0, norm.eps, x_TE.shape[1], norm.plus_one, 0, 1.0, False, False, early, block,
-            num_warps=num_warps or warps_for(block), launch_pdl=early,
-        )  # fmt: skip
+    _run(x_TE, residual_TE, norm, (normed_TE, None, None, None, None), 0, (0, 1.0, False, False), num_warps)
     return normed_TE
 
 
@@ -75,17 +72,31 @@ def launch_codes(
     check(x_TE, residual_TE, norm)
     codes.check(x_TE.shape[1])
     codes_TE, scale_TG = codes.empty(x_TE, x_TE.shape[1])
-    if len(x_TE) > 0:
-        block = triton.next_power_of_2(x_TE.shape[1])
-        early = starts_early(x_TE.device)
-        norm_kernel[(len(x_TE),)](
-            x_TE, residual_TE, norm.weight_E, None, as_bytes(codes_TE), scale_TG, codes.static_scale, codes.zero_point,
-            x_TE.stride(0), _stride(residual_TE), scale_TG.stride(0), norm.eps, x_TE.shape[1], norm.plus_one,
-            codes.group, codes.half_range, codes.is_float8, converts_float8(x_TE.device), early, block,
-            num_warps=num_warps or warps_for(block), launch_pdl=early,
-        )  # fmt: skip
+    results = (None, as_bytes(codes_TE), scale_TG, codes.static_scale, codes.zero_point)
+    how = constants(codes, x_TE.device)
+    _run(x_TE, residual_TE, norm, results, scale_TG.stride(0), how, num_warps)
     return codes_TE, scale_TG
 
 
-def _stride(residual_TE: Tensor | None) -> int:
-    return 0 if residual_TE is None else residual_TE.stride(0)
+def _run(
+    x_TE: Tensor,
+    residual_TE: Tensor | None,
+    norm: Norm,
+    results: tuple[Tensor | None, ...],
+    stride_scale: int,
+    how: tuple[int, float, bool, bool],
+    num_warps: int | None,
+) -> None:
+    num_tokens, num_features = x_TE.shape
+    if num_tokens == 0:
+        return
+    block = triton.next_power_of_2(num_features)
+    early = starts_early(x_TE.device)
+    strides = (x_TE.stride(0), 0 if residual_TE is None else residual_TE.stride(0), stride_scale)
+    _norm(
+        (num_tokens, 1),
+        (x_TE, residual_TE, norm.weight_E, *results, *strides, norm.eps),
+        (num_features, norm.plus_one, *how, early, block),
+        num_warps=num_warps or warps_for(block),
+        early=early,
+    )

@@ -12,11 +12,12 @@ round(ĥ · (1 + weight)). Codes are those of `row_codes` of what `rms_norm` ret
 Shape suffixes: T tokens, E features, G groups of features that share a scale.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operators import operator
 from quantkit_kernels.row_codes import Codes, check_rows, encode_rows
 
 
@@ -26,78 +27,6 @@ class Norm(NamedTuple):
     weight_E: Tensor
     eps: float
     plus_one: bool = False
-
-
-@torch.library.custom_op("quantkit::rms_norm", mutates_args=("residual_TE",), device_types="cuda")
-def rms_norm(
-    x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float, plus_one: bool
-) -> Tensor:
-    """Norm of x, or of x + residual, [T, E] in the dtype of x; the residual becomes the sum.
-
-    All of one float dtype, features contiguous. The rest is a `Norm`.
-    """
-    from quantkit_kernels import norm_kernel
-
-    return norm_kernel.launch(x_TE, residual_TE, Norm(weight_E, eps, plus_one))
-
-
-@rms_norm.register_fake
-def _(x_TE: Tensor, *_: object) -> Tensor:
-    return x_TE.new_empty(x_TE.shape)
-
-
-@rms_norm.register_kernel("cpu")
-def _(x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float, plus_one: bool) -> Tensor:
-    return norm_rows(x_TE, residual_TE, Norm(weight_E, eps, plus_one))
-
-
-@torch.library.custom_op("quantkit::rms_norm_codes", mutates_args=("residual_TE",), device_types="cuda")
-def rms_norm_codes(
-    x_TE: Tensor,
-    residual_TE: Tensor | None,
-    weight_E: Tensor,
-    eps: float,
-    plus_one: bool,
-    code_dtype: torch.dtype,
-    group: int,
-    static_scale: Tensor | None,
-    zero_point: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`rms_norm`, then `quantize_rows` of it: codes [T, E] and their scale, float32 [T, G]."""
-    from quantkit_kernels import norm_kernel
-
-    codes = Codes(code_dtype, group, static_scale, zero_point)
-    return norm_kernel.launch_codes(x_TE, residual_TE, Norm(weight_E, eps, plus_one), codes)
-
-
-@rms_norm_codes.register_fake
-def _(
-    x_TE: Tensor,
-    residual_TE: Tensor | None,
-    weight_E: Tensor,
-    eps: float,
-    plus_one: bool,
-    code_dtype: torch.dtype,
-    group: int,
-    *_: object,
-) -> tuple[Tensor, Tensor]:
-    return Codes(code_dtype, group).empty(x_TE, x_TE.shape[1])
-
-
-@rms_norm_codes.register_kernel("cpu")
-def _(
-    x_TE: Tensor,
-    residual_TE: Tensor | None,
-    weight_E: Tensor,
-    eps: float,
-    plus_one: bool,
-    code_dtype: torch.dtype,
-    group: int,
-    static_scale: Tensor | None,
-    zero_point: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    normed_TE = norm_rows(x_TE, residual_TE, Norm(weight_E, eps, plus_one))
-    return encode_rows(normed_TE, Codes(code_dtype, group, static_scale, zero_point))
 
 
 def norm_rows(x_TE: Tensor, residual_TE: Tensor | None, norm: Norm) -> Tensor:
@@ -122,3 +51,59 @@ def check(x_TE: Tensor, residual_TE: Tensor | None, norm: Norm) -> None:
         check_rows(residual_TE)
         assert residual_TE.shape == x_TE.shape, f"residual {residual_TE.shape} for {x_TE.shape}"
         assert residual_TE.dtype == x_TE.dtype, f"residual of {residual_TE.dtype} for {x_TE.dtype}"
+
+
+def _norm(x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float, plus_one: bool) -> Tensor:
+    return norm_rows(x_TE, residual_TE, Norm(weight_E, eps, plus_one))
+
+
+def _fake_norm(x_TE: Tensor, *_: object) -> Tensor:
+    return x_TE.new_empty(x_TE.shape)
+
+
+@operator("rms_norm", cpu=_norm, fake=_fake_norm, mutates=("residual_TE",))
+def rms_norm(
+    x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float, plus_one: bool
+) -> Tensor:
+    """Norm of x, or of x + residual, [T, E] in the dtype of x; the residual becomes the sum.
+
+    All of one float dtype, features contiguous. The rest is a `Norm`.
+    """
+    from quantkit_kernels import norm_kernel
+
+    return norm_kernel.launch(x_TE, residual_TE, Norm(weight_E, eps, plus_one))
+
+
+def _norm_codes(
+    x_TE: Tensor,
+    residual_TE: Tensor | None,
+    weight_E: Tensor,
+    eps: float,
+    plus_one: bool,
+    *codes: Any,
+) -> tuple[Tensor, Tensor]:
+    return encode_rows(_norm(x_TE, residual_TE, weight_E, eps, plus_one), Codes(*codes))
+
+
+def _fake_codes(x_TE: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    code_dtype, group = arguments[4:6]
+    return Codes(code_dtype, group).empty(x_TE, x_TE.shape[1])
+
+
+@operator("rms_norm_codes", cpu=_norm_codes, fake=_fake_codes, mutates=("residual_TE",))
+def rms_norm_codes(
+    x_TE: Tensor,
+    residual_TE: Tensor | None,
+    weight_E: Tensor,
+    eps: float,
+    plus_one: bool,
+    code_dtype: torch.dtype,
+    group: int,
+    static_scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm`, then `quantize_rows` of it: codes [T, E] and their scale, float32 [T, G]."""
+    from quantkit_kernels import norm_kernel
+
+    codes = Codes(code_dtype, group, static_scale, zero_point)
+    return norm_kernel.launch_codes(x_TE, residual_TE, Norm(weight_E, eps, plus_one), codes)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.norm_quant import Norm, norm_rows
+from quantkit_kernels.operators import operator
 from quantkit_kernels.row_codes import nearest, nonzero
 
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # amax over the dynamic scale
@@ -103,39 +104,6 @@ class Append(NamedTuple):
             assert scale.is_contiguous() and scale.dtype == torch.float32, f"scale of {scale.dtype}"
 
 
-@torch.library.custom_op(
-    "quantkit::rope_append", mutates_args=("k_PHSD", "v_PHSD", "k_scale", "v_scale"), device_types="cuda"
-)
-def rope_append(
-    qkv_TX: Tensor,
-    positions_T: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    slots_T: Tensor,
-    q_weight_D: Tensor | None,
-    k_weight_D: Tensor | None,
-    eps: float,
-    plus_one: bool,
-    k_PHSD: Tensor,
-    v_PHSD: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
-    """Rotated queries [T, Q, D] in the dtype of qkv; keys and values are in their slots afterwards. See `Append`."""
-    from quantkit_kernels import rope_kernel
-
-    norms = (q_weight_D, k_weight_D, eps, plus_one)
-    pages = (k_PHSD, v_PHSD, k_scale, v_scale)
-    return rope_kernel.launch(Append(qkv_TX, positions_T, cos, sin, slots_T, *norms, *pages))
-
-
-@rope_append.register_fake
-def _(*arguments: Any) -> Tensor:
-    step = Append(*arguments)
-    return step.qkv_TX.new_empty(step.qkv_TX.shape[0], step.num_queries, step.k_PHSD.shape[3])
-
-
-@rope_append.register_kernel("cpu")
 def rotate_and_append(*arguments: Any) -> Tensor:
     """`rope_append` in plain torch."""
     step = Append(*arguments)
@@ -182,3 +150,34 @@ def append(x_THD: Tensor, slots_T: Tensor, page_PHSD: Tensor, scale: Tensor | No
 
 def _norm_heads(x_THD: Tensor, norm: Norm) -> Tensor:
     return norm_rows(x_THD.reshape(-1, x_THD.shape[2]), None, norm).view(x_THD.shape)
+
+
+def _fake(*arguments: Any) -> Tensor:
+    step = Append(*arguments)
+    return step.qkv_TX.new_empty(step.qkv_TX.shape[0], step.num_queries, step.k_PHSD.shape[3])
+
+
+@operator(
+    "rope_append", cpu=rotate_and_append, fake=_fake, mutates=("k_PHSD", "v_PHSD", "k_scale", "v_scale")
+)
+def rope_append(
+    qkv_TX: Tensor,
+    positions_T: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots_T: Tensor,
+    q_weight_D: Tensor | None,
+    k_weight_D: Tensor | None,
+    eps: float,
+    plus_one: bool,
+    k_PHSD: Tensor,
+    v_PHSD: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    """Rotated queries [T, Q, D] in the dtype of qkv; keys and values are in their slots afterwards. See `Append`."""
+    from quantkit_kernels import rope_kernel
+
+    norms = (q_weight_D, k_weight_D, eps, plus_one)
+    pages = (k_PHSD, v_PHSD, k_scale, v_scale)
+    return rope_kernel.launch(Append(qkv_TX, positions_T, cos, sin, slots_T, *norms, *pages))

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit_kernels.capability import converts_float8, starts_early
 from quantkit_kernels.rope_append import LARGEST_CODE, Append
 from quantkit_kernels.row_codes_kernel import as_bytes, code_of, rounded, scale_of, scaled_by
+from quantkit_kernels.triton_launch import Launcher
 
 ELEMENTS, NUM_WARPS = 1024, 4  # of a program
 
@@ -118,6 +119,9 @@ def rope_append_kernel(
                 )  # fmt: skip
 
 
+_rope_append = Launcher(rope_append_kernel)
+
+
 def launch(step: Append, *, elements: int = ELEMENTS, num_warps: int = NUM_WARPS) -> Tensor:
     """`rope_append` without the operator around it."""
     step.check()
@@ -131,11 +135,19 @@ def launch(step: Append, *, elements: int = ELEMENTS, num_warps: int = NUM_WARPS
     is_coded = step.k_scale is not None
     pages = [as_bytes(page) if is_coded else page for page in (step.k_PHSD, step.v_PHSD)]
     early = starts_early(step.qkv_TX.device)
-    rope_append_kernel[(num_tokens, triton.cdiv(num_queries, heads) + 2 * triton.cdiv(num_heads, heads))](
-        step.qkv_TX, step.positions_T, step.cos, step.sin, step.slots_T, step.q_weight_D, step.k_weight_D, q_TQD,
-        *pages, step.k_scale, step.v_scale, step.qkv_TX.stride(0), *step.k_PHSD.stride()[:3], step.eps,
-        num_queries, num_heads, head_dim, step.cos.shape[1], block_size, step.plus_one,
-        LARGEST_CODE.get(step.k_PHSD.dtype, 0.0), step.has_scale_per_token, converts_float8(step.qkv_TX.device), early,
-        heads, columns, num_warps=num_warps, launch_pdl=early,
-    )  # fmt: skip
+    tables = (step.positions_T, step.cos, step.sin, step.slots_T, step.q_weight_D, step.k_weight_D)
+    strides = (step.qkv_TX.stride(0), *step.k_PHSD.stride()[:3])
+    shape = (num_queries, num_heads, head_dim, step.cos.shape[1], block_size)
+    how = (
+        LARGEST_CODE.get(step.k_PHSD.dtype, 0.0),
+        step.has_scale_per_token,
+        converts_float8(step.qkv_TX.device),
+    )
+    _rope_append(
+        (num_tokens, triton.cdiv(num_queries, heads) + 2 * triton.cdiv(num_heads, heads)),
+        (step.qkv_TX, *tables, q_TQD, *pages, step.k_scale, step.v_scale, *strides, step.eps),
+        (*shape, step.plus_one, *how, early, heads, columns),
+        num_warps=num_warps,
+        early=early,
+    )
     return q_TQD

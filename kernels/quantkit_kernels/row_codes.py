@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operators import operator
+
 HALF_RANGE = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0}
 MAX_FEATURES = 65536  # that a program holds
 
@@ -63,28 +65,6 @@ class Codes(NamedTuple):
         )
 
 
-@torch.library.custom_op("quantkit::quantize_rows", mutates_args=(), device_types="cuda")
-def quantize_rows(
-    x_TK: Tensor, code_dtype: torch.dtype, group: int, static_scale: Tensor | None, zero_point: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Codes [T, K] and their scale, float32 [T, G], as `Codes` says. x_TK: any float dtype, features contiguous."""
-    from quantkit_kernels import row_codes_kernel
-
-    return row_codes_kernel.launch(x_TK, Codes(code_dtype, group, static_scale, zero_point))
-
-
-@quantize_rows.register_fake
-def _(x_TK: Tensor, code_dtype: torch.dtype, group: int, *_: Tensor | None) -> tuple[Tensor, Tensor]:
-    return Codes(code_dtype, group).empty(x_TK, x_TK.shape[1])
-
-
-@quantize_rows.register_kernel("cpu")
-def _(
-    x_TK: Tensor, code_dtype: torch.dtype, group: int, static_scale: Tensor | None, zero_point: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return encode_rows(x_TK, Codes(code_dtype, group, static_scale, zero_point))
-
-
 def encode_rows(x_TK: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     """`quantize_rows` in plain torch, step by step in the dtype of x."""
     check_rows(x_TK)
@@ -116,3 +96,23 @@ def check_rows(x: Tensor) -> None:
     """A matrix that a program can read a row of."""
     assert x.ndim == 2 and x.stride(1) == 1, f"rows of contiguous features, not {x.shape} by {x.stride()}"
     assert x.shape[1] <= MAX_FEATURES, f"{x.shape[1]} features, more than {MAX_FEATURES}"
+
+
+def _encode(
+    x_TK: Tensor, code_dtype: torch.dtype, group: int, static_scale: Tensor | None, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return encode_rows(x_TK, Codes(code_dtype, group, static_scale, zero_point))
+
+
+def _fake(x_TK: Tensor, code_dtype: torch.dtype, group: int, *_: object) -> tuple[Tensor, Tensor]:
+    return Codes(code_dtype, group).empty(x_TK, x_TK.shape[1])
+
+
+@operator("quantize_rows", cpu=_encode, fake=_fake)
+def quantize_rows(
+    x_TK: Tensor, code_dtype: torch.dtype, group: int, static_scale: Tensor | None, zero_point: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes [T, K] and their scale, float32 [T, G], as `Codes` says. x_TK: any float dtype, features contiguous."""
+    from quantkit_kernels import row_codes_kernel
+
+    return row_codes_kernel.launch(x_TK, Codes(code_dtype, group, static_scale, zero_point))

@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit_kernels.capability import converts_float8, starts_early
 from quantkit_kernels.rounding import E4M3_MAX, e4m3_bits, round_e4m3
 from quantkit_kernels.row_codes import Codes, check_rows
+from quantkit_kernels.triton_launch import Launcher
 
 ELEMENTS_OF_A_WARP = 512  # 16 of a thread: two loads of 16 bytes of each operand in flight
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: a sum with it ends in the integer's bits
@@ -115,6 +116,9 @@ def quantize_rows_kernel(
     )  # fmt: skip
 
 
+_quantize = Launcher(quantize_rows_kernel)
+
+
 def launch(x_TK: Tensor, codes: Codes, *, num_warps: int | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_rows` without the operator around it."""
     num_tokens, num_features = x_TK.shape
@@ -124,12 +128,20 @@ def launch(x_TK: Tensor, codes: Codes, *, num_warps: int | None = None) -> tuple
     block = triton.next_power_of_2(num_features)
     early = starts_early(x_TK.device)
     if num_tokens > 0:
-        quantize_rows_kernel[(num_tokens,)](
-            x_TK, as_bytes(codes_TK), scale_TG, codes.static_scale, codes.zero_point, x_TK.stride(0),
-            scale_TG.stride(0), num_features, codes.group, codes.half_range, codes.is_float8,
-            converts_float8(x_TK.device), early, block, num_warps=num_warps or warps_for(block), launch_pdl=early,
-        )  # fmt: skip
+        strides = (x_TK.stride(0), scale_TG.stride(0))
+        _quantize(
+            (num_tokens, 1),
+            (x_TK, as_bytes(codes_TK), scale_TG, codes.static_scale, codes.zero_point, *strides),
+            (num_features, *constants(codes, x_TK.device), early, block),
+            num_warps=num_warps or warps_for(block),
+            early=early,
+        )
     return codes_TK, scale_TG
+
+
+def constants(codes: Codes, device: torch.device) -> tuple[int, float, bool, bool]:
+    """GROUP, HALF_RANGE, IS_FLOAT8 and HAS_FLOAT8 of kernels that choose codes."""
+    return codes.group, codes.half_range, codes.is_float8, converts_float8(device)
 
 
 def as_bytes(codes: Tensor) -> Tensor:

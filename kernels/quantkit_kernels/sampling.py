@@ -8,50 +8,9 @@ Shape suffixes: B rows, V vocab, K kept.
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operators import operator
+
 MAX_KEPT = 128
-
-
-@torch.library.custom_op("quantkit::argmax", mutates_args=(), device_types="cuda")
-def argmax(logits_BV: Tensor) -> Tensor:
-    """Index of the largest logit of each row, the lowest of equal ones, int64 [B]. Any float dtype, rows contiguous."""
-    from quantkit_kernels import sampling_kernel
-
-    return sampling_kernel.launch_argmax(logits_BV)
-
-
-@argmax.register_fake
-def _(logits_BV: Tensor) -> Tensor:
-    return logits_BV.new_empty(logits_BV.shape[0], dtype=torch.int64)
-
-
-@argmax.register_kernel("cpu")
-def _(logits_BV: Tensor) -> Tensor:
-    check(logits_BV)
-    return logits_BV.argmax(dim=1)
-
-
-@torch.library.custom_op("quantkit::topk", mutates_args=(), device_types="cuda")
-def topk(logits_BV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
-    """The largest logits of each row, float32 [B, num_kept], and their indices, int64: in order, ties by index.
-
-    num_kept: at most 128 and V.
-    """
-    from quantkit_kernels import sampling_kernel
-
-    return sampling_kernel.launch_topk(logits_BV, num_kept)
-
-
-@topk.register_fake
-def _(logits_BV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
-    shape = (logits_BV.shape[0], num_kept)
-    return logits_BV.new_empty(shape, dtype=torch.float32), logits_BV.new_empty(shape, dtype=torch.int64)
-
-
-@topk.register_kernel("cpu")
-def _(logits_BV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
-    check(logits_BV, num_kept)
-    values, order = logits_BV.float().sort(dim=1, descending=True, stable=True)
-    return values[:, :num_kept].contiguous(), order[:, :num_kept].contiguous()
 
 
 def check(logits_BV: Tensor, num_kept: int = 1) -> None:
@@ -60,3 +19,42 @@ def check(logits_BV: Tensor, num_kept: int = 1) -> None:
         f"logits {logits_BV.shape} by {logits_BV.stride()}"
     )
     assert 0 < num_kept <= min(MAX_KEPT, logits_BV.shape[1]), f"{num_kept} of {logits_BV.shape[1]} logits"
+
+
+def _argmax(logits_BV: Tensor) -> Tensor:
+    check(logits_BV)
+    return logits_BV.argmax(dim=1)
+
+
+def _fake_argmax(logits_BV: Tensor) -> Tensor:
+    return logits_BV.new_empty(logits_BV.shape[0], dtype=torch.int64)
+
+
+@operator("argmax", cpu=_argmax, fake=_fake_argmax)
+def argmax(logits_BV: Tensor) -> Tensor:
+    """Index of the largest logit of each row, the lowest of equal ones, int64 [B]. Any float dtype, rows contiguous."""
+    from quantkit_kernels import sampling_kernel
+
+    return sampling_kernel.launch_argmax(logits_BV)
+
+
+def _topk(logits_BV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    check(logits_BV, num_kept)
+    values, order = logits_BV.float().sort(dim=1, descending=True, stable=True)
+    return values[:, :num_kept].clone(), order[:, :num_kept].clone()
+
+
+def _fake_topk(logits_BV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    shape = (logits_BV.shape[0], num_kept)
+    return logits_BV.new_empty(shape, dtype=torch.float32), logits_BV.new_empty(shape, dtype=torch.int64)
+
+
+@operator("topk", cpu=_topk, fake=_fake_topk)
+def topk(logits_BV: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row, float32 [B, num_kept], and their indices, int64: in order, ties by index.
+
+    num_kept: at most 128 and V.
+    """
+    from quantkit_kernels import sampling_kernel
+
+    return sampling_kernel.launch_topk(logits_BV, num_kept)

@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit_kernels.capability import starts_early
 from quantkit_kernels.sampling import check
+from quantkit_kernels.triton_launch import Launcher
 
 PART, PART_WARPS = 2048, 4
 TOPK_WARPS = 8
@@ -130,6 +131,12 @@ def topk_kernel(
     tl.store(tokens + row * num_kept + number, index_of(best), mask=number < num_kept)
 
 
+_best_of_parts = Launcher(best_of_parts_kernel)
+_argmax = Launcher(argmax_kernel)
+_best_of_groups = Launcher(best_of_groups_kernel)
+_topk = Launcher(topk_kernel)
+
+
 def launch_argmax(logits_BV: Tensor, *, part: int = PART, num_warps: int = PART_WARPS) -> Tensor:
     """`argmax` without the operator around it."""
     check(logits_BV)
@@ -139,18 +146,10 @@ def launch_argmax(logits_BV: Tensor, *, part: int = PART, num_warps: int = PART_
     tokens_B = keys.new_empty(num_rows)
     early = starts_early(logits_BV.device)
     if num_rows > 0:
-        best_of_parts_kernel[(num_rows, num_parts)](
-            logits_BV,
-            keys,
-            num_logits,
-            logits_BV.stride(0),
-            early,
-            part,
-            num_warps=num_warps,
-            launch_pdl=early,
-        )
+        arguments = (logits_BV, keys, num_logits, logits_BV.stride(0))
+        _best_of_parts((num_rows, num_parts), arguments, (early, part), num_warps=num_warps, early=early)
         block = triton.next_power_of_2(num_parts)
-        argmax_kernel[(num_rows,)](keys, tokens_B, num_parts, early, block, num_warps=1, launch_pdl=early)
+        _argmax((num_rows, 1), (keys, tokens_B), (num_parts, early, block), num_warps=1, early=early)
     return tokens_B
 
 
@@ -168,12 +167,18 @@ def launch_topk(
     tops = max(triton.next_power_of_2(triton.cdiv(num_groups, GROUP)), kept)
     early = starts_early(logits_BV.device)
     if num_rows > 0:
-        best_of_groups_kernel[(num_rows, triton.cdiv(num_logits, part))](
-            logits_BV, groups, num_logits, num_groups, logits_BV.stride(0), early, part, GROUP, num_warps=PART_WARPS,
-            launch_pdl=early,
-        )  # fmt: skip
-        topk_kernel[(num_rows,)](
-            logits_BV, groups, values, tokens, num_logits, num_kept, logits_BV.stride(0), num_groups, kept, early, tops,
-            GROUP, num_warps=num_warps, launch_pdl=early,
-        )  # fmt: skip
+        _best_of_groups(
+            (num_rows, triton.cdiv(num_logits, part)),
+            (logits_BV, groups, num_logits, num_groups, logits_BV.stride(0)),
+            (early, part, GROUP),
+            num_warps=PART_WARPS,
+            early=early,
+        )
+        _topk(
+            (num_rows, 1),
+            (logits_BV, groups, values, tokens, num_logits, num_kept, logits_BV.stride(0)),
+            (num_groups, kept, early, tops, GROUP),
+            num_warps=num_warps,
+            early=early,
+        )
     return values, tokens

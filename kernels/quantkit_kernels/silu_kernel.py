@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit_kernels.capability import converts_float8, starts_early
+from quantkit_kernels.capability import starts_early
 from quantkit_kernels.row_codes import Codes
-from quantkit_kernels.row_codes_kernel import as_bytes, rounded, store_codes, warps_for
+from quantkit_kernels.row_codes_kernel import as_bytes, constants, rounded, store_codes, warps_for
 from quantkit_kernels.silu_quant import check
+from quantkit_kernels.triton_launch import Launcher
 
 PART, PART_WARPS = 2048, 8
 
@@ -56,6 +57,9 @@ def activation_kernel(
         )  # fmt: skip
 
 
+_activation = Launcher(activation_kernel)
+
+
 def launch(gate_up_TF: Tensor, activation: str, *, part: int = PART, num_warps: int = PART_WARPS) -> Tensor:
     """`gated_activation` without the operator around it."""
     check(gate_up_TF, activation)
@@ -63,10 +67,13 @@ def launch(gate_up_TF: Tensor, activation: str, *, part: int = PART, num_warps: 
     product_TF = gate_up_TF.new_empty(num_tokens, num_features)
     early = starts_early(gate_up_TF.device)
     if num_tokens > 0:
-        activation_kernel[(num_tokens, triton.cdiv(num_features, part))](
-            gate_up_TF, product_TF, None, None, None, None, gate_up_TF.stride(0), 0, num_features, activation == "silu",
-            0, 1.0, False, False, early, part, num_warps=num_warps, launch_pdl=early,
-        )  # fmt: skip
+        _activation(
+            (num_tokens, triton.cdiv(num_features, part)),
+            (gate_up_TF, product_TF, None, None, None, None, gate_up_TF.stride(0), 0),
+            (num_features, activation == "silu", 0, 1.0, False, False, early, part),
+            num_warps=num_warps,
+            early=early,
+        )
     return product_TF
 
 
@@ -84,9 +91,12 @@ def launch_codes(
         warps = warps_for(block)
     early = starts_early(gate_up_TF.device)
     if num_tokens > 0:
-        activation_kernel[(num_tokens, triton.cdiv(num_features, block))](
-            gate_up_TF, None, as_bytes(codes_TF), scale_TG, codes.static_scale, codes.zero_point, gate_up_TF.stride(0),
-            scale_TG.stride(0), num_features, activation == "silu", codes.group, codes.half_range, codes.is_float8,
-            converts_float8(gate_up_TF.device), early, block, num_warps=num_warps or warps, launch_pdl=early,
-        )  # fmt: skip
+        results = (None, as_bytes(codes_TF), scale_TG, codes.static_scale, codes.zero_point)
+        _activation(
+            (num_tokens, triton.cdiv(num_features, block)),
+            (gate_up_TF, *results, gate_up_TF.stride(0), scale_TG.stride(0)),
+            (num_features, activation == "silu", *constants(codes, gate_up_TF.device), early, block),
+            num_warps=num_warps or warps,
+            early=early,
+        )
     return codes_TF, scale_TG

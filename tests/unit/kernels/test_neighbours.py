@@ -49,7 +49,9 @@ def assert_codes(got, x_TK, spec, static=None):
     else:
         qparams = input_qparams(x_TK, spec, static)
     assert torch.equal(codes.to(x_TK.dtype), to_codes(x_TK, spec, qparams).flatten(1))
-    assert torch.equal(scale, qparams.scale.float().reshape(-1, 1 if static else scale.shape[1]).expand_as(scale))
+    assert torch.equal(
+        scale, qparams.scale.float().reshape(-1, 1 if static else scale.shape[1]).expand_as(scale)
+    )
 
 
 @pytest.mark.parametrize("code_dtype", CODES)
@@ -72,7 +74,11 @@ def test_codes_are_those_of_the_schemes(dtype, code_dtype):
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_are_those_of_the_runtime(dtype, plus_one):
-    x, before, weight = random(7, 96, dtype=dtype), random(7, 96, dtype=dtype, seed=1), random(96, dtype=dtype, seed=2)
+    x, before, weight = (
+        random(7, 96, dtype=dtype),
+        random(7, 96, dtype=dtype, seed=1),
+        random(96, dtype=dtype, seed=2),
+    )
     norm = RMSNorm(weight, 1e-6, plus_one=plus_one)
     assert torch.equal(rms_norm(x, None, weight, 1e-6, plus_one), norm(x))
     residual = before.clone()
@@ -189,7 +195,15 @@ def test_what_a_kernel_could_not_read_is_refused():
 def test_operators_need_no_triton():
     code = "import sys; sys.modules['triton'] = None\n" + "\n".join(
         f"import quantkit_kernels.{name}"
-        for name in ("embedding", "hadamard", "norm_quant", "rope_append", "row_codes", "sampling", "silu_quant")
+        for name in (
+            "embedding",
+            "hadamard",
+            "norm_quant",
+            "rope_append",
+            "row_codes",
+            "sampling",
+            "silu_quant",
+        )
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
