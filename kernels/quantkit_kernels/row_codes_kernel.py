@@ -93,7 +93,10 @@ def store_codes(
         tl.store(scales + group, scale_G, mask=group * GROUP < num_features)
         scaled_K = tl.reshape(scaled_by(x_GK, scale_G[:, None], DTYPE), x_K.shape)
     code_K = code_of(scaled_K, offset, IS_FLOAT8, HAS_FLOAT8, DTYPE)
-    tl.store(codes + column, code_K, mask=column < num_features)
+    # as many codes of a thread as it loads elements: wider stores would have the elements laid out for them, and a
+    # kernel's sums would have another order than without codes
+    at = tl.multiple_of(codes + column, 128 // DTYPE.primitive_bitwidth)
+    tl.store(at, code_K, mask=column < num_features)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from quantkit_kernels.sampling import check
 from quantkit_kernels.triton_launch import Launcher
 
 PART, PART_WARPS = 2048, 4
-TOPK_WARPS = 8
+TOPK_WARPS = 16
 GROUP = 16
 NOTHING = tl.constexpr(-(2**31))  # below −inf
 
