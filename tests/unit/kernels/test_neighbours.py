@@ -207,3 +207,22 @@ def test_operators_need_no_triton():
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_operators_say_what_they_return_and_write():
+    x, weight, logits = random(4, 64), random(64), random(4, 64, dtype=torch.float32)
+    pages = [torch.zeros(2, 1, 16, 16, dtype=torch.int8) for _ in range(2)]
+    tables = (torch.arange(4), torch.ones(8, 4), torch.zeros(8, 4), torch.arange(4))
+    for op, arguments in (
+        (quantize_rows, (x, torch.int8, 32, None, None)),
+        (rms_norm, (x, x.clone(), weight, 1e-6, False)),
+        (rms_norm_codes, (x, x.clone(), weight, 1e-6, False, torch.int8, 0, None, None)),
+        (gated_activation, (x, "silu")),
+        (gated_activation_codes, (x, "silu", torch.int8, 0, None, None)),
+        (rope_append, (x, *tables, None, None, 1e-6, False, *pages, torch.ones(1), torch.ones(1))),
+        (hadamard, (x, 32)),
+        (embed_packed, (torch.arange(3), torch.zeros(4, 8, dtype=torch.int32), random(4, 2), 64, 4, 1.0)),
+        (argmax, (logits,)),
+        (topk, (logits, 5)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
