@@ -20,31 +20,41 @@ from quantkit_kernels.triton_launch import Launcher
 
 
 @triton.jit
+def normed_row(x_E, weight_E, eps, NUM_FEATURES: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
+    """x / rms(x) · weight, or · (1 + weight), in float32 with the models' roundings."""
+    x_E *= tl.math.rsqrt(tl.sum(x_E * x_E, axis=0) / NUM_FEATURES + eps)
+    if PLUS_ONE:
+        return rounded(x_E * (1.0 + weight_E), DTYPE)
+    return rounded(weight_E * rounded(x_E, DTYPE), DTYPE)
+
+
+@triton.jit
 def norm_kernel(
-    x, residual, weight, normed, codes, scales, static_scale, zero_point, stride_x, stride_residual, stride_scale, eps,
-    NUM_FEATURES: tl.constexpr, PLUS_ONE: tl.constexpr, GROUP: tl.constexpr, HALF_RANGE: tl.constexpr,
-    IS_FLOAT8: tl.constexpr, HAS_FLOAT8: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, inner, normed, codes, scales, static_scale, zero_point, stride_x, stride_residual,
+    stride_scale, eps, NUM_FEATURES: tl.constexpr, PLUS_ONE: tl.constexpr, GROUP: tl.constexpr,
+    HALF_RANGE: tl.constexpr, IS_FLOAT8: tl.constexpr, HAS_FLOAT8: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program: one row of x. residual: read and written, or None. Of normed, codes and scales some are None."""
+    """A program: one row of x. residual: read and written. Some of it, inner and the results are None."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     is_there = column < NUM_FEATURES
     weight_E = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
+    if inner is not None:
+        inner_E = tl.load(inner + column, mask=is_there, other=0.0).to(tl.float32)
     if EARLY:
         gdc_wait()
     x_E = tl.load(x + token * stride_x + column, mask=is_there, other=0.0).to(tl.float32)
+    if inner is not None:
+        x_E = normed_row(x_E, inner_E, eps, NUM_FEATURES, PLUS_ONE, DTYPE)
     if residual is not None:
         at = residual + token * stride_residual + column
         x_E = rounded(x_E + tl.load(at, mask=is_there, other=0.0).to(tl.float32), DTYPE)
         tl.store(at, x_E.to(DTYPE), mask=is_there)
     if EARLY:
         gdc_launch_dependents()
-    x_E *= tl.math.rsqrt(tl.sum(x_E * x_E, axis=0) / NUM_FEATURES + eps)
-    if PLUS_ONE:  # noqa: SIM108
-        x_E = rounded(x_E * (1.0 + weight_E), DTYPE)
-    else:
-        x_E = rounded(weight_E * rounded(x_E, DTYPE), DTYPE)
+    x_E = normed_row(x_E, weight_E, eps, NUM_FEATURES, PLUS_ONE, DTYPE)
     if normed is not None:
         tl.store(normed + token * NUM_FEATURES + column, x_E.to(DTYPE), mask=is_there)
     else:
@@ -95,7 +105,7 @@ def _run(
     strides = (x_TE.stride(0), 0 if residual_TE is None else residual_TE.stride(0), stride_scale)
     _norm(
         (num_tokens, 1),
-        (x_TE, residual_TE, norm.weight_E, *results, *strides, norm.eps),
+        (x_TE, residual_TE, norm.weight_E, norm.inner_E, *results, *strides, norm.eps),
         (num_features, norm.plus_one, *how, early, block),
         num_warps=num_warps or warps_for(block),
         early=early,

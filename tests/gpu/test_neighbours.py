@@ -96,6 +96,18 @@ def test_norm_is_that_of_float64(num_tokens, num_features, dtype):
             assert residual is None or torch.equal(residual, total)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_features", "dtype"), CASES[:3])
+def test_two_norms_are_one_after_the_other(num_tokens, num_features, dtype):
+    x, residual = (rows(num_tokens, num_features, dtype, seed=seed) for seed in (0, 2))
+    weight, inner = (1 + rows(2, num_features, dtype, seed=1).contiguous() / 4).unbind()
+    for plus_one in (False, True):
+        expected_sum, got_sum = residual.clone(), residual.clone()
+        normed = norm_kernel.launch(x, None, Norm(inner, 1e-6, plus_one))
+        expected = norm_kernel.launch(normed, expected_sum, Norm(weight, 1e-6, plus_one))
+        got = norm_kernel.launch(x, got_sum, Norm(weight, 1e-6, plus_one, inner))
+        assert torch.equal(got, expected) and torch.equal(got_sum, expected_sum)
+
+
 @pytest.mark.parametrize("code_dtype", CODES)
 @pytest.mark.parametrize(("num_tokens", "num_features", "dtype"), CASES)
 def test_codes_of_a_norm_are_those_of_its_values(num_tokens, num_features, dtype, code_dtype):
@@ -336,8 +348,8 @@ def test_repeated_runs_and_operators():
     assert same(one, [tensor[77:78] for tensor in first])  # alone as in a batch
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     for op, arguments in (
-        (norm_quant.rms_norm, (x, x.clone(), weight, 1e-6, False)),
-        (norm_quant.rms_norm_codes, (x, None, weight, 1e-6, False, torch.int8, 0, None, None)),
+        (norm_quant.rms_norm, (x, x.clone(), weight, 1e-6, False, None)),
+        (norm_quant.rms_norm_codes, (x, None, weight, 1e-6, False, None, torch.int8, 0, None, None)),
         (silu_quant.gated_activation, (x, "silu")),
         (silu_quant.gated_activation_codes, (x, "silu", torch.int8, 0, None, None)),
         (row_codes.quantize_rows, (x, torch.int8, 0, None, None)),

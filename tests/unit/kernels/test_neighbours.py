@@ -80,14 +80,17 @@ def test_norms_are_those_of_the_runtime(dtype, plus_one):
         random(96, dtype=dtype, seed=2),
     )
     norm = RMSNorm(weight, 1e-6, plus_one=plus_one)
-    assert torch.equal(rms_norm(x, None, weight, 1e-6, plus_one), norm(x))
+    assert torch.equal(rms_norm(x, None, weight, 1e-6, plus_one, None), norm(x))
     residual = before.clone()
     expected = norm(before + x)
-    assert torch.equal(rms_norm(x, residual, weight, 1e-6, plus_one), expected)
+    assert torch.equal(rms_norm(x, residual, weight, 1e-6, plus_one, None), expected)
     assert torch.equal(residual, before + x)
+    inner = RMSNorm(random(96, dtype=dtype, seed=3), 1e-6, plus_one=plus_one)
+    twice = rms_norm(x, before.clone(), weight, 1e-6, plus_one, inner.weight)
+    assert torch.equal(twice, norm(before + inner(x)))
     for code_dtype in CODES:
         residual = before.clone()
-        got = rms_norm_codes(x, residual, weight, 1e-6, plus_one, code_dtype, 0, None, None)
+        got = rms_norm_codes(x, residual, weight, 1e-6, plus_one, None, code_dtype, 0, None, None)
         assert_codes(got, expected, spec_of(code_dtype, PerToken()))
         assert torch.equal(residual, before + x)
 
@@ -178,9 +181,9 @@ def test_equal_logits_go_to_the_lowest_index():
 def test_what_a_kernel_could_not_read_is_refused():
     x, weight = random(4, 32), random(32)
     for message, call in (
-        ("contiguous features", lambda: rms_norm(x.T, None, weight, 1e-6, False)),
-        ("weight of torch.float32", lambda: rms_norm(x, None, weight.float(), 1e-6, False)),
-        ("residual", lambda: rms_norm(x, x[:2].clone(), weight, 1e-6, False)),
+        ("contiguous features", lambda: rms_norm(x.T, None, weight, 1e-6, False, None)),
+        ("weight of torch.float32", lambda: rms_norm(x, None, weight.float(), 1e-6, False, None)),
+        ("residual", lambda: rms_norm(x, x[:2].clone(), weight, 1e-6, False, None)),
         ("32 by 24", lambda: quantize_rows(x, torch.int8, 24, None, None)),
         ("codes of torch.uint8", lambda: quantize_rows(x, torch.uint8, 0, None, None)),
         ("zero point", lambda: quantize_rows(x, torch.int8, 0, None, torch.zeros(1, dtype=torch.int8))),
@@ -215,8 +218,8 @@ def test_operators_say_what_they_return_and_write():
     tables = (torch.arange(4), torch.ones(8, 4), torch.zeros(8, 4), torch.arange(4))
     for op, arguments in (
         (quantize_rows, (x, torch.int8, 32, None, None)),
-        (rms_norm, (x, x.clone(), weight, 1e-6, False)),
-        (rms_norm_codes, (x, x.clone(), weight, 1e-6, False, torch.int8, 0, None, None)),
+        (rms_norm, (x, x.clone(), weight, 1e-6, False, None)),
+        (rms_norm_codes, (x, x.clone(), weight, 1e-6, False, None, torch.int8, 0, None, None)),
         (gated_activation, (x, "silu")),
         (gated_activation_codes, (x, "silu", torch.int8, 0, None, None)),
         (rope_append, (x, *tables, None, None, 1e-6, False, *pages, torch.ones(1), torch.ones(1))),
