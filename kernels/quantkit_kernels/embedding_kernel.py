@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit_kernels.capability import starts_early
 from quantkit_kernels.embedding import check
 from quantkit_kernels.row_codes_kernel import rounded
-from quantkit_kernels.triton_launch import Launcher
+from quantkit_kernels.triton_launch import Launcher, num_parts
 
 WORDS, NUM_WARPS = 128, 4
 
@@ -66,7 +66,7 @@ def launch(
     if len(token_ids_T) > 0:
         shape = (packed.shape[1], num_features, scale_VG.shape[1], bits)
         _gather(
-            (len(token_ids_T), triton.cdiv(packed.shape[1], words)),
+            (len(token_ids_T), num_parts(packed.shape[1], words)),
             (token_ids_T, packed, scale_VG, rows_TK, multiplier),
             (*shape, multiplier != 1.0, early, words),
             num_warps=num_warps,

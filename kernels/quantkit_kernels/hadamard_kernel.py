@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit_kernels.capability import starts_early
 from quantkit_kernels.hadamard import check
-from quantkit_kernels.triton_launch import Launcher
+from quantkit_kernels.triton_launch import Launcher, num_parts
 
 SHAPES = {
     2: (64, 4),
@@ -64,7 +64,7 @@ def launch(x_TK: Tensor, width: int) -> Tensor:
     early = starts_early(x_TK.device)
     if num_pieces > 0:
         _hadamard(
-            (triton.cdiv(num_pieces, rows), 1),
+            (num_parts(num_pieces, rows), 1),
             (x_TK, y_TK, num_pieces, x_TK.stride(0)),
             (x_TK.shape[1] // width, width, width**-0.5, early, rows),
             num_warps=num_warps,

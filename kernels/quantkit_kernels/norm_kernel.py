@@ -16,7 +16,7 @@ from quantkit_kernels.capability import starts_early
 from quantkit_kernels.norm_quant import Norm, check
 from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.row_codes_kernel import as_bytes, constants, rounded, store_codes, warps_for
-from quantkit_kernels.triton_launch import Launcher
+from quantkit_kernels.triton_launch import Launcher, power_above
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _run(
     num_tokens, num_features = x_TE.shape
     if num_tokens == 0:
         return
-    block = triton.next_power_of_2(num_features)
+    block = power_above(num_features)
     early = starts_early(x_TE.device)
     strides = (x_TE.stride(0), 0 if residual_TE is None else residual_TE.stride(0), stride_scale)
     _norm(

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit_kernels.capability import converts_float8, starts_early
 from quantkit_kernels.rope_append import LARGEST_CODE, Append
 from quantkit_kernels.row_codes_kernel import as_bytes, code_of, rounded, scale_of, scaled_by
-from quantkit_kernels.triton_launch import Launcher
+from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 
 ELEMENTS, NUM_WARPS = 1024, 4  # of a program
 
@@ -130,8 +130,8 @@ def launch(step: Append, *, elements: int = ELEMENTS, num_warps: int = NUM_WARPS
     q_TQD = step.qkv_TX.new_empty(num_tokens, num_queries, head_dim)
     if num_tokens == 0:
         return q_TQD
-    columns = triton.next_power_of_2(head_dim)
-    heads = max(1, min(elements // columns, triton.next_power_of_2(num_heads)))
+    columns = power_above(head_dim)
+    heads = max(1, min(elements // columns, power_above(num_heads)))
     is_coded = step.k_scale is not None
     pages = [as_bytes(page) if is_coded else page for page in (step.k_PHSD, step.v_PHSD)]
     early = starts_early(step.qkv_TX.device)
@@ -144,7 +144,7 @@ def launch(step: Append, *, elements: int = ELEMENTS, num_warps: int = NUM_WARPS
         converts_float8(step.qkv_TX.device),
     )
     _rope_append(
-        (num_tokens, triton.cdiv(num_queries, heads) + 2 * triton.cdiv(num_heads, heads)),
+        (num_tokens, num_parts(num_queries, heads) + 2 * num_parts(num_heads, heads)),
         (step.qkv_TX, *tables, q_TQD, *pages, step.k_scale, step.v_scale, *strides, step.eps),
         (*shape, step.plus_one, *how, early, heads, columns),
         num_warps=num_warps,

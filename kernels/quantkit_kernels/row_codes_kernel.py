@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantkit_kernels.capability import converts_float8, starts_early
 from quantkit_kernels.rounding import E4M3_MAX, e4m3_bits, round_e4m3
 from quantkit_kernels.row_codes import Codes, check_rows
-from quantkit_kernels.triton_launch import Launcher
+from quantkit_kernels.triton_launch import Launcher, power_above
 
 ELEMENTS_OF_A_WARP = 512  # 16 of a thread: two loads of 16 bytes of each operand in flight
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: a sum with it ends in the integer's bits
@@ -128,7 +128,7 @@ def launch(x_TK: Tensor, codes: Codes, *, num_warps: int | None = None) -> tuple
     check_rows(x_TK)
     codes.check(num_features)
     codes_TK, scale_TG = codes.empty(x_TK, num_features)
-    block = triton.next_power_of_2(num_features)
+    block = power_above(num_features)
     early = starts_early(x_TK.device)
     if num_tokens > 0:
         strides = (x_TK.stride(0), scale_TG.stride(0))

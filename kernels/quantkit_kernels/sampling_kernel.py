@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit_kernels.capability import starts_early
 from quantkit_kernels.sampling import check
-from quantkit_kernels.triton_launch import Launcher
+from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 
 PART, PART_WARPS = 2048, 4
 TOPK_WARPS = 16
@@ -141,15 +141,15 @@ def launch_argmax(logits_BV: Tensor, *, part: int = PART, num_warps: int = PART_
     """`argmax` without the operator around it."""
     check(logits_BV)
     num_rows, num_logits = logits_BV.shape
-    num_parts = triton.cdiv(num_logits, part)
-    keys = logits_BV.new_empty(num_rows, num_parts, dtype=torch.int64)
+    parts = num_parts(num_logits, part)
+    keys = logits_BV.new_empty(num_rows, parts, dtype=torch.int64)
     tokens_B = keys.new_empty(num_rows)
     early = starts_early(logits_BV.device)
     if num_rows > 0:
         arguments = (logits_BV, keys, num_logits, logits_BV.stride(0))
-        _best_of_parts((num_rows, num_parts), arguments, (early, part), num_warps=num_warps, early=early)
-        block = triton.next_power_of_2(num_parts)
-        _argmax((num_rows, 1), (keys, tokens_B), (num_parts, early, block), num_warps=1, early=early)
+        _best_of_parts((num_rows, parts), arguments, (early, part), num_warps=num_warps, early=early)
+        block = power_above(parts)
+        _argmax((num_rows, 1), (keys, tokens_B), (parts, early, block), num_warps=1, early=early)
     return tokens_B
 
 
@@ -159,16 +159,16 @@ def launch_topk(
     """`topk` without the operator around it."""
     check(logits_BV, num_kept)
     num_rows, num_logits = logits_BV.shape
-    num_groups = triton.cdiv(num_logits, GROUP)
+    num_groups = num_parts(num_logits, GROUP)
     groups = logits_BV.new_empty(num_rows, num_groups, dtype=torch.int32)
     values = logits_BV.new_empty(num_rows, num_kept, dtype=torch.float32)
     tokens = groups.new_empty(num_rows, num_kept, dtype=torch.int64)
-    kept = max(triton.next_power_of_2(num_kept), 2)
-    tops = max(triton.next_power_of_2(triton.cdiv(num_groups, GROUP)), kept)
+    kept = max(power_above(num_kept), 2)
+    tops = max(power_above(num_parts(num_groups, GROUP)), kept)
     early = starts_early(logits_BV.device)
     if num_rows > 0:
         _best_of_groups(
-            (num_rows, triton.cdiv(num_logits, part)),
+            (num_rows, num_parts(num_logits, part)),
             (logits_BV, groups, num_logits, num_groups, logits_BV.stride(0)),
             (early, part, GROUP),
             num_warps=PART_WARPS,

@@ -16,7 +16,7 @@ from quantkit_kernels.capability import starts_early
 from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.row_codes_kernel import as_bytes, constants, rounded, store_codes, warps_for
 from quantkit_kernels.silu_quant import check
-from quantkit_kernels.triton_launch import Launcher
+from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 
 PART, PART_WARPS = 2048, 8
 
@@ -68,7 +68,7 @@ def launch(gate_up_TF: Tensor, activation: str, *, part: int = PART, num_warps: 
     early = starts_early(gate_up_TF.device)
     if num_tokens > 0:
         _activation(
-            (num_tokens, triton.cdiv(num_features, part)),
+            (num_tokens, num_parts(num_features, part)),
             (gate_up_TF, product_TF, None, None, None, None, gate_up_TF.stride(0), 0),
             (num_features, activation == "silu", 0, 1.0, False, False, early, part),
             num_warps=num_warps,
@@ -87,13 +87,13 @@ def launch_codes(
     codes_TF, scale_TG = codes.empty(gate_up_TF, num_features)
     block, warps = max(PART, codes.group), PART_WARPS
     if codes.static_scale is None and codes.group == 0:
-        block = triton.next_power_of_2(num_features)
+        block = power_above(num_features)
         warps = warps_for(block)
     early = starts_early(gate_up_TF.device)
     if num_tokens > 0:
         results = (None, as_bytes(codes_TF), scale_TG, codes.static_scale, codes.zero_point)
         _activation(
-            (num_tokens, triton.cdiv(num_features, block)),
+            (num_tokens, num_parts(num_features, block)),
             (gate_up_TF, *results, gate_up_TF.stride(0), scale_TG.stride(0)),
             (num_features, activation == "silu", *constants(codes, gate_up_TF.device), early, block),
             num_warps=num_warps or warps,
