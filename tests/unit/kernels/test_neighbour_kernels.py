@@ -197,6 +197,21 @@ def test_every_variant_stays_in_registers(code):
         assert_stays_in_registers(resources)
 
 
+def test_only_weights_are_read_before_the_kernel_in_front_has_ended():
+    for resources, early_loads in (
+        (compile_norm(90), 2),
+        (compile_rows(90, "int8"), 0),
+        (compile_activation(90), 0),
+        (compile_rope(90, largest=448.0), 0),
+        (compile_hadamard(90), 0),
+        (compile_gather(90, 4), 0),
+        *((resources, 0) for resources in compile_choices(90)),
+    ):
+        before = resources.sass.partition("ACQBULK")[0]
+        assert before.count("LDG") == early_loads
+        assert "STG" not in before
+
+
 def test_float8_is_converted_by_an_instruction_where_there_is_one():
     for capability in CAPABILITIES:
         assert ("E4M3" in compile_rows(capability, "fp8").sass) == (capability >= 89)
