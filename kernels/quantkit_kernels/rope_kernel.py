@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit_kernels.capability import converts_float8, starts_early
 from quantkit_kernels.rope_append import LARGEST_CODE, Append
-from quantkit_kernels.row_codes_kernel import as_bytes, code_of, rounded, scale_of, scaled_by
+from quantkit_kernels.row_codes_kernel import amax_of, as_bytes, code_of, rounded, scale_of, scaled_by
 from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 
 ELEMENTS, NUM_WARPS = 1024, 4  # of a program
@@ -59,7 +59,7 @@ def store_heads(
         tl.store(at, x_HD.to(DTYPE), mask=is_there)
     else:
         if IS_PER_TOKEN:
-            scale_H = scale_of(tl.max(tl.abs(x_HD), axis=1), LARGEST, DTYPE)
+            scale_H = scale_of(amax_of(x_HD, 1), LARGEST, DTYPE)
             tl.store(scale + (block * NUM_HEADS + head) * BLOCK_SIZE + slot, scale_H, mask=head < NUM_HEADS)
         else:
             scale_H = rounded(tl.load(scale + head, mask=head < NUM_HEADS, other=1.0), DTYPE)

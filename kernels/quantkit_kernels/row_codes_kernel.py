@@ -29,6 +29,12 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def amax_of(x, AXIS: tl.constexpr):
+    """The largest |x|, float32; NaN if any is: as integers, NaN is the largest."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=AXIS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def scale_of(amax, half_range, DTYPE: tl.constexpr):
     """The scale that puts amax at half_range, never 0."""
     eps: tl.constexpr = 2.0**-7 if tl.bfloat16 == DTYPE else (2.0**-10 if tl.float16 == DTYPE else 2.0**-23)
@@ -83,12 +89,12 @@ def store_codes(
         tl.store(scales, scale)
         scaled_K = scaled_by(x_K, scale, DTYPE)
     elif GROUP == 0:
-        scale = scale_of(tl.max(tl.abs(x_K), axis=0), HALF_RANGE, DTYPE)
+        scale = scale_of(amax_of(x_K, 0), HALF_RANGE, DTYPE)
         tl.store(scales, scale)
         scaled_K = scaled_by(x_K, scale, DTYPE)
     else:
         x_GK = tl.reshape(x_K, (x_K.shape[0] // GROUP, GROUP))
-        scale_G = scale_of(tl.max(tl.abs(x_GK), axis=1), HALF_RANGE, DTYPE)
+        scale_G = scale_of(amax_of(x_GK, 1), HALF_RANGE, DTYPE)
         group = first_group + tl.arange(0, x_K.shape[0] // GROUP)
         tl.store(scales + group, scale_G, mask=group * GROUP < num_features)
         scaled_K = tl.reshape(scaled_by(x_GK, scale_G[:, None], DTYPE), x_K.shape)

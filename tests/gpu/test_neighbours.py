@@ -139,6 +139,18 @@ def test_rows_are_encoded_by_definition(num_tokens, num_features, dtype, code_dt
         assert same(got, codes_by_definition(x, Codes(code_dtype, group)))
 
 
+@pytest.mark.parametrize("code_dtype", CODES)
+def test_what_is_not_a_number_shows_in_the_scale_of_its_row(code_dtype):
+    x = rows(4, 128, MODEL_DTYPE)
+    x[1, 77] = torch.nan
+    for group, wrong in (
+        (0, [[False], [True], [False], [False]]),
+        (64, [[False] * 2, [False, True], *[[False] * 2] * 2]),
+    ):
+        _, scale = row_codes_kernel.launch(x, Codes(code_dtype, group))
+        assert scale.isnan().tolist() == wrong
+
+
 @needs_gpu
 @pytest.mark.parametrize("code_dtype", CODES)
 def test_every_quotient_of_bfloat16_is_rounded_like_a_division(code_dtype):
