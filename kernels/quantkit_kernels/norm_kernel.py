@@ -20,12 +20,21 @@ from quantkit_kernels.triton_launch import Launcher, power_above
 
 
 @triton.jit
-def normed_row(x_E, weight_E, eps, NUM_FEATURES: tl.constexpr, PLUS_ONE: tl.constexpr, DTYPE: tl.constexpr):
-    """x / rms(x) · weight, or · (1 + weight), in float32 with the models' roundings."""
+def normed_row(
+    x_E, weight_E, eps, NUM_FEATURES: tl.constexpr, PLUS_ONE: tl.constexpr, IS_ADDED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """x / rms(x) · weight, or · (1 + weight), in float32 with the models' roundings.
+
+    IS_ADDED: something is added to it next. The compiler would make product and sum one instruction, which leaves out
+    the rounding between them; a product that is one already, with 0, it leaves alone.
+    """
     x_E *= tl.math.rsqrt(tl.sum(x_E * x_E, axis=0) / NUM_FEATURES + eps)
     if PLUS_ONE:
-        return rounded(x_E * (1.0 + weight_E), DTYPE)
-    return rounded(weight_E * rounded(x_E, DTYPE), DTYPE)
+        weight_E += 1.0
+    else:
+        x_E = rounded(x_E, DTYPE)
+    return rounded(tl.fma(x_E, weight_E, 0.0) if IS_ADDED else x_E * weight_E, DTYPE)
 
 
 @triton.jit
@@ -47,14 +56,14 @@ def norm_kernel(
         gdc_wait()
     x_E = tl.load(x + token * stride_x + column, mask=is_there, other=0.0).to(tl.float32)
     if inner is not None:
-        x_E = normed_row(x_E, inner_E, eps, NUM_FEATURES, PLUS_ONE, DTYPE)
+        x_E = normed_row(x_E, inner_E, eps, NUM_FEATURES, PLUS_ONE, True, DTYPE)
     if residual is not None:
         at = residual + token * stride_residual + column
         x_E = rounded(x_E + tl.load(at, mask=is_there, other=0.0).to(tl.float32), DTYPE)
         tl.store(at, x_E.to(DTYPE), mask=is_there)
     if EARLY:
         gdc_launch_dependents()
-    x_E = normed_row(x_E, weight_E, eps, NUM_FEATURES, PLUS_ONE, DTYPE)
+    x_E = normed_row(x_E, weight_E, eps, NUM_FEATURES, PLUS_ONE, False, DTYPE)
     if normed is not None:
         tl.store(normed + token * NUM_FEATURES + column, x_E.to(DTYPE), mask=is_there)
     else:

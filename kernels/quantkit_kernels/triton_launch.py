@@ -1,8 +1,9 @@
 """Launches of Triton kernels that have been launched before.
 
 Triton asks at each launch what kind each argument is and whether any global has changed, then looks the variant up:
-47 us on one machine, where torch.add takes 8. Here the arguments' kinds are the key themselves, with the constants: the
-variant is the one that Triton chose when it first saw them. Hooks of Triton's profiler see first launches only.
+28 us on one machine, where torch.add takes 10. Here the arguments' kinds are the key, with the constants: the
+variant is the one that Triton chose when it first saw them, and a launch takes 16 us. Hooks of Triton's profiler see
+first launches only.
 """
 
 from typing import Any
