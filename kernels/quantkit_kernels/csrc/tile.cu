@@ -1,0 +1,404 @@
+// y [M, N] = x [M, K] · wᵀ [N, K], w INT4 in fragment order, for tens to hundreds of rows M: tensor cores (wgmma) take w
+// from registers, where it became 16 bits, and x from shared memory.
+//
+//   a cluster:   SHARE tiles of y, each 64 HALVES WARPGROUPS rows of w × the same M_TILE rows of x; `split` blocks a tile
+//                share K; blocks with the same columns load a part of x each, for all of them
+//   a block:     a producer warp streams stages of 128 columns through a ring (bulk copies); each warpgroup multiplies
+//                HALVES times 64 rows of w with all of x's; then the cluster's sums are added in the order of its blocks
+//   a stage   | x: 2 × [M_TILE][64], swizzled | w: [strips][2][32][4] | scales: [strips][rows][16] | zero points |
+//
+// w is the left operand: warp q of a warpgroup holds its 16 × 16 fragments just as fragment order has them. Four of them
+// are in flight, so that the next is made while the tensor cores are at work. x was put into the same order of columns
+// and into the tensor core's order of bytes by tile_x.cu. The weights of the first stages are on their way before x is
+// there (dependent launch).
+//
+// Definitions: SHARE (1 or 2), M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, STAGES, RESIDENT (blocks on a multiprocessor),
+// GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w), ZERO (zero points), IS_BF16 (else fp16),
+// SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
+
+#include "common.cuh"
+
+struct Params {
+  u16* y;
+  const u8* x;      // [M tiles][stages][2][M_TILE][64], from tile_x.cu
+  const u8* w;      // [strips][blocks][32][4] u32
+  const u8* scale;  // [strips][groups][16]; GROUP_ROWS 0: f32 [N]
+  const u8* zero;   // i8 [strips][groups][16]
+  const u16* bias;  // [N], or null
+  int m, n, num_blocks, num_groups, stages_per_group, num_m_tiles;
+};
+
+constexpr int ROWS = 64 * HALVES * WARPGROUPS, STRIPS = ROWS / 16, WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS + 128;
+// Registers of a thread at the start, of a producer and of a consumer: a multiprocessor has 64 K.
+constexpr int REGISTERS = 65536 / (RESIDENT * THREADS) / 8 * 8, FEW = 40;
+constexpr int MANY = (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 < 240
+                         ? (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 : 240;
+constexpr int SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
+constexpr int X_BYTES = M_TILE * 256, W_BYTES = STRIPS * 1024;
+constexpr int S_STRIP = GROUP_ROWS * 16 * SCALE_SIZE, Z_STRIP = ZERO ? GROUP_ROWS * 16 : 0;
+constexpr int X_AT = 0, W_AT = X_AT + STAGES * X_BYTES, S_AT = W_AT + STAGES * W_BYTES;
+constexpr int Z_AT = S_AT + STAGES * STRIPS * S_STRIP, RING_END = Z_AT + STAGES * STRIPS * Z_STRIP;
+constexpr int PITCH = ROWS + 4;  // floats of a row of sums: banks
+constexpr int SUMS_END = M_TILE * PITCH * 4;
+constexpr int BARRIERS_AT = (RING_END > SUMS_END ? RING_END : SUMS_END) / 8 * 8 + 8;
+constexpr u32 BASE = IS_BF16 ? 0x43004300 : 0x64006400;  // 128 or 1024, twice: a code in the lowest bits is added
+static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
+constexpr int DEPTH = 4;  // fragments in flight
+
+// ---- tensor cores ----
+
+#define DECADE(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define SUM4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUM16(i) SUM4(i), SUM4(i + 4), SUM4(i + 8), SUM4(i + 12)
+#define FIFTY DECADE() ", " DECADE(1) ", " DECADE(2) ", " DECADE(3) ", " DECADE(4)
+#if M_TILE == 32
+#define SUMS SUM16(0)
+#define NAMES "{" DECADE() ", %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20"
+#elif M_TILE == 64
+#define SUMS SUM16(0), SUM16(16)
+#define NAMES "{" DECADE() ", " DECADE(1) ", " DECADE(2) ", %30, %31}, {%32, %33, %34, %35}, %36"
+#elif M_TILE == 96
+#define SUMS SUM16(0), SUM16(16), SUM16(32)
+#define NAMES \
+  "{" DECADE() ", " DECADE(1) ", " DECADE(2) ", " DECADE(3) \
+  ", %40, %41, %42, %43, %44, %45, %46, %47}, {%48, %49, %50, %51}, %52"
+#elif M_TILE == 128
+#define SUMS SUM16(0), SUM16(16), SUM16(32), SUM16(48)
+#define NAMES "{" FIFTY ", " DECADE(5) ", %60, %61, %62, %63}, {%64, %65, %66, %67}, %68"
+#elif M_TILE == 192
+#define SUMS SUM16(0), SUM16(16), SUM16(32), SUM16(48), SUM16(64), SUM16(80)
+#define NAMES \
+  "{" FIFTY ", " DECADE(5) ", " DECADE(6) ", " DECADE(7) ", " DECADE(8) \
+  ", %90, %91, %92, %93, %94, %95}, {%96, %97, %98, %99}, %100"
+#elif M_TILE == 256
+#define SUMS SUM16(0), SUM16(16), SUM16(32), SUM16(48), SUM16(64), SUM16(80), SUM16(96), SUM16(112)
+#define NAMES \
+  "{" FIFTY ", " DECADE(5) ", " DECADE(6) ", " DECADE(7) ", " DECADE(8) ", " DECADE(9) ", " DECADE(10) ", " DECADE(11) \
+  ", %120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, %131}, %132"
+#endif
+#if IS_BF16
+#define SIXTEEN "bf16"
+#else
+#define SIXTEEN "f16"
+#endif
+#define TEXT_OF(n) #n
+#define TEXT(n) TEXT_OF(n)
+
+// d [64 × M_TILE] += a [64 × 16] · x [M_TILE × 16]ᵀ, asynchronously.
+inline void multiply(float (&d)[M_TILE / 2], const u32 (&a)[4], u64 x) {
+  asm volatile(
+      "{ .reg .pred add; setp.eq.u32 add, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n" TEXT(M_TILE) "k16.f32." SIXTEEN "." SIXTEEN " " NAMES ", add, 1, 1, 0; }"
+      : SUMS
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
+}
+
+inline void registers_are_written() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int IN_FLIGHT>
+inline void wait_but() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
+}
+
+// [rows][64] in shared memory, rows of 128 bytes, the eight 16-byte chunks of row r in the order c ^ (r % 8).
+inline u64 descriptor(u32 address) {
+  constexpr u64 SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 64ull << 32, UNUSED = 1ull << 16;
+  return SWIZZLE_128 | EIGHT_ROWS | UNUSED | (address & 0x3FFFF) >> 4;
+}
+
+// ---- weights ----
+
+inline u32 sub2(u32 a, u32 b) {
+  u32 d;
+  asm("sub." SIXTEEN "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+inline u32 mul2(u32 a, u32 b) {
+  u32 d;
+  asm("mul." SIXTEEN "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+// {hi, lo} in 16 bits.
+inline u32 pack2(float lo, float hi) {
+  u32 d;
+  asm("cvt.rn." SIXTEEN "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+  return d;
+}
+
+inline float widen(u16 bits) {
+  float f;
+#if IS_BF16
+  f = __uint_as_float(static_cast<u32>(bits) << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+#endif
+  return f;
+}
+
+// What a lane needs to make weights of its rows g and g + 8.
+struct Grid {
+  u32 offset[2], scale[2];
+};
+
+// A scale twice, in the dtype of x.
+inline u32 twice(const u8* scale, int i) {
+  if constexpr (SCALE_KIND == 2) {
+    const float s = reinterpret_cast<const float*>(scale)[i];
+    return pack2(s, s);
+  }
+  const u32 s = reinterpret_cast<const u16*>(scale)[i];
+  if constexpr (SCALE_KIND == (IS_BF16 ? 0 : 1)) return __byte_perm(s, 0, 0x1010);
+  float f;
+  if constexpr (SCALE_KIND == 0)
+    f = __uint_as_float(s << 16);
+  else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(static_cast<u16>(s)));
+  return pack2(f, f);
+}
+
+inline Grid grid_of(const u8* scale, const u8* zero, int g) {
+  Grid grid;
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    grid.offset[below] = BASE + 0x00080008;
+    if constexpr (ZERO) grid.offset[below] += reinterpret_cast<const signed char*>(zero)[g + 8 * below] * 0x00010001;
+    if constexpr (GROUP_ROWS > 0) grid.scale[below] = twice(scale, g + 8 * below);
+  }
+  return grid;
+}
+
+// Eight codes to the 16 × 16 fragment's four registers: (128 + u) − (136 + zero) is exact, then one rounding.
+inline void fragment(u32 (&a)[4], u32 word, const Grid& grid) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    u32 code;
+    asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(code) : "r"(word >> 4 * r), "n"(BASE));
+    a[r] = sub2(code, grid.offset[r & 1]);
+    if constexpr (GROUP_ROWS > 0) a[r] = mul2(a[r], grid.scale[r & 1]);
+  }
+}
+
+// ---- memory, clusters ----
+
+inline u64 evict_last() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Copies into shared memory see barriers that are initialised.
+inline void barriers_are_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+inline u32 cluster_size() {
+  u32 n;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
+  return n;
+}
+
+inline u32 cluster_rank() {
+  u32 r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+
+inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// An arrival at the barrier that lies at this address in another block.
+inline void arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank)
+      : "memory");
+}
+
+// A bulk copy to the same address of every block in the mask, where the same barrier counts it.
+inline void bulk_copy_to(u16 mask, u32 to_shared, const void* from_global, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4, %5;" ::"r"(to_shared), "l"(from_global), "r"(bytes), "r"(barrier), "h"(mask), "l"(policy)
+      : "memory");
+}
+
+inline float4 load_of(u32 address, u32 rank) {
+  float4 v;
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+
+// ---- the parts of a block ----
+
+struct Work {
+  int strip, m_tile, first_stage, num_stages, first_rank;  // first_rank: of the blocks with the same columns
+};
+
+inline Work work_of(const Params& p, int split, int rank) {
+  const int cluster = blockIdx.x / (split * SHARE), stages = (p.num_blocks + 1) / 2, part = rank / SHARE;
+  const int first = stages * part / split, n_tile = cluster / p.num_m_tiles * SHARE + rank % SHARE;
+  return {n_tile * STRIPS, cluster % p.num_m_tiles, first, stages * (part + 1) / split - first, part * SHARE};
+}
+
+// Lane i copies the weights of strip i, its scales and zero points; the last lane x.
+inline void produce(const Params& p, const Work& work, u32 shared, int rank) {
+  const int lane = threadIdx.x % 32, strip = work.strip + lane, all_stages = (p.num_blocks + 1) / 2;
+  const int num_strips = max(0, min(STRIPS, (p.n + 15) / 16 - work.strip));
+  const u64 once = evict_first(), often = evict_last();
+  auto full = [&](int slot) { return shared + BARRIERS_AT + slot * 16; };
+  auto copy_weights = [&](int i, int slot) {
+    const int stage = work.first_stage + i, num_bytes = min(2, p.num_blocks - 2 * stage) * 512;
+    const int group = GROUP_ROWS > 1 ? stage * GROUP_ROWS : stage / p.stages_per_group;
+    const int groups = GROUP_ROWS ? min(GROUP_ROWS, p.num_groups - group) : 0;
+    if (lane == 0)
+      barrier_expect(full(slot), X_BYTES + num_strips * (num_bytes + groups * 16 * (SCALE_SIZE + (ZERO ? 1 : 0))));
+    __syncwarp();
+    if (lane < num_strips) {
+      const u64 from = static_cast<u64>(strip) * p.num_blocks + 2 * stage;
+      bulk_copy(shared + W_AT + slot * W_BYTES + lane * 1024, p.w + from * 512, num_bytes, full(slot), once);
+      const u64 row = (static_cast<u64>(strip) * p.num_groups + group) * 16;
+      if constexpr (GROUP_ROWS > 0)
+        bulk_copy(shared + S_AT + (slot * STRIPS + lane) * S_STRIP, p.scale + row * SCALE_SIZE,
+                  groups * 16 * SCALE_SIZE, full(slot), once);
+      if constexpr (GROUP_ROWS > 0 && ZERO)
+        bulk_copy(shared + Z_AT + (slot * STRIPS + lane) * Z_STRIP, p.zero + row, groups * 16, full(slot), once);
+    }
+  };
+  auto copy_x = [&](int i, int slot) {
+    const u64 from = static_cast<u64>(work.m_tile) * all_stages + work.first_stage + i;
+    const u8* x = p.x + from * X_BYTES;
+    const u32 to = shared + X_AT + slot * X_BYTES, part = (rank - work.first_rank) * (X_BYTES / SHARE);
+    if (SHARE == 1 && lane == 31) bulk_copy(to, x, X_BYTES, full(slot), often);
+    if (SHARE > 1 && lane == 31)
+      bulk_copy_to(((1 << SHARE) - 1) << work.first_rank, to + part, x + part, X_BYTES / SHARE, full(slot), often);
+  };
+  const int ahead = min(STAGES, work.num_stages);
+#pragma unroll 1
+  for (int i = 0; i < ahead; ++i) copy_weights(i, i);
+  wait_for_previous();
+#pragma unroll 1
+  for (int i = 0; i < ahead; ++i) copy_x(i, i);
+  int slot = 0, parity = 0;
+#pragma unroll 1
+  for (int i = ahead; i < work.num_stages; ++i) {
+    barrier_wait(full(slot) + 8, parity);
+    copy_weights(i, slot);
+    copy_x(i, slot);
+    if (++slot == STAGES) slot = 0, parity ^= 1;
+  }
+  launch_dependents();
+}
+
+// The sums of one warpgroup: d[h][4 i + 2 b + c] is row g + 8 b of this warp's strip h, row 8 i + 2 t + c of x.
+inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int strip = warp / 4 * 4 * HALVES + warp % 4;  // and every fourth after it
+  float d[HALVES][M_TILE / 2] = {};
+  u32 a[DEPTH][4];
+  int slot = 0, parity = 0, last = STAGES - 1;
+  for (int i = 0; i < work.num_stages; ++i) {
+    const u32 full = shared + BARRIERS_AT + slot * 16;
+    barrier_wait(full, parity);
+    const u32 w = shared + W_AT + slot * W_BYTES + strip * 1024 + lane * 16;
+    auto grid_at = [&](int h, int r) {  // beyond the last group x is zero, and what multiplies it has to be finite
+      const int row = GROUP_ROWS > 1 ? min(r, p.num_groups - 1 - (work.first_stage + i) * GROUP_ROWS) : 0;
+      const int at = slot * STRIPS + strip + 4 * h;
+      return grid_of(memory + S_AT + at * S_STRIP + row * 16 * SCALE_SIZE, memory + Z_AT + at * Z_STRIP + row * 16, g);
+    };
+    const u64 x = descriptor(shared + X_AT + slot * X_BYTES);
+    Grid grid[HALVES];
+    Vec16 words[HALVES];
+#pragma unroll
+    for (int f = 0; f < 8 * HALVES; ++f) {
+      const int j = f / HALVES, h = f % HALVES;
+      if (f % (4 * HALVES) < HALVES) words[h] = load_shared(w + h * 4096 + j / 4 * 512);
+      if (j % (8 / max(GROUP_ROWS, 1)) == 0) grid[h] = grid_at(h, j * GROUP_ROWS / 8);
+      wait_but<DEPTH - 1>();
+      if (f == DEPTH - 1 && i > 0 && lane < SHARE) {
+        const u32 empty = shared + BARRIERS_AT + last * 16 + 8;
+        if (SHARE == 1)
+          barrier_arrive(empty);
+        else
+          arrive_at(empty, work.first_rank + lane);
+      }
+      fragment(a[f % DEPTH], words[h].w[j % 4], grid[h]);
+      registers_are_written();
+      multiply(d[h], a[f % DEPTH], x + (j / 4) * (M_TILE * 128 / 16) + (j % 4) * 2);
+      commit();
+    }
+    last = slot;
+    if (++slot == STAGES) slot = 0, parity ^= 1;
+  }
+  wait_but<0>();
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");  // nobody reads the ring any more
+#pragma unroll
+  for (int h = 0; h < HALVES; ++h) {
+    float* sums = reinterpret_cast<float*>(memory) + 16 * (strip + 4 * h) + g;
+#pragma unroll
+    for (int i = 0; i < M_TILE / 8; ++i)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[(8 * i + 2 * t + c % 2) * PITCH + 8 * (c / 2)] = d[h][4 * i + c];
+  }
+}
+
+// Rows rank, rank + size, … of the tile: add up the blocks' sums in order, scale, round, store.
+inline void store(const Params& p, const Work& work, u32 shared, int split, int rank) {
+  constexpr int PER_ROW = ROWS / 4, STEP = 32 * WARPS / PER_ROW;
+  const int column = threadIdx.x % PER_ROW * 4, n = work.strip * 16 + column, first_m = work.m_tile * M_TILE;
+  const int num_rows = min(M_TILE, p.m - first_m), here = min(4, p.n - n);
+  float scale[4] = {1, 1, 1, 1}, bias[4] = {0, 0, 0, 0};
+  for (int c = 0; c < here; ++c) {
+    if (GROUP_ROWS == 0) scale[c] = reinterpret_cast<const float*>(p.scale)[n + c];
+    if (p.bias != nullptr) bias[c] = widen(p.bias[n + c]);
+  }
+  for (int row = rank / SHARE + threadIdx.x / PER_ROW * split; row < num_rows; row += STEP * split) {
+    float4 sum = {0, 0, 0, 0};
+    for (int from = rank % SHARE; from < split * SHARE; from += SHARE) {
+      const float4 part = load_of(shared + (row * PITCH + column) * 4, from);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    u32 pair[2] = {pack2(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]),
+                   pack2(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3])};
+    u16* y = p.y + static_cast<u64>(first_m + row) * p.n + n;
+    if (here == 4 && p.n % 4 == 0) {
+      *reinterpret_cast<uint2*>(y) = {pair[0], pair[1]};
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (c < here) y[c] = static_cast<u16>(pair[c / 2] >> 16 * (c % 2));
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tile(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const u32 shared = shared_address(memory);
+  const int split = cluster_size() / SHARE, rank = cluster_rank();
+  const Work work = work_of(p, split, rank);
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < STAGES; ++slot) {
+      barrier_init(shared + BARRIERS_AT + slot * 16, 1);          // full
+      barrier_init(shared + BARRIERS_AT + slot * 16 + 8, WARPS * SHARE);  // empty
+    }
+    barriers_are_written();
+  }
+  SHARE > 1 ? cluster_sync() : __syncthreads();
+  if (threadIdx.x / 128 == WARPGROUPS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
+    if (threadIdx.x / 32 == WARPS) produce(p, work, shared, rank);
+    cluster_sync();
+    cluster_sync();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
+    consume(p, work, memory, shared);
+    cluster_sync();
+    store(p, work, shared, split, rank);
+    cluster_sync();  // the others may still read these sums
+  }
+}

@@ -1,0 +1,139 @@
+"""Products of tens to hundreds of rows with an INT4 weight: the host's side of `csrc/tile.cu`, which draws the kernel.
+
+x is first put into the order that the tensor cores read (`csrc/tile_x.cu`), rows rounded up to the tile; the product
+starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized weight would be.
+
+Bound: the bytes of the weight up to about 70 rows of x, then the tensor cores. Compute capability 9.0 alone (`wgmma`).
+Shape suffixes: M rows, N out_features, K in_features, G groups.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels import nvrtc
+from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
+from quantkit_kernels.skinny import StripWeight
+
+CAPABILITY = (9, 0)
+WARPGROUPS, THREADS = 2, 3 * 128
+STAGE_COLUMNS = 128
+M_TILES = (32, 64, 96, 128, 192, 256)
+MAX_SPLIT = 8  # blocks of a cluster
+SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks on a multiprocessor
+PARAMS, X_PARAMS = "6P6i", "2P3i"
+SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class Tiling(NamedTuple):
+    """m_tile rows of x, halves · 128 rows of w a block, blocks that share K, blocks on a multiprocessor, blocks that
+    load x together."""
+
+    m_tile: int
+    halves: int
+    split: int
+    resident: int = 1
+    share: int = 1
+
+
+def tiling_of(num_rows: int, n: int, k: int, num_multiprocessors: int) -> Tiling:
+    """Rows of x in as few tiles as fit; K shared so that the blocks fill the device once."""
+    m_tile = next((tile for tile in M_TILES if tile >= num_rows and tile <= 128), 128)
+    halves = 2
+    tiles = -(-num_rows // m_tile) * -(-n // (128 * halves))
+    split = min(MAX_SPLIT, max(1, num_multiprocessors // tiles), -(-k // STAGE_COLUMNS))
+    return Tiling(m_tile, halves, split)
+
+
+def tile(
+    x_MK: Tensor,
+    weight: StripWeight,
+    *,
+    bias_N: Tensor | None = None,
+    dependent: bool = False,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """x · wᵀ (+ bias), [M, N], in the dtype of x: bf16 or fp16. Any M, N and K.
+
+    dependent: start while the kernel in front still runs. tiling: instead of `tiling_of`.
+    """
+    num_rows, num_cols = x_MK.shape
+    n, k = weight.shape
+    assert num_cols == k, f"x {tuple(x_MK.shape)} for a weight {weight.shape}"
+    assert weight.bits == 4, f"weights of {weight.bits} bits"
+    assert x_MK.dtype in (torch.bfloat16, torch.float16), f"no input in {x_MK.dtype}"
+    assert x_MK.stride(1) == 1, "columns of x have to be next to each other"
+    assert bias_N is None or bias_N.dtype == x_MK.dtype, "bias and output have one dtype"
+    y_MN = torch.empty(num_rows, n, dtype=x_MK.dtype, device=x_MK.device)
+    if num_rows == 0:
+        return y_MN
+    sms = torch.cuda.get_device_properties(x_MK.device).multi_processor_count
+    tiling = tiling or tiling_of(num_rows, n, k, sms)
+    ordered = _ordered(x_MK, tiling.m_tile, dependent=dependent)
+    stages, shared_bytes = ring_of(weight, tiling)
+    kernel = nvrtc.load("tile.cu", "tile", PARAMS, defines_of(weight, x_MK.dtype, tiling, stages))
+    num_m_tiles, num_groups = -(-num_rows // tiling.m_tile), _num_groups(weight)
+    num_clusters = num_m_tiles * -(-n // (64 * WARPGROUPS * tiling.halves * tiling.share))
+    cluster = tiling.split * tiling.share
+    tensors = (y_MN, ordered, weight.stored, weight.scale, weight.zero_point, bias_N)
+    numbers = (num_rows, n, -(-k // BLOCK_COLUMNS), num_groups)
+    numbers += (max(1, weight.group_size // STAGE_COLUMNS), num_m_tiles)
+    args = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors) + numbers
+    grid = (num_clusters * cluster,)
+    kernel.launch(grid, THREADS, args, shared_bytes=shared_bytes, cluster=cluster, dependent=True)
+    return y_MN
+
+
+def _ordered(x_MK: Tensor, m_tile: int, *, dependent: bool) -> Tensor:
+    """x in the order of `csrc/tile_x.cu`."""
+    num_rows, k = x_MK.shape
+    num_tiles, num_blocks = -(-num_rows // m_tile), -(-k // STAGE_COLUMNS) * 2
+    out = torch.empty(num_tiles * num_blocks * m_tile * BLOCK_COLUMNS, dtype=x_MK.dtype, device=x_MK.device)
+    is_paired = k % 2 == 0 and x_MK.stride(0) % 2 == 0 and x_MK.data_ptr() % 4 == 0
+    kernel = nvrtc.load("tile_x.cu", "tile_x", X_PARAMS, (("M_TILE", m_tile), ("PAIRS", int(is_paired))))
+    args = (out.data_ptr(), x_MK.data_ptr(), num_rows, k, x_MK.stride(0))
+    kernel.launch((num_tiles * m_tile // 32, num_blocks), 256, args, dependent=dependent)
+    return out
+
+
+def _num_groups(weight: StripWeight) -> int:
+    return weight.scale.shape[1] if weight.group_size and weight.scale is not None else 0
+
+
+def _group_rows(weight: StripWeight) -> int:
+    """Groups in a stage; 0: one scale for a whole row of the weight."""
+    return max(1, STAGE_COLUMNS // weight.group_size) if weight.group_size else 0
+
+
+def ring_of(weight: StripWeight, tiling: Tiling) -> tuple[int, int]:
+    """Stages, and bytes of shared memory: the ring or, after it, the sums; then the barriers."""
+    rows = 64 * WARPGROUPS * tiling.halves
+    stage = tiling.m_tile * STAGE_COLUMNS * 2 + rows * STAGE_COLUMNS // 2
+    groups = _group_rows(weight)
+    if groups and weight.scale is not None:
+        stage += groups * rows * (weight.scale.element_size() + (weight.zero_point is not None))
+    sums = tiling.m_tile * (rows + 4) * 4
+    stages = (SHARED_BYTES[tiling.resident] - 16) // (stage + 16)
+    assert stages >= 2 and sums < SHARED_BYTES[tiling.resident] - 1024, f"{tiling} takes too much shared memory"
+    return stages, max(stages * stage, sums) // 8 * 8 + 8 + stages * 16
+
+
+def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling, stages: int) -> nvrtc.Defines:
+    """What `csrc/tile.cu` is specialised for."""
+    assert weight.scale is not None
+    assert not weight.group_size or weight.group_size in (32, 64) or weight.group_size % STAGE_COLUMNS == 0, (
+        f"groups of {weight.group_size}"
+    )
+    return (
+        ("M_TILE", tiling.m_tile),
+        ("SHARE", tiling.share),
+        ("WARPGROUPS", WARPGROUPS),
+        ("HALVES", tiling.halves),
+        ("STAGES", stages),
+        ("RESIDENT", tiling.resident),
+        ("GROUP_ROWS", _group_rows(weight)),
+        ("ZERO", int(weight.zero_point is not None)),
+        ("IS_BF16", int(dtype == torch.bfloat16)),
+        ("SCALE_KIND", SCALE_KINDS[weight.scale.dtype]),
+    )

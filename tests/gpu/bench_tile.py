@@ -1,0 +1,109 @@
+"""Times of products of tens to thousands of rows with INT4 weights, for every tiling that may be good.
+
+    PYTHONPATH=.:kernels python tests/gpu/bench_tile.py [rows …]
+
+The four products of a Llama-3.1-8B layer, group 128 symmetric, random codes and scales, in a CUDA graph over as many
+distinct weights as make the L2 cache useless; every product starts while the one in front still runs. us.
+"""
+
+import itertools
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from quantkit_kernels import nvrtc
+from quantkit_kernels.skinny import StripWeight
+from quantkit_kernels.tile import Tiling, defines_of, ring_of, tile, tiling_of
+
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+GROUP, CACHE_BYTES = 128, 200 << 20
+KINDS = [(32, 2, 1, 1), (32, 1, 2, 1), (64, 2, 1, 1), (64, 2, 1, 2), (64, 1, 2, 1), (64, 1, 2, 2), (96, 2, 1, 1)]
+KINDS += [(128, 2, 1, 1), (128, 2, 1, 2), (128, 1, 1, 1), (192, 1, 1, 1), (256, 1, 1, 1), (256, 1, 1, 2)]
+
+
+def operands(n, k):
+    """Distinct random weights of one shape."""
+    count = -(-CACHE_BYTES // (n * k // 2))
+    words = torch.randint(-(2**31), 2**31 - 1, (count, n // 16, k // 64, 32, 4), device="cuda", dtype=torch.int32)
+    scales = torch.rand(count, n // 16, k // GROUP, 16, device="cuda").add(0.1).to(torch.bfloat16)
+    return [StripWeight(w, s, None, None, (n, k), 4, GROUP) for w, s in zip(words, scales, strict=True)]
+
+
+def microseconds(work, count, repeats=5):
+    """Of one of `count` calls in a graph."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(repeats):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        graph.replay()
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b) * 1e3 / count)
+    return statistics.median(times)
+
+
+def product(x, weights, tiling):
+    def work():
+        for weight in weights:
+            tile(x, weight, tiling=tiling, dependent=True)
+
+    return microseconds(work, len(weights))
+
+
+def candidates(m, n):
+    """Tilings with a sane number of blocks."""
+    for m_tile, halves, resident, share in KINDS:
+        if not (m_tile >= m and m_tile < 2 * max(m, 17) or m > 128 and m_tile >= 128):
+            continue
+        tiles = -(-m // m_tile) * -(-n // (128 * halves))
+        for split in (1, 2, 3, 4, 5, 8):
+            blocks = tiles * split / resident
+            if split * share <= 8 and (90 <= blocks <= 145 or (split == 1 and blocks >= 56)):
+                yield Tiling(m_tile, halves, split, resident, share)
+
+
+def compile_all():
+    """Every kernel, at the same time."""
+    weight = StripWeight(torch.zeros(1), torch.zeros(1, 1, 16, dtype=torch.bfloat16), None, None, (1, 1), 4, GROUP)
+
+    def compiled(kind):
+        tiling = Tiling(kind[0], kind[1], 1, *kind[2:])
+        defines = defines_of(weight, torch.bfloat16, tiling, ring_of(weight, tiling)[0])
+        nvrtc.cached_cubin("tile.cu", "tile", defines, torch.cuda.get_device_capability())
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compiled, KINDS))
+
+
+def main():
+    rows = [int(a) for a in sys.argv[1:]] or [17, 32, 64, 96, 128, 256, 512]
+    compile_all()
+    print(torch.cuda.get_device_name())
+    best = dict.fromkeys(itertools.product(rows, ["tile", "chosen", "bf16"]), 0.0)
+    for name, (n, k) in SHAPES.items():
+        weights = operands(n, k)
+        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(-(-CACHE_BYTES // (2 * n * k)))]
+        for m in rows:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            times = {t: product(x, weights, t) for t in candidates(m, n)}
+            bf16 = microseconds(lambda x=x: [x @ w.T for w in dense], len(dense))
+            chosen = product(x, weights, tiling_of(m, n, k, 132))
+            ranked = sorted(times, key=times.get)[:6]
+            line = "  ".join(f"{'/'.join(map(str, t))}:{times[t]:.1f}" for t in ranked)
+            print(f"{name:8} M={m:5} bf16 {bf16:.1f} chosen {chosen:.1f} | {line}", flush=True)
+            for kind, time in (("tile", times[ranked[0]]), ("chosen", chosen), ("bf16", bf16)):
+                best[m, kind] += time
+        del weights, dense
+    for m in rows:
+        print(f"layer M={m:5}  bf16 {best[m, 'bf16']:.1f}  tile {best[m, 'tile']:.1f}  chosen {best[m, 'chosen']:.1f}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,132 @@
+"""Products of tens to hundreds of rows with INT4 weights against float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
+
+from quantkit_kernels.skinny import prepare
+from quantkit_kernels.tile import CAPABILITY, Tiling, tile
+from tests.gpu.test_skinny import random_weight, random_x
+from tests.gpu.triton_device import generator, poisoned  # noqa: F401
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY,
+        reason="no GPU of compute capability 9.0",
+    ),
+    pytest.mark.usefixtures("poisoned"),
+]
+ROWS = (1, 17, 31, 33, 64, 65, 96, 128, 129, 257, 1000)
+SHAPES = ((64, 128), (4096, 4096), (576, 1536), (33, 200), (100, 576), (129, 4160), (1030, 77))
+TILINGS = (
+    Tiling(32, 2, 1),
+    Tiling(32, 1, 4, 2),
+    Tiling(64, 2, 8),
+    Tiling(64, 1, 3, 2),
+    Tiling(96, 2, 5),
+    Tiling(128, 2, 2),
+    Tiling(128, 1, 7),
+    Tiling(192, 1, 2),
+    Tiling(256, 1, 1),
+    Tiling(256, 1, 3),
+    Tiling(64, 1, 4, 2, 2),
+    Tiling(128, 2, 1, 1, 2),
+    Tiling(256, 1, 3, 1, 2),
+)
+
+
+def as_multiplied(weight, dtype):
+    """The weights in float64 that the tensor cores see: rounded once in groups, exact with a scale per row."""
+    n, k = weight.codes_NK.shape
+    of_row = torch.arange(n, device="cuda") // weight.tile[0]
+    of_col = torch.arange(k, device="cuda") // weight.tile[1]
+    w, scale = weight.codes_NK.to(torch.int32), weight.scale_RG[of_row]
+    if weight.zero_point_RG is not None:
+        w = w - weight.zero_point_RG.to(torch.int32)[of_row][:, of_col]
+    elif weight.tile[1] >= k:
+        return w.double() * scale.double()
+    return (w.to(dtype) * scale.to(dtype)[:, of_col]).double()
+
+
+def check(y, x, w, bias=None):
+    """One rounding of the output, and float32 sums of K products in any order."""
+    expected = x.double() @ w.T + (0 if bias is None else bias.double())
+    bound = torch.finfo(y.dtype).eps * expected.abs()
+    bound += 2**-22 * (x.shape[1] / 16 + 16) * (x.double().abs() @ w.abs().T) + torch.finfo(y.dtype).tiny
+    error = (y.double() - expected).abs()
+    assert torch.isfinite(y).all(), f"{(~torch.isfinite(y)).sum()} of {y.numel()} are not finite"
+    assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound, {(error > bound).double().mean():.3f} of y"
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_symmetric_in_groups(m, n, k):
+    weight, _ = random_weight(n, k, group=128)
+    x = random_x(m, k, torch.bfloat16)
+    check(tile(x, prepare(weight)), x, as_multiplied(weight, x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize(("n", "k"), SHAPES[1:5])
+def test_every_granularity(n, k, group, asymmetric, dtype):
+    weight, _ = random_weight(n, k, group=group, asymmetric=asymmetric)
+    x, bias = random_x(50, k, dtype), torch.randn(n, generator=generator(3)).to(dtype).cuda()
+    check(tile(x, prepare(weight), bias_N=bias), x, as_multiplied(weight, dtype), bias)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_of_every_dtype(dtype, scale_dtype):
+    weight, _ = random_weight(576, 1536, group=32, asymmetric=True, scale_dtype=scale_dtype)
+    x = random_x(33, 1536, dtype)
+    check(tile(x, prepare(weight)), x, as_multiplied(weight, dtype))
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_every_tiling(tiling):
+    for group, asymmetric in ((128, False), (32, True)):
+        weight, _ = random_weight(1030, 2112, group=group, asymmetric=asymmetric)
+        x = random_x(300, 2112, torch.bfloat16)
+        operand = prepare(weight)
+        first = tile(x, operand, tiling=tiling)
+        check(first, x, as_multiplied(weight, x.dtype))
+        assert all(torch.equal(tile(x, operand, tiling=tiling), first) for _ in range(5))
+
+
+def test_what_lies_beyond_x_is_never_seen():
+    weight, _ = random_weight(64, 200, group=64)
+    for stride in (200, 201, 208):
+        around = torch.full((40, stride + 8), float("nan"), dtype=torch.bfloat16, device="cuda")
+        x = around[:37, :200]
+        x.copy_(random_x(37, 200, torch.bfloat16))
+        check(tile(x, prepare(weight)), x, as_multiplied(weight, x.dtype))
+
+
+def test_in_a_graph_with_dependent_launch():
+    first, _ = random_weight(4096, 4096, group=128)
+    second, _ = random_weight(4096, 4096, group=128, seed=9)
+    a, b, x = prepare(first), prepare(second), random_x(64, 4096, torch.bfloat16)
+    for operand in (a, b):
+        tile(x, operand)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        middle = tile(x, a, dependent=True)
+        y = tile(middle, b, dependent=True)
+    for seed in range(5):
+        x.copy_(random_x(64, 4096, torch.bfloat16, seed))
+        graph.replay()
+        check(middle, x, as_multiplied(first, x.dtype))
+        check(y, middle, as_multiplied(second, x.dtype))
+
+
+def test_more_than_2_31_outputs():
+    weight, _ = random_weight(65536, 64, group=32)
+    x = random_x(1 << 15, 64, torch.bfloat16).repeat(2, 1)[: 33 * 1024]
+    y = tile(x, prepare(weight))
+    assert y.numel() > 2**31
+    check(y[-100:], x[-100:], as_multiplied(weight, x.dtype))
+    assert torch.equal(y[: 1 << 10], y[1 << 15 :])
