@@ -22,19 +22,21 @@ STAGE_COLUMNS = 128
 M_TILES = (32, 64, 96, 128, 192, 256)
 MAX_SPLIT = 8  # blocks of a cluster
 SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks on a multiprocessor
-PARAMS, X_PARAMS = "6P6i", "2P3i"
+PARAMS, X_PARAMS = "6P5i", "2P3i"
+MAX_W_STAGES = 8
 SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class Tiling(NamedTuple):
     """m_tile rows of x, halves · 128 rows of w a block, blocks that share K, blocks on a multiprocessor, blocks that
-    load x together."""
+    load x together, stages of x."""
 
     m_tile: int
     halves: int
     split: int
     resident: int = 1
     share: int = 1
+    x_stages: int = 3
 
 
 def tiling_of(num_rows: int, n: int, k: int, num_multiprocessors: int) -> Tiling:
@@ -65,28 +67,20 @@ def tile(
     assert x_MK.dtype in (torch.bfloat16, torch.float16), f"no input in {x_MK.dtype}"
     assert x_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert bias_N is None or bias_N.dtype == x_MK.dtype, "bias and output have one dtype"
-    y_MN = torch.empty(num_rows, n, dtype=x_MK.dtype, device=x_MK.device)
+    tiling = tiling or tiling_of(num_rows, n, k, num_multiprocessors(x_MK.device))
     if num_rows == 0:
-        return y_MN
-    sms = torch.cuda.get_device_properties(x_MK.device).multi_processor_count
-    tiling = tiling or tiling_of(num_rows, n, k, sms)
-    ordered = _ordered(x_MK, tiling.m_tile, dependent=dependent)
-    stages, shared_bytes = ring_of(weight, tiling)
-    kernel = nvrtc.load("tile.cu", "tile", PARAMS, defines_of(weight, x_MK.dtype, tiling, stages))
-    num_m_tiles, num_groups = -(-num_rows // tiling.m_tile), _num_groups(weight)
-    num_clusters = num_m_tiles * -(-n // (64 * WARPGROUPS * tiling.halves * tiling.share))
-    cluster = tiling.split * tiling.share
-    tensors = (y_MN, ordered, weight.stored, weight.scale, weight.zero_point, bias_N)
-    numbers = (num_rows, n, -(-k // BLOCK_COLUMNS), num_groups)
-    numbers += (max(1, weight.group_size // STAGE_COLUMNS), num_m_tiles)
-    args = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors) + numbers
-    grid = (num_clusters * cluster,)
-    kernel.launch(grid, THREADS, args, shared_bytes=shared_bytes, cluster=cluster, dependent=True)
-    return y_MN
+        return x_MK.new_empty(0, n)
+    ordered = order(x_MK, tiling.m_tile, dependent=dependent)
+    return multiply(ordered, num_rows, weight, tiling, bias_N=bias_N)
 
 
-def _ordered(x_MK: Tensor, m_tile: int, *, dependent: bool) -> Tensor:
-    """x in the order of `csrc/tile_x.cu`."""
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def order(x_MK: Tensor, m_tile: int, *, dependent: bool = False) -> Tensor:
+    """x in the order of `csrc/tile_x.cu`, flat."""
     num_rows, k = x_MK.shape
     num_tiles, num_blocks = -(-num_rows // m_tile), -(-k // STAGE_COLUMNS) * 2
     out = torch.empty(num_tiles * num_blocks * m_tile * BLOCK_COLUMNS, dtype=x_MK.dtype, device=x_MK.device)
@@ -95,6 +89,24 @@ def _ordered(x_MK: Tensor, m_tile: int, *, dependent: bool) -> Tensor:
     args = (out.data_ptr(), x_MK.data_ptr(), num_rows, k, x_MK.stride(0))
     kernel.launch((num_tiles * m_tile // 32, num_blocks), 256, args, dependent=dependent)
     return out
+
+
+def multiply(
+    ordered: Tensor, num_rows: int, weight: StripWeight, tiling: Tiling, *, bias_N: Tensor | None = None
+) -> Tensor:
+    """The product with what `order` made of x; starts while that is still being made."""
+    n, k = weight.shape
+    y_MN = torch.empty(num_rows, n, dtype=ordered.dtype, device=ordered.device)
+    defines, shared_bytes = defines_of(weight, ordered.dtype, tiling), shared_bytes_of(weight, tiling)
+    kernel = nvrtc.load("tile.cu", "tile", PARAMS, defines)
+    num_m_tiles, cluster = -(-num_rows // tiling.m_tile), tiling.split * tiling.share
+    num_clusters = num_m_tiles * -(-n // (64 * WARPGROUPS * tiling.halves * tiling.share))
+    tensors = (y_MN, ordered, weight.stored, weight.scale, weight.zero_point, bias_N)
+    numbers = (num_rows, n, -(-k // BLOCK_COLUMNS), _num_groups(weight), num_m_tiles)
+    args = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors) + numbers
+    grid = (num_clusters * cluster,)
+    kernel.launch(grid, THREADS, args, shared_bytes=shared_bytes, cluster=cluster, dependent=True)
+    return y_MN
 
 
 def _num_groups(weight: StripWeight) -> int:
@@ -106,33 +118,48 @@ def _group_rows(weight: StripWeight) -> int:
     return max(1, STAGE_COLUMNS // weight.group_size) if weight.group_size else 0
 
 
-def ring_of(weight: StripWeight, tiling: Tiling) -> tuple[int, int]:
-    """Stages, and bytes of shared memory: the ring or, after it, the sums; then the barriers."""
+def _stage_bytes(weight: StripWeight, tiling: Tiling) -> tuple[int, int]:
+    """Of 128 columns of x, and of w with its scales and zero points."""
     rows = 64 * WARPGROUPS * tiling.halves
-    stage = tiling.m_tile * STAGE_COLUMNS * 2 + rows * STAGE_COLUMNS // 2
-    groups = _group_rows(weight)
+    of_w, groups = rows * STAGE_COLUMNS // 2, _group_rows(weight)
     if groups and weight.scale is not None:
-        stage += groups * rows * (weight.scale.element_size() + (weight.zero_point is not None))
-    sums = tiling.m_tile * (rows + 4) * 4
-    stages = (SHARED_BYTES[tiling.resident] - 16) // (stage + 16)
-    assert stages >= 2 and sums < SHARED_BYTES[tiling.resident] - 1024, f"{tiling} takes too much shared memory"
-    return stages, max(stages * stage, sums) // 8 * 8 + 8 + stages * 16
+        of_w += groups * rows * (weight.scale.element_size() + (weight.zero_point is not None))
+    return tiling.m_tile * STAGE_COLUMNS * 2, of_w
 
 
-def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling, stages: int) -> nvrtc.Defines:
+def stages_of(weight: StripWeight, tiling: Tiling) -> tuple[int, int]:
+    """Stages of x, which comes from L2, and of w, as many as there is room for."""
+    of_x, of_w = _stage_bytes(weight, tiling)
+    x_stages = tiling.x_stages
+    w_stages = min(MAX_W_STAGES, (SHARED_BYTES[tiling.resident] - x_stages * (of_x + 16) - 16) // of_w)
+    assert w_stages >= 2, f"{tiling} takes too much shared memory"
+    return x_stages, w_stages
+
+
+def shared_bytes_of(weight: StripWeight, tiling: Tiling) -> int:
+    """The rings or, after them, the sums; then the barriers."""
+    of_x, of_w = _stage_bytes(weight, tiling)
+    x_stages, w_stages = stages_of(weight, tiling)
+    sums = tiling.m_tile * (64 * WARPGROUPS * tiling.halves + 4) * 4
+    return max(x_stages * of_x + w_stages * of_w, sums) // 8 * 8 + 8 + x_stages * 16
+
+
+def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc.Defines:
     """What `csrc/tile.cu` is specialised for."""
     assert weight.scale is not None
-    assert not weight.group_size or weight.group_size in (32, 64) or weight.group_size % STAGE_COLUMNS == 0, (
-        f"groups of {weight.group_size}"
-    )
+    is_known = weight.group_size in (0, 32, 64) or weight.group_size % STAGE_COLUMNS == 0
+    assert is_known, f"groups of {weight.group_size}"
+    x_stages, w_stages = stages_of(weight, tiling)
     return (
         ("M_TILE", tiling.m_tile),
-        ("SHARE", tiling.share),
         ("WARPGROUPS", WARPGROUPS),
         ("HALVES", tiling.halves),
-        ("STAGES", stages),
+        ("SHARE", tiling.share),
         ("RESIDENT", tiling.resident),
+        ("X_STAGES", x_stages),
+        ("W_STAGES", w_stages),
         ("GROUP_ROWS", _group_rows(weight)),
+        ("GROUP_STAGES", max(1, weight.group_size // STAGE_COLUMNS)),
         ("ZERO", int(weight.zero_point is not None)),
         ("IS_BF16", int(dtype == torch.bfloat16)),
         ("SCALE_KIND", SCALE_KINDS[weight.scale.dtype]),

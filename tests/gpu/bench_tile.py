@@ -15,12 +15,14 @@ import torch
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.skinny import StripWeight
-from quantkit_kernels.tile import Tiling, defines_of, ring_of, tile, tiling_of
+from quantkit_kernels.tile import Tiling, defines_of, multiply, order, tile, tiling_of
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 GROUP, CACHE_BYTES = 128, 200 << 20
-KINDS = [(32, 2, 1, 1), (32, 1, 2, 1), (64, 2, 1, 1), (64, 2, 1, 2), (64, 1, 2, 1), (64, 1, 2, 2), (96, 2, 1, 1)]
-KINDS += [(128, 2, 1, 1), (128, 2, 1, 2), (128, 1, 1, 1), (192, 1, 1, 1), (256, 1, 1, 1), (256, 1, 1, 2)]
+# m_tile, halves, resident, share, x_stages
+KINDS = [(32, 2, 1, 1, 3), (32, 1, 2, 1, 3), (64, 2, 1, 1, 4), (64, 2, 1, 2, 4), (64, 1, 2, 1, 3), (64, 1, 2, 1, 2)]
+KINDS += [(96, 2, 1, 1, 3), (128, 2, 1, 1, 3), (128, 2, 1, 1, 4), (128, 2, 1, 2, 4), (128, 1, 1, 1, 3), (96, 1, 2, 1, 2)]
+KINDS += [(192, 1, 1, 1, 3), (256, 1, 1, 1, 3), (256, 1, 1, 1, 2), (256, 1, 1, 2, 2)]
 
 
 def operands(n, k):
@@ -56,16 +58,22 @@ def product(x, weights, tiling):
     return microseconds(work, len(weights))
 
 
+def product_alone(x, weights, tiling):
+    """x is in order already."""
+    ordered = order(x, tiling.m_tile)
+    return microseconds(lambda: [multiply(ordered, len(x), weight, tiling) for weight in weights], len(weights))
+
+
 def candidates(m, n):
     """Tilings with a sane number of blocks."""
-    for m_tile, halves, resident, share in KINDS:
+    for m_tile, halves, resident, share, x_stages in KINDS:
         if not (m_tile >= m and m_tile < 2 * max(m, 17) or m > 128 and m_tile >= 128):
             continue
         tiles = -(-m // m_tile) * -(-n // (128 * halves))
         for split in (1, 2, 3, 4, 5, 8):
             blocks = tiles * split / resident
             if split * share <= 8 and (90 <= blocks <= 145 or (split == 1 and blocks >= 56)):
-                yield Tiling(m_tile, halves, split, resident, share)
+                yield Tiling(m_tile, halves, split, resident, share, x_stages)
 
 
 def compile_all():
@@ -74,7 +82,7 @@ def compile_all():
 
     def compiled(kind):
         tiling = Tiling(kind[0], kind[1], 1, *kind[2:])
-        defines = defines_of(weight, torch.bfloat16, tiling, ring_of(weight, tiling)[0])
+        defines = defines_of(weight, torch.bfloat16, tiling)
         nvrtc.cached_cubin("tile.cu", "tile", defines, torch.cuda.get_device_capability())
 
     with ThreadPoolExecutor() as pool:
@@ -85,7 +93,7 @@ def main():
     rows = [int(a) for a in sys.argv[1:]] or [17, 32, 64, 96, 128, 256, 512]
     compile_all()
     print(torch.cuda.get_device_name())
-    best = dict.fromkeys(itertools.product(rows, ["tile", "chosen", "bf16"]), 0.0)
+    best = dict.fromkeys(itertools.product(rows, ["tile", "chosen", "alone", "bf16"]), 0.0)
     for name, (n, k) in SHAPES.items():
         weights = operands(n, k)
         dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(-(-CACHE_BYTES // (2 * n * k)))]
@@ -94,14 +102,15 @@ def main():
             times = {t: product(x, weights, t) for t in candidates(m, n)}
             bf16 = microseconds(lambda x=x: [x @ w.T for w in dense], len(dense))
             chosen = product(x, weights, tiling_of(m, n, k, 132))
-            ranked = sorted(times, key=times.get)[:6]
+            ranked = sorted(times, key=times.get)[:7]
+            alone = product_alone(x, weights, ranked[0])
             line = "  ".join(f"{'/'.join(map(str, t))}:{times[t]:.1f}" for t in ranked)
-            print(f"{name:8} M={m:5} bf16 {bf16:.1f} chosen {chosen:.1f} | {line}", flush=True)
-            for kind, time in (("tile", times[ranked[0]]), ("chosen", chosen), ("bf16", bf16)):
+            print(f"{name:8} M={m:5} bf16 {bf16:.1f} chosen {chosen:.1f} alone {alone:.1f} | {line}", flush=True)
+            for kind, time in (("tile", times[ranked[0]]), ("chosen", chosen), ("alone", alone), ("bf16", bf16)):
                 best[m, kind] += time
         del weights, dense
     for m in rows:
-        print(f"layer M={m:5}  bf16 {best[m, 'bf16']:.1f}  tile {best[m, 'tile']:.1f}  chosen {best[m, 'chosen']:.1f}")
+        print(f"layer M={m:5}", "  ".join(f"{kind} {best[m, kind]:.1f}" for kind in ("bf16", "tile", "alone", "chosen")))
 
 
 if __name__ == "__main__":

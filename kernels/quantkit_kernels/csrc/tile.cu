@@ -3,18 +3,19 @@
 //
 //   a cluster:   SHARE tiles of y, each 64 HALVES WARPGROUPS rows of w × the same M_TILE rows of x; `split` blocks a tile
 //                share K; blocks with the same columns load a part of x each, for all of them
-//   a block:     a producer warp streams stages of 128 columns through a ring (bulk copies); each warpgroup multiplies
-//                HALVES times 64 rows of w with all of x's; then the cluster's sums are added in the order of its blocks
-//   a stage   | x: 2 × [M_TILE][64], swizzled | w: [strips][2][32][4] | scales: [strips][rows][16] | zero points |
+//   a block:     a producer thread streams x through a ring in shared memory, 128 columns a stage; each warpgroup
+//                multiplies HALVES times 64 rows of w with all of x's, and each lane of it streams its own words of w
+//                through a ring; then the cluster's sums are added in the order of its blocks
+//   a stage   | x: 2 × [M_TILE][64], swizzled |     | w: [strips][2][32][4] | scales: [strips][rows][16] | zero points |
 //
 // w is the left operand: warp q of a warpgroup holds its 16 × 16 fragments just as fragment order has them. Four of them
 // are in flight, so that the next is made while the tensor cores are at work. x was put into the same order of columns
-// and into the tensor core's order of bytes by tile_x.cu. The weights of the first stages are on their way before x is
-// there (dependent launch).
+// and into the tensor core's order of bytes by tile_x.cu. The first weights are on their way before x is there
+// (dependent launch). A bulk copy for every strip of w would cost more time than its bytes do.
 //
-// Definitions: SHARE (1 or 2), M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, STAGES, RESIDENT (blocks on a multiprocessor),
-// GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w), ZERO (zero points), IS_BF16 (else fp16),
-// SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
+// Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, SHARE (1 or 2), RESIDENT (blocks on a
+// multiprocessor), X_STAGES, W_STAGES, GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w),
+// GROUP_STAGES (stages of a group), ZERO (zero points), IS_BF16 (else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
 
 #include "common.cuh"
 
@@ -25,19 +26,19 @@ struct Params {
   const u8* scale;  // [strips][groups][16]; GROUP_ROWS 0: f32 [N]
   const u8* zero;   // i8 [strips][groups][16]
   const u16* bias;  // [N], or null
-  int m, n, num_blocks, num_groups, stages_per_group, num_m_tiles;
+  int m, n, num_blocks, num_groups, num_m_tiles;
 };
 
 constexpr int ROWS = 64 * HALVES * WARPGROUPS, STRIPS = ROWS / 16, WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS + 128;
 // Registers of a thread at the start, of a producer and of a consumer: a multiprocessor has 64 K.
-constexpr int REGISTERS = 65536 / (RESIDENT * THREADS) / 8 * 8, FEW = 40;
+constexpr int REGISTERS = 65536 / (RESIDENT * THREADS) / 8 * 8, FEW = 24;
 constexpr int MANY = (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 < 240
                          ? (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 : 240;
 constexpr int SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
 constexpr int X_BYTES = M_TILE * 256, W_BYTES = STRIPS * 1024;
 constexpr int S_STRIP = GROUP_ROWS * 16 * SCALE_SIZE, Z_STRIP = ZERO ? GROUP_ROWS * 16 : 0;
-constexpr int X_AT = 0, W_AT = X_AT + STAGES * X_BYTES, S_AT = W_AT + STAGES * W_BYTES;
-constexpr int Z_AT = S_AT + STAGES * STRIPS * S_STRIP, RING_END = Z_AT + STAGES * STRIPS * Z_STRIP;
+constexpr int X_AT = 0, W_AT = X_AT + X_STAGES * X_BYTES, S_AT = W_AT + W_STAGES * W_BYTES;
+constexpr int Z_AT = S_AT + W_STAGES * STRIPS * S_STRIP, RING_END = Z_AT + W_STAGES * STRIPS * Z_STRIP;
 constexpr int PITCH = ROWS + 4;  // floats of a row of sums: banks
 constexpr int SUMS_END = M_TILE * PITCH * 4;
 constexpr int BARRIERS_AT = (RING_END > SUMS_END ? RING_END : SUMS_END) / 8 * 8 + 8;
@@ -207,6 +208,21 @@ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// 16 bytes into shared memory, past L1, or nothing. No branch: it would end the overlap of products.
+inline void copy_16(u32 to_shared, const void* from, u64 policy, bool is_wanted) {
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.u32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2; }" ::"r"(to_shared), "l"(from), "l"(policy),
+      "r"(static_cast<u32>(is_wanted))
+      : "memory");
+}
+
+inline void copies_are_a_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int COPYING>
+inline void wait_for_groups_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(COPYING) : "memory");
+}
+
 // An arrival at the barrier that lies at this address in another block.
 inline void arrive_at(u32 barrier, u32 rank) {
   asm volatile(
@@ -246,54 +262,52 @@ inline Work work_of(const Params& p, int split, int rank) {
   return {n_tile * STRIPS, cluster % p.num_m_tiles, first, stages * (part + 1) / split - first, part * SHARE};
 }
 
-// Lane i copies the weights of strip i, its scales and zero points; the last lane x.
+// One thread copies x; `rank - first_rank` says which part.
 inline void produce(const Params& p, const Work& work, u32 shared, int rank) {
-  const int lane = threadIdx.x % 32, strip = work.strip + lane, all_stages = (p.num_blocks + 1) / 2;
-  const int num_strips = max(0, min(STRIPS, (p.n + 15) / 16 - work.strip));
-  const u64 once = evict_first(), often = evict_last();
-  auto full = [&](int slot) { return shared + BARRIERS_AT + slot * 16; };
-  auto copy_weights = [&](int i, int slot) {
-    const int stage = work.first_stage + i, num_bytes = min(2, p.num_blocks - 2 * stage) * 512;
-    const int group = GROUP_ROWS > 1 ? stage * GROUP_ROWS : stage / p.stages_per_group;
-    const int groups = GROUP_ROWS ? min(GROUP_ROWS, p.num_groups - group) : 0;
-    if (lane == 0)
-      barrier_expect(full(slot), X_BYTES + num_strips * (num_bytes + groups * 16 * (SCALE_SIZE + (ZERO ? 1 : 0))));
-    __syncwarp();
-    if (lane < num_strips) {
-      const u64 from = static_cast<u64>(strip) * p.num_blocks + 2 * stage;
-      bulk_copy(shared + W_AT + slot * W_BYTES + lane * 1024, p.w + from * 512, num_bytes, full(slot), once);
-      const u64 row = (static_cast<u64>(strip) * p.num_groups + group) * 16;
-      if constexpr (GROUP_ROWS > 0)
-        bulk_copy(shared + S_AT + (slot * STRIPS + lane) * S_STRIP, p.scale + row * SCALE_SIZE,
-                  groups * 16 * SCALE_SIZE, full(slot), once);
-      if constexpr (GROUP_ROWS > 0 && ZERO)
-        bulk_copy(shared + Z_AT + (slot * STRIPS + lane) * Z_STRIP, p.zero + row, groups * 16, full(slot), once);
-    }
-  };
-  auto copy_x = [&](int i, int slot) {
-    const u64 from = static_cast<u64>(work.m_tile) * all_stages + work.first_stage + i;
-    const u8* x = p.x + from * X_BYTES;
-    const u32 to = shared + X_AT + slot * X_BYTES, part = (rank - work.first_rank) * (X_BYTES / SHARE);
-    if (SHARE == 1 && lane == 31) bulk_copy(to, x, X_BYTES, full(slot), often);
-    if (SHARE > 1 && lane == 31)
-      bulk_copy_to(((1 << SHARE) - 1) << work.first_rank, to + part, x + part, X_BYTES / SHARE, full(slot), often);
-  };
-  const int ahead = min(STAGES, work.num_stages);
-#pragma unroll 1
-  for (int i = 0; i < ahead; ++i) copy_weights(i, i);
+  const u64 often = evict_last();
+  const u32 part = (rank - work.first_rank) * (X_BYTES / SHARE);
+  const u8* x = p.x + (static_cast<u64>(work.m_tile) * ((p.num_blocks + 1) / 2) + work.first_stage) * X_BYTES + part;
+  int slot = 0, parity = 1;  // a ring that nobody has used yet is empty
   wait_for_previous();
 #pragma unroll 1
-  for (int i = 0; i < ahead; ++i) copy_x(i, i);
-  int slot = 0, parity = 0;
-#pragma unroll 1
-  for (int i = ahead; i < work.num_stages; ++i) {
-    barrier_wait(full(slot) + 8, parity);
-    copy_weights(i, slot);
-    copy_x(i, slot);
-    if (++slot == STAGES) slot = 0, parity ^= 1;
+  for (int i = 0; i < work.num_stages; ++i, x += X_BYTES) {
+    const u32 full = shared + BARRIERS_AT + slot * 16, to = shared + X_AT + slot * X_BYTES + part;
+    barrier_wait(full + 8, parity);
+    barrier_expect(full, X_BYTES);
+    if (SHARE == 1)
+      bulk_copy(to, x, X_BYTES, full, often);
+    else
+      bulk_copy_to(((1 << SHARE) - 1) << work.first_rank, to, x, X_BYTES / SHARE, full, often);
+    if (++slot == X_STAGES) slot = 0, parity ^= 1;
   }
   launch_dependents();
 }
+
+// The words, scales and zero points of one strip, as its warp copies them: always whole stages. Beyond the last row or
+// column the last strip, block or group is read again: such rows are not stored, and such columns of x are zero.
+struct Source {
+  const u8 *w, *scale, *zero;
+
+  Source(const Params& p, int strip, int lane) {
+    const u64 at = min(strip, (p.n + 15) / 16 - 1);
+    w = p.w + at * p.num_blocks * 512 + lane * 16;
+    scale = p.scale + at * p.num_groups * (16 * SCALE_SIZE) + lane % SCALE_SIZE * 16;
+    zero = p.zero + at * p.num_groups * 16;
+  }
+
+  void copy(const Params& p, int stage, int lane, u32 w_to, u32 s_to, u32 z_to, u64 policy, bool is_wanted) const {
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+      copy_16(w_to + b * 512 + lane * 16, w + static_cast<u64>(min(2 * stage + b, p.num_blocks - 1)) * 512, policy, is_wanted);
+    if constexpr (GROUP_ROWS > 0) {
+      const int group = GROUP_ROWS > 1 ? stage * GROUP_ROWS : stage / GROUP_STAGES, last = p.num_groups - 1;
+      copy_16(s_to + lane * 16, scale + min(group + lane / SCALE_SIZE, last) * (16 * SCALE_SIZE), policy,
+              is_wanted && lane < S_STRIP / 16);
+      if constexpr (ZERO)
+        copy_16(z_to + lane * 16, zero + min(group + lane, last) * 16, policy, is_wanted && lane < GROUP_ROWS);
+    }
+  }
+};
 
 // The sums of one warpgroup: d[h][4 i + 2 b + c] is row g + 8 b of this warp's strip h, row 8 i + 2 t + c of x.
 inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
@@ -301,39 +315,56 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
   const int strip = warp / 4 * 4 * HALVES + warp % 4;  // and every fourth after it
   float d[HALVES][M_TILE / 2] = {};
   u32 a[DEPTH][4];
-  int slot = 0, parity = 0, last = STAGES - 1;
+  const u64 once = evict_first();
+  const Source sources[2] = {{p, work.strip + strip, lane}, {p, work.strip + strip + 4, lane}};
+  auto fetch = [&](int i, int slot) {
+    const int at = slot * STRIPS + strip;
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h)
+      sources[h].copy(p, work.first_stage + i, lane, shared + W_AT + (at + 4 * h) * 1024,
+                      shared + S_AT + (at + 4 * h) * S_STRIP, shared + Z_AT + (at + 4 * h) * Z_STRIP, once,
+                      i < work.num_stages);
+    copies_are_a_group();
+  };
+  for (int i = 0; i < W_STAGES - 1; ++i) fetch(i, i);
+  int slot = 0, parity = 0, last = X_STAGES - 1, w_slot = 0, w_last = W_STAGES - 1;
+#pragma unroll 1
   for (int i = 0; i < work.num_stages; ++i) {
-    const u32 full = shared + BARRIERS_AT + slot * 16;
-    barrier_wait(full, parity);
-    const u32 w = shared + W_AT + slot * W_BYTES + strip * 1024 + lane * 16;
-    auto grid_at = [&](int h, int r) {  // beyond the last group x is zero, and what multiplies it has to be finite
-      const int row = GROUP_ROWS > 1 ? min(r, p.num_groups - 1 - (work.first_stage + i) * GROUP_ROWS) : 0;
-      const int at = slot * STRIPS + strip + 4 * h;
-      return grid_of(memory + S_AT + at * S_STRIP + row * 16 * SCALE_SIZE, memory + Z_AT + at * Z_STRIP + row * 16, g);
-    };
+    wait_for_groups_but<W_STAGES - 2>();
+    __syncwarp();
+    barrier_wait(shared + BARRIERS_AT + slot * 16, parity);
+    const int at = w_slot * STRIPS + strip;
     const u64 x = descriptor(shared + X_AT + slot * X_BYTES);
     Grid grid[HALVES];
     Vec16 words[HALVES];
 #pragma unroll
     for (int f = 0; f < 8 * HALVES; ++f) {
       const int j = f / HALVES, h = f % HALVES;
-      if (f % (4 * HALVES) < HALVES) words[h] = load_shared(w + h * 4096 + j / 4 * 512);
-      if (j % (8 / max(GROUP_ROWS, 1)) == 0) grid[h] = grid_at(h, j * GROUP_ROWS / 8);
+      if (f % (4 * HALVES) < HALVES) words[h] = load_shared(shared + W_AT + (at + 4 * h) * 1024 + j / 4 * 512 + lane * 16);
+      if (j % (8 / max(GROUP_ROWS, 1)) == 0) {
+        const int row = j * GROUP_ROWS / 8;
+        grid[h] = grid_of(memory + S_AT + (at + 4 * h) * S_STRIP + row * 16 * SCALE_SIZE,
+                          memory + Z_AT + (at + 4 * h) * Z_STRIP + row * 16, g);
+      }
       wait_but<DEPTH - 1>();
-      if (f == DEPTH - 1 && i > 0 && lane < SHARE) {
-        const u32 empty = shared + BARRIERS_AT + last * 16 + 8;
-        if (SHARE == 1)
-          barrier_arrive(empty);
-        else
-          arrive_at(empty, work.first_rank + lane);
+      if (f == DEPTH - 1) {  // the stage in front is done with
+        if (i > 0 && lane < SHARE) {
+          const u32 empty = shared + BARRIERS_AT + last * 16 + 8;
+          if (SHARE == 1)
+            barrier_arrive(empty);
+          else
+            arrive_at(empty, work.first_rank + lane);
+        }
+        fetch(i + W_STAGES - 1, w_last);
       }
       fragment(a[f % DEPTH], words[h].w[j % 4], grid[h]);
       registers_are_written();
       multiply(d[h], a[f % DEPTH], x + (j / 4) * (M_TILE * 128 / 16) + (j % 4) * 2);
       commit();
     }
-    last = slot;
-    if (++slot == STAGES) slot = 0, parity ^= 1;
+    last = slot, w_last = w_slot;
+    if (++slot == X_STAGES) slot = 0, parity ^= 1;
+    if (++w_slot == W_STAGES) w_slot = 0;
   }
   wait_but<0>();
   asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");  // nobody reads the ring any more
@@ -382,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tile(const __gri
   const int split = cluster_size() / SHARE, rank = cluster_rank();
   const Work work = work_of(p, split, rank);
   if (threadIdx.x == 0) {
-    for (int slot = 0; slot < STAGES; ++slot) {
+    for (int slot = 0; slot < X_STAGES; ++slot) {
       barrier_init(shared + BARRIERS_AT + slot * 16, 1);          // full
       barrier_init(shared + BARRIERS_AT + slot * 16 + 8, WARPS * SHARE);  // empty
     }
@@ -391,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tile(const __gri
   SHARE > 1 ? cluster_sync() : __syncthreads();
   if (threadIdx.x / 128 == WARPGROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
-    if (threadIdx.x / 32 == WARPS) produce(p, work, shared, rank);
+    if (threadIdx.x == 32 * WARPS) produce(p, work, shared, rank);
     cluster_sync();
     cluster_sync();
   } else {

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed: its disassembler 
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.skinny import StripWeight
-from quantkit_kernels.tile import CAPABILITY, Tiling, defines_of, ring_of
+from quantkit_kernels.tile import CAPABILITY, Tiling, defines_of
 from tests.triton_aot import CUOBJDUMP
 
 TILINGS = (
@@ -33,7 +33,7 @@ def stand_in(*, group: int, asymmetric: bool, scale: torch.dtype = torch.bfloat1
 
 
 def machine_code(folder, weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> str:
-    defines = defines_of(weight, dtype, tiling, ring_of(weight, tiling)[0])
+    defines = defines_of(weight, dtype, tiling)
     path = folder / "tile.cubin"
     path.write_bytes(nvrtc.compile_cubin("tile.cu", "tile", defines, CAPABILITY))
     return subprocess.run([CUOBJDUMP, "--dump-sass", path], check=True, capture_output=True, text=True).stdout
