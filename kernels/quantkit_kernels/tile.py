@@ -29,7 +29,7 @@ SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 class Tiling(NamedTuple):
     """m_tile rows of x, halves · 128 rows of w a block, blocks that share K, blocks on a multiprocessor, blocks that
-    load x together, stages of x."""
+    load x together, stages of x, products issued together."""
 
     m_tile: int
     halves: int
@@ -37,6 +37,7 @@ class Tiling(NamedTuple):
     resident: int = 1
     share: int = 1
     x_stages: int = 3
+    per_group: int = 2
 
 
 def tiling_of(num_rows: int, n: int, k: int, num_multiprocessors: int) -> Tiling:
@@ -156,6 +157,7 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
         ("HALVES", tiling.halves),
         ("SHARE", tiling.share),
         ("RESIDENT", tiling.resident),
+        ("PER_GROUP", tiling.per_group),
         ("X_STAGES", x_stages),
         ("W_STAGES", w_stages),
         ("GROUP_ROWS", _group_rows(weight)),

@@ -19,10 +19,10 @@ from quantkit_kernels.tile import Tiling, defines_of, multiply, order, tile, til
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 GROUP, CACHE_BYTES = 128, 200 << 20
-# m_tile, halves, resident, share, x_stages
-KINDS = [(32, 2, 1, 1, 3), (32, 1, 2, 1, 3), (64, 2, 1, 1, 4), (64, 2, 1, 2, 4), (64, 1, 2, 1, 3), (64, 1, 2, 1, 2)]
-KINDS += [(96, 2, 1, 1, 3), (128, 2, 1, 1, 3), (128, 2, 1, 1, 4), (128, 2, 1, 2, 4), (128, 1, 1, 1, 3), (96, 1, 2, 1, 2)]
-KINDS += [(192, 1, 1, 1, 3), (256, 1, 1, 1, 3), (256, 1, 1, 1, 2), (256, 1, 1, 2, 2)]
+# m_tile, halves, blocks on a multiprocessor, share, x_stages, per_group
+KINDS = [(32, 2, 1, 1, 3, 2), (32, 1, 2, 1, 3, 2), (32, 1, 2, 1, 3, 1), (64, 2, 1, 1, 4, 2), (64, 1, 2, 1, 3, 2)]
+KINDS += [(64, 1, 2, 1, 3, 1), (96, 2, 1, 1, 3, 2), (96, 1, 2, 1, 2, 2), (128, 2, 1, 1, 4, 2), (128, 2, 1, 1, 4, 1)]
+KINDS += [(128, 1, 1, 1, 3, 2), (256, 1, 1, 1, 3, 2), (256, 1, 1, 1, 3, 1)]
 
 
 def operands(n, k):
@@ -66,14 +66,14 @@ def product_alone(x, weights, tiling):
 
 def candidates(m, n):
     """Tilings with a sane number of blocks."""
-    for m_tile, halves, resident, share, x_stages in KINDS:
+    for m_tile, halves, resident, share, x_stages, per_group in KINDS:
         if not (m_tile >= m and m_tile < 2 * max(m, 17) or m > 128 and m_tile >= 128):
             continue
         tiles = -(-m // m_tile) * -(-n // (128 * halves))
-        for split in (1, 2, 3, 4, 5, 8):
-            blocks = tiles * split / resident
-            if split * share <= 8 and (90 <= blocks <= 145 or (split == 1 and blocks >= 56)):
-                yield Tiling(m_tile, halves, split, resident, share, x_stages)
+        for split in (1, 2, 3, 4, 5, 6, 8):
+            blocks = tiles * split
+            if split * share <= 8 and blocks >= 60 and (blocks <= 140 * resident or split == 1):
+                yield Tiling(m_tile, halves, split, resident, share, x_stages, per_group)
 
 
 def compile_all():

@@ -13,7 +13,8 @@
 // and into the tensor core's order of bytes by tile_x.cu. The first weights are on their way before x is there
 // (dependent launch). A bulk copy for every strip of w would cost more time than its bytes do.
 //
-// Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, SHARE (1 or 2), RESIDENT (blocks on a
+// Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, SHARE (1 or 2), PER_GROUP (products
+// issued together: 1, 2), RESIDENT (blocks on a
 // multiprocessor), X_STAGES, W_STAGES, GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w),
 // GROUP_STAGES (stages of a group), ZERO (zero points), IS_BF16 (else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
 
@@ -44,7 +45,8 @@ constexpr int SUMS_END = M_TILE * PITCH * 4;
 constexpr int BARRIERS_AT = (RING_END > SUMS_END ? RING_END : SUMS_END) / 8 * 8 + 8;
 constexpr u32 BASE = IS_BF16 ? 0x43004300 : 0x64006400;  // 128 or 1024, twice: a code in the lowest bits is added
 static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
-constexpr int DEPTH = 4;  // fragments in flight
+constexpr bool IS_FUSED = IS_BF16 && GROUP_ROWS && !ZERO;
+constexpr int FRAGMENTS = 8 * HALVES, DEPTH = 4, SETS = DEPTH / PER_GROUP;  // of a stage; in flight; groups in flight
 
 // ---- tensor cores ----
 
@@ -138,6 +140,12 @@ inline float widen(u16 bits) {
   return f;
 }
 
+inline u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn." SIXTEEN "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // What a lane needs to make weights of its rows g and g + 8.
 struct Grid {
   u32 offset[2], scale[2];
@@ -166,18 +174,28 @@ inline Grid grid_of(const u8* scale, const u8* zero, int g) {
     grid.offset[below] = BASE + 0x00080008;
     if constexpr (ZERO) grid.offset[below] += reinterpret_cast<const signed char*>(zero)[g + 8 * below] * 0x00010001;
     if constexpr (GROUP_ROWS > 0) grid.scale[below] = twice(scale, g + 8 * below);
+    if constexpr (IS_FUSED) {
+      constexpr u32 TWO_120 = 0x7B807B80, MINUS_TWO_MINUS_10 = 0xBA80BA80;
+      grid.offset[below] = mul2(grid.scale[below], MINUS_TWO_MINUS_10);
+      grid.scale[below] = mul2(grid.scale[below], TWO_120);
+    }
   }
   return grid;
 }
 
-// Eight codes to the 16 × 16 fragment's four registers: (128 + u) − (136 + zero) is exact, then one rounding.
+// Eight codes to the 16 × 16 fragment's four registers, rounded once after the scale. IS_FUSED: a code u in the lowest
+// bits of a bf16 is u · 2^-133, so that one fma makes (u − 8) · scale · 2^-13. Else (128 + u) − (136 + zero) is exact.
 inline void fragment(u32 (&a)[4], u32 word, const Grid& grid) {
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    u32 code;
-    asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(code) : "r"(word >> 4 * r), "n"(BASE));
-    a[r] = sub2(code, grid.offset[r & 1]);
-    if constexpr (GROUP_ROWS > 0) a[r] = mul2(a[r], grid.scale[r & 1]);
+    if constexpr (IS_FUSED) {
+      a[r] = fma2(word >> 4 * r & 0x000F000F, grid.scale[r & 1], grid.offset[r & 1]);
+    } else {
+      u32 code;
+      asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(code) : "r"(word >> 4 * r), "n"(BASE));
+      a[r] = sub2(code, grid.offset[r & 1]);
+      if constexpr (GROUP_ROWS > 0) a[r] = mul2(a[r], grid.scale[r & 1]);
+    }
   }
 }
 
@@ -314,7 +332,7 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int strip = warp / 4 * 4 * HALVES + warp % 4;  // and every fourth after it
   float d[HALVES][M_TILE / 2] = {};
-  u32 a[DEPTH][4];
+  u32 a[SETS][PER_GROUP][4];
   const u64 once = evict_first();
   const Source sources[2] = {{p, work.strip + strip, lane}, {p, work.strip + strip + 4, lane}};
   auto fetch = [&](int i, int slot) {
@@ -338,16 +356,16 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
     Grid grid[HALVES];
     Vec16 words[HALVES];
 #pragma unroll
-    for (int f = 0; f < 8 * HALVES; ++f) {
-      const int j = f / HALVES, h = f % HALVES;
+    for (int f = 0; f < FRAGMENTS; ++f) {
+      const int j = f / HALVES, h = f % HALVES, set = f / PER_GROUP % SETS;
       if (f % (4 * HALVES) < HALVES) words[h] = load_shared(shared + W_AT + (at + 4 * h) * 1024 + j / 4 * 512 + lane * 16);
       if (j % (8 / max(GROUP_ROWS, 1)) == 0) {
         const int row = j * GROUP_ROWS / 8;
         grid[h] = grid_of(memory + S_AT + (at + 4 * h) * S_STRIP + row * 16 * SCALE_SIZE,
                           memory + Z_AT + (at + 4 * h) * Z_STRIP + row * 16, g);
       }
-      wait_but<DEPTH - 1>();
-      if (f == DEPTH - 1) {  // the stage in front is done with
+      if (f % PER_GROUP == 0) wait_but<SETS - 1>();
+      if (f == (SETS - 1) * PER_GROUP) {  // the stage in front is done with
         if (i > 0 && lane < SHARE) {
           const u32 empty = shared + BARRIERS_AT + last * 16 + 8;
           if (SHARE == 1)
@@ -357,9 +375,13 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
         }
         fetch(i + W_STAGES - 1, w_last);
       }
-      fragment(a[f % DEPTH], words[h].w[j % 4], grid[h]);
+      fragment(a[set][f % PER_GROUP], words[h].w[j % 4], grid[h]);
+      if (f % PER_GROUP < PER_GROUP - 1) continue;
       registers_are_written();
-      multiply(d[h], a[f % DEPTH], x + (j / 4) * (M_TILE * 128 / 16) + (j % 4) * 2);
+#pragma unroll
+      for (int e = f - PER_GROUP + 1; e <= f; ++e)
+        multiply(d[e % HALVES], a[set][e % PER_GROUP],
+                 x + e / HALVES / 4 * (M_TILE * 128 / 16) + e / HALVES % 4 * 2);
       commit();
     }
     last = slot, w_last = w_slot;
@@ -383,7 +405,8 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
   constexpr int PER_ROW = ROWS / 4, STEP = 32 * WARPS / PER_ROW;
   const int column = threadIdx.x % PER_ROW * 4, n = work.strip * 16 + column, first_m = work.m_tile * M_TILE;
   const int num_rows = min(M_TILE, p.m - first_m), here = min(4, p.n - n);
-  float scale[4] = {1, 1, 1, 1}, bias[4] = {0, 0, 0, 0};
+  constexpr float SUM_SCALE = IS_FUSED ? 8192 : 1;
+  float scale[4] = {SUM_SCALE, SUM_SCALE, SUM_SCALE, SUM_SCALE}, bias[4] = {0, 0, 0, 0};
   for (int c = 0; c < here; ++c) {
     if (GROUP_ROWS == 0) scale[c] = reinterpret_cast<const float*>(p.scale)[n + c];
     if (p.bias != nullptr) bias[c] = widen(p.bias[n + c]);
