@@ -1,4 +1,4 @@
-"""Products of tens to hundreds of rows with an INT4 weight: the host's side of `csrc/tile.cu`, which draws the kernel.
+"""Products of tens to hundreds of rows with weights of 4 or 8 bits: the host's side of `csrc/tile.cu`, which draws the kernel.
 
 x is first put into the order that the tensor cores read (`csrc/tile_x.cu`), rows rounded up to the tile; the product
 starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized weight would be.
@@ -22,7 +22,7 @@ STAGE_COLUMNS = 128
 M_TILES = (32, 64, 96, 128, 192, 256)
 MAX_SPLIT = 8  # blocks of a cluster
 SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks on a multiprocessor
-PARAMS, X_PARAMS = "6P5i", "2P3i"
+PARAMS, X_PARAMS = "6P7i", "2P3i"
 MAX_W_STAGES = 8
 SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -64,7 +64,7 @@ def tile(
     num_rows, num_cols = x_MK.shape
     n, k = weight.shape
     assert num_cols == k, f"x {tuple(x_MK.shape)} for a weight {weight.shape}"
-    assert weight.bits == 4, f"weights of {weight.bits} bits"
+    assert weight.bits in (4, 8), f"weights of {weight.bits} bits"
     assert x_MK.dtype in (torch.bfloat16, torch.float16), f"no input in {x_MK.dtype}"
     assert x_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert bias_N is None or bias_N.dtype == x_MK.dtype, "bias and output have one dtype"
@@ -104,6 +104,7 @@ def multiply(
     num_clusters = num_m_tiles * -(-n // (64 * WARPGROUPS * tiling.halves * tiling.share))
     tensors = (y_MN, ordered, weight.stored, weight.scale, weight.zero_point, bias_N)
     numbers = (num_rows, n, -(-k // BLOCK_COLUMNS), _num_groups(weight), num_m_tiles)
+    numbers += (weight.stored.stride(0), weight.stored.shape[1]) if weight.bits == 8 else (0, 0)
     args = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors) + numbers
     grid = (num_clusters * cluster,)
     kernel.launch(grid, THREADS, args, shared_bytes=shared_bytes, cluster=cluster, dependent=True)
@@ -122,7 +123,7 @@ def _group_rows(weight: StripWeight) -> int:
 def _stage_bytes(weight: StripWeight, tiling: Tiling) -> tuple[int, int]:
     """Of 128 columns of x, and of w with its scales and zero points."""
     rows = 64 * WARPGROUPS * tiling.halves
-    of_w, groups = rows * STAGE_COLUMNS // 2, _group_rows(weight)
+    of_w, groups = rows * STAGE_COLUMNS * weight.bits // 8, _group_rows(weight)
     if groups and weight.scale is not None:
         of_w += groups * rows * (weight.scale.element_size() + (weight.zero_point is not None))
     return tiling.m_tile * STAGE_COLUMNS * 2, of_w
@@ -160,6 +161,8 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
         ("PER_GROUP", tiling.per_group),
         ("X_STAGES", x_stages),
         ("W_STAGES", w_stages),
+        ("W_BITS", weight.bits),
+        ("IS_E4M3", int(weight.stored.dtype == torch.float8_e4m3fn)),
         ("GROUP_ROWS", _group_rows(weight)),
         ("GROUP_STAGES", max(1, weight.group_size // STAGE_COLUMNS)),
         ("ZERO", int(weight.zero_point is not None)),

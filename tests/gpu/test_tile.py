@@ -1,4 +1,4 @@
-"""Products of tens to hundreds of rows with INT4 weights against float64."""
+"""Products of tens to hundreds of rows with weights of 4 and 8 bits against float64."""
 
 import pytest
 import torch
@@ -42,9 +42,9 @@ def as_multiplied(weight, dtype):
     n, k = weight.codes_NK.shape
     of_row = torch.arange(n, device="cuda") // weight.tile[0]
     of_col = torch.arange(k, device="cuda") // weight.tile[1]
-    w, scale = weight.codes_NK.to(torch.int32), weight.scale_RG[of_row]
+    w, scale = weight.codes_NK.float(), weight.scale_RG[of_row]
     if weight.zero_point_RG is not None:
-        w = w - weight.zero_point_RG.to(torch.int32)[of_row][:, of_col]
+        w = w - weight.zero_point_RG.float()[of_row][:, of_col]
     elif weight.tile[1] >= k:
         return w.double() * scale.double()
     return (w.to(dtype) * scale.to(dtype)[:, of_col]).double()
@@ -84,6 +84,23 @@ def test_scales_of_every_dtype(dtype, scale_dtype):
     weight, _ = random_weight(576, 1536, group=32, asymmetric=True, scale_dtype=scale_dtype)
     x = random_x(33, 1536, dtype)
     check(tile(x, prepare(weight)), x, as_multiplied(weight, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize(("group", "rows"), [(0, 1), (128, 128), (64, 1), (32, 1)])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (100, 576), (33, 200), (129, 4160), (40, 77)])
+def test_8_bit_weights(n, k, group, rows, kind, dtype):
+    weight, _ = random_weight(n, k, kind=kind, group=group, rows=rows, scale_dtype=torch.float32)
+    for m in (50, 129):
+        x = random_x(m, k, dtype)
+        check(tile(x, prepare(weight)), x, as_multiplied(weight, dtype))
+
+
+def test_8_bit_weights_with_zero_points():
+    weight, _ = random_weight(576, 1536, kind="int8", group=64, asymmetric=True)
+    x = random_x(33, 1536, torch.bfloat16)
+    check(tile(x, prepare(weight)), x, as_multiplied(weight, x.dtype))
 
 
 @pytest.mark.parametrize("tiling", TILINGS)

@@ -10,24 +10,24 @@
 //
 // w is the left operand: warp q of a warpgroup holds its 16 × 16 fragments just as fragment order has them. Four of them
 // are in flight, so that the next is made while the tensor cores are at work. x was put into the same order of columns
-// and into the tensor core's order of bytes by tile_x.cu. The first weights are on their way before x is there
+// and into the tensor core's order of bytes by tile_x.cu. Rows of 8-bit codes are read in that order of columns too. The first weights are on their way before x is there
 // (dependent launch). A bulk copy for every strip of w would cost more time than its bytes do.
 //
-// Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, SHARE (1 or 2), PER_GROUP (products
-// issued together: 1, 2), RESIDENT (blocks on a
-// multiprocessor), X_STAGES, W_STAGES, GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w),
-// GROUP_STAGES (stages of a group), ZERO (zero points), IS_BF16 (else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
+// Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, SHARE (1, 2), RESIDENT (blocks on a
+// multiprocessor), X_STAGES, W_STAGES, PER_GROUP (products issued together: 1, 2), W_BITS (4, 8), IS_E4M3 (else
+// integers), GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w), GROUP_STAGES (stages of a group), ZERO
+// (zero points), IS_BF16 (else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
 
 #include "common.cuh"
 
 struct Params {
   u16* y;
   const u8* x;      // [M tiles][stages][2][M_TILE][64], from tile_x.cu
-  const u8* w;      // [strips][blocks][32][4] u32
+  const u8* w;      // W_BITS 4: [strips][blocks][32][4] u32; 8: codes [N][w_columns], w_stride apart
   const u8* scale;  // [strips][groups][16]; GROUP_ROWS 0: f32 [N]
   const u8* zero;   // i8 [strips][groups][16]
   const u16* bias;  // [N], or null
-  int m, n, num_blocks, num_groups, num_m_tiles;
+  int m, n, num_blocks, num_groups, num_m_tiles, w_stride, w_columns;  // of 8-bit codes, multiples of 16
 };
 
 constexpr int ROWS = 64 * HALVES * WARPGROUPS, STRIPS = ROWS / 16, WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS + 128;
@@ -36,7 +36,7 @@ constexpr int REGISTERS = 65536 / (RESIDENT * THREADS) / 8 * 8, FEW = 24;
 constexpr int MANY = (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 < 240
                          ? (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 : 240;
 constexpr int SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
-constexpr int X_BYTES = M_TILE * 256, W_BYTES = STRIPS * 1024;
+constexpr int W_STRIP = 256 * W_BITS, X_BYTES = M_TILE * 256, W_BYTES = STRIPS * W_STRIP;
 constexpr int S_STRIP = GROUP_ROWS * 16 * SCALE_SIZE, Z_STRIP = ZERO ? GROUP_ROWS * 16 : 0;
 constexpr int X_AT = 0, W_AT = X_AT + X_STAGES * X_BYTES, S_AT = W_AT + W_STAGES * W_BYTES;
 constexpr int Z_AT = S_AT + W_STAGES * STRIPS * S_STRIP, RING_END = Z_AT + W_STAGES * STRIPS * Z_STRIP;
@@ -45,7 +45,7 @@ constexpr int SUMS_END = M_TILE * PITCH * 4;
 constexpr int BARRIERS_AT = (RING_END > SUMS_END ? RING_END : SUMS_END) / 8 * 8 + 8;
 constexpr u32 BASE = IS_BF16 ? 0x43004300 : 0x64006400;  // 128 or 1024, twice: a code in the lowest bits is added
 static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
-constexpr bool IS_FUSED = IS_BF16 && GROUP_ROWS && !ZERO;
+constexpr bool IS_FUSED = W_BITS == 4 && IS_BF16 && GROUP_ROWS && !ZERO;
 constexpr int FRAGMENTS = 8 * HALVES, DEPTH = 4, SETS = DEPTH / PER_GROUP;  // of a stage; in flight; groups in flight
 
 // ---- tensor cores ----
@@ -167,21 +167,29 @@ inline u32 twice(const u8* scale, int i) {
   return pack2(f, f);
 }
 
+constexpr u32 TWO_120 = 0x7B807B80, MINUS_TWO_MINUS_10 = 0xBA80BA80;  // bf16
+constexpr u32 E4M3_POWER = IS_BF16 ? TWO_120 : 0x5C005C00;             // 2^120, or 2^8 in fp16
+
 inline Grid grid_of(const u8* scale, const u8* zero, int g) {
   Grid grid;
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
     grid.offset[below] = BASE + 0x00080008;
-    if constexpr (ZERO) grid.offset[below] += reinterpret_cast<const signed char*>(zero)[g + 8 * below] * 0x00010001;
+    if constexpr (ZERO) {
+      const int z = reinterpret_cast<const signed char*>(zero)[g + 8 * below];
+      grid.offset[below] = W_BITS == 4 ? grid.offset[below] + z * 0x00010001 : pack2(z, z);
+    }
     if constexpr (GROUP_ROWS > 0) grid.scale[below] = twice(scale, g + 8 * below);
     if constexpr (IS_FUSED) {
-      constexpr u32 TWO_120 = 0x7B807B80, MINUS_TWO_MINUS_10 = 0xBA80BA80;
       grid.offset[below] = mul2(grid.scale[below], MINUS_TWO_MINUS_10);
       grid.scale[below] = mul2(grid.scale[below], TWO_120);
     }
+    if constexpr (IS_E4M3) grid.scale[below] = GROUP_ROWS ? mul2(grid.scale[below], E4M3_POWER) : E4M3_POWER;
   }
   return grid;
 }
+
+inline u32 in_scale(u32 a, u32 scale) { return GROUP_ROWS || IS_E4M3 ? mul2(a, scale) : a; }
 
 // Eight codes to the 16 × 16 fragment's four registers, rounded once after the scale. IS_FUSED: a code u in the lowest
 // bits of a bf16 is u · 2^-133, so that one fma makes (u − 8) · scale · 2^-13. Else (128 + u) − (136 + zero) is exact.
@@ -193,11 +201,62 @@ inline void fragment(u32 (&a)[4], u32 word, const Grid& grid) {
     } else {
       u32 code;
       asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(code) : "r"(word >> 4 * r), "n"(BASE));
-      a[r] = sub2(code, grid.offset[r & 1]);
-      if constexpr (GROUP_ROWS > 0) a[r] = mul2(a[r], grid.scale[r & 1]);
+      a[r] = in_scale(sub2(code, grid.offset[r & 1]), grid.scale[r & 1]);
     }
   }
 }
+
+// Two of four 8-bit codes. An integer is (128 + its lowest seven bits) − (128, or 256 if it is negative); e4m3 has the
+// bits of a 16-bit float whose exponent is too small by a constant.
+inline u32 two_of(u32 codes, int second, u32 offset, u32 scale) {
+  if constexpr (IS_E4M3) {
+    const u32 high = __byte_perm(codes, 0, second ? 0x3424 : 0x1404);
+    constexpr u32 SHIFT = IS_BF16 ? 4 : 1, REST = IS_BF16 ? 0x07F007F0 : 0x3F803F80;
+    return mul2((high >> SHIFT & REST) | (high & 0x80008000), scale);
+  } else {
+    const u32 low = __byte_perm(codes, 0, second ? 0x4342 : 0x4140);
+    u32 a = sub2((low & 0x007F007F) | BASE, (low & 0x00800080) | BASE);
+    if constexpr (ZERO) a = sub2(a, offset);
+    return in_scale(a, scale);
+  }
+}
+
+// Four codes each of rows g and g + 8.
+inline void fragment(u32 (&a)[4], u32 above, u32 below, const Grid& grid) {
+  a[0] = two_of(above, 0, grid.offset[0], grid.scale[0]);
+  a[1] = two_of(below, 0, grid.offset[1], grid.scale[1]);
+  a[2] = two_of(above, 1, grid.offset[0], grid.scale[0]);
+  a[3] = two_of(below, 1, grid.offset[1], grid.scale[1]);
+}
+
+// What a lane has of a strip at a time: INT4: a block of 64 columns; 8 bits: half of one, rows g and g + 8.
+struct Codes {
+  u32 w[4];
+
+  // Products whose codes one load brings.
+  static constexpr int STEP = W_BITS == 4 ? 4 : 2;
+
+  // strip: where its stage lies. Chunks of 16 bytes of row r of 8-bit codes are in the order c ^ 2 (r % 4): banks.
+  inline void load(u32 strip, int j, int lane) {
+    if constexpr (W_BITS == 4) {
+      const Vec16 v = load_shared(strip + j / 4 * 512 + lane * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[i] = v.w[i];
+    } else {
+      const int g = lane / 4, t = lane % 4, chunk = j / 2 * 2 + t / 2;
+      const u32 at = strip + g * 128 + (chunk ^ 2 * (g % 4)) * 16 + t % 2 * 8;
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[2]), "=r"(w[3]) : "r"(at + 1024));
+    }
+  }
+
+  inline void to_fragment(u32 (&a)[4], int j, const Grid& grid) const {
+    if constexpr (W_BITS == 4)
+      fragment(a, w[j % 4], grid);
+    else
+      fragment(a, w[j % 2], w[2 + j % 2], grid);
+  }
+};
 
 // ---- memory, clusters ----
 
@@ -306,17 +365,30 @@ inline void produce(const Params& p, const Work& work, u32 shared, int rank) {
 struct Source {
   const u8 *w, *scale, *zero;
 
-  Source(const Params& p, int strip, int lane) {
-    const u64 at = min(strip, (p.n + 15) / 16 - 1);
-    w = p.w + at * p.num_blocks * 512 + lane * 16;
+  int strip;
+
+  Source(const Params& p, int any_strip, int lane) : strip(min(any_strip, (p.n + 15) / 16 - 1)) {
+    const u64 at = strip;
+    w = p.w + (W_BITS == 4 ? at * p.num_blocks * 512 + lane * 16 : 0);
     scale = p.scale + at * p.num_groups * (16 * SCALE_SIZE) + lane % SCALE_SIZE * 16;
     zero = p.zero + at * p.num_groups * 16;
   }
 
   void copy(const Params& p, int stage, int lane, u32 w_to, u32 s_to, u32 z_to, u64 policy, bool is_wanted) const {
+    if constexpr (W_BITS == 4) {
 #pragma unroll
-    for (int b = 0; b < 2; ++b)
-      copy_16(w_to + b * 512 + lane * 16, w + static_cast<u64>(min(2 * stage + b, p.num_blocks - 1)) * 512, policy, is_wanted);
+      for (int b = 0; b < 2; ++b)
+        copy_16(w_to + b * 512 + lane * 16, w + static_cast<u64>(min(2 * stage + b, p.num_blocks - 1)) * 512, policy,
+                is_wanted);
+    } else {
+      const int chunk = lane % 8, at = min(stage * 128 + chunk * 16, p.w_columns - 16);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int row = 4 * q + lane / 8, from = min(strip * 16 + row, p.n - 1);
+        copy_16(w_to + row * 128 + (chunk ^ 2 * (row % 4)) * 16, w + static_cast<u64>(from) * p.w_stride + at, policy,
+                is_wanted);
+      }
+    }
     if constexpr (GROUP_ROWS > 0) {
       const int group = GROUP_ROWS > 1 ? stage * GROUP_ROWS : stage / GROUP_STAGES, last = p.num_groups - 1;
       copy_16(s_to + lane * 16, scale + min(group + lane / SCALE_SIZE, last) * (16 * SCALE_SIZE), policy,
@@ -339,7 +411,7 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
     const int at = slot * STRIPS + strip;
 #pragma unroll
     for (int h = 0; h < HALVES; ++h)
-      sources[h].copy(p, work.first_stage + i, lane, shared + W_AT + (at + 4 * h) * 1024,
+      sources[h].copy(p, work.first_stage + i, lane, shared + W_AT + (at + 4 * h) * W_STRIP,
                       shared + S_AT + (at + 4 * h) * S_STRIP, shared + Z_AT + (at + 4 * h) * Z_STRIP, once,
                       i < work.num_stages);
     copies_are_a_group();
@@ -354,11 +426,11 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
     const int at = w_slot * STRIPS + strip;
     const u64 x = descriptor(shared + X_AT + slot * X_BYTES);
     Grid grid[HALVES];
-    Vec16 words[HALVES];
+    Codes codes[HALVES];
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
       const int j = f / HALVES, h = f % HALVES, set = f / PER_GROUP % SETS;
-      if (f % (4 * HALVES) < HALVES) words[h] = load_shared(shared + W_AT + (at + 4 * h) * 1024 + j / 4 * 512 + lane * 16);
+      if (j % Codes::STEP == 0) codes[h].load(shared + W_AT + (at + 4 * h) * W_STRIP, j, lane);
       if (j % (8 / max(GROUP_ROWS, 1)) == 0) {
         const int row = j * GROUP_ROWS / 8;
         grid[h] = grid_of(memory + S_AT + (at + 4 * h) * S_STRIP + row * 16 * SCALE_SIZE,
@@ -375,7 +447,7 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
         }
         fetch(i + W_STAGES - 1, w_last);
       }
-      fragment(a[set][f % PER_GROUP], words[h].w[j % 4], grid[h]);
+      codes[h].to_fragment(a[set][f % PER_GROUP], j, grid[h]);
       if (f % PER_GROUP < PER_GROUP - 1) continue;
       registers_are_written();
 #pragma unroll

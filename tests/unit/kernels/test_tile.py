@@ -25,11 +25,14 @@ TILINGS = (
 )
 
 
-def stand_in(*, group: int, asymmetric: bool, scale: torch.dtype = torch.bfloat16) -> StripWeight:
+def stand_in(
+    *, group: int, asymmetric: bool, scale: torch.dtype = torch.bfloat16, codes: torch.dtype = torch.int32
+) -> StripWeight:
     """A weight of which only dtypes and layout are read."""
     zero_point = torch.empty(1, 1, 16, dtype=torch.int8) if asymmetric else None
     strips = torch.empty(1, 1, 16, dtype=scale) if group else torch.empty(16)
-    return StripWeight(torch.empty(1, dtype=torch.int32), strips, zero_point, None, (16, 128), 4, group)
+    bits = 4 if codes == torch.int32 else 8
+    return StripWeight(torch.empty(1, 128, dtype=codes), strips, zero_point, None, (16, 128), bits, group)
 
 
 def machine_code(folder, weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> str:
@@ -51,10 +54,12 @@ def test_products_overlap_and_weights_stay_in_registers(tiling, tmp_path):
     check(machine_code(tmp_path, stand_in(group=128, asymmetric=False), torch.bfloat16, tiling), tiling)
 
 
-@pytest.mark.parametrize("tiling", [Tiling(64, 1, 1, 2), Tiling(128, 2, 1), Tiling(256, 1, 1)])
-@pytest.mark.parametrize(("group", "asymmetric"), [(0, False), (32, True), (64, True)])
-def test_every_granularity_stays_in_registers(group, asymmetric, tiling, tmp_path):
-    weight = stand_in(group=group, asymmetric=asymmetric, scale=torch.float32)
+@pytest.mark.parametrize("tiling", [Tiling(64, 1, 1, 2), Tiling(128, 2, 1)])
+@pytest.mark.parametrize("codes", [torch.int32, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("group", [0, 32])
+def test_every_weight_stays_in_registers(group, codes, tiling, tmp_path):
+    asymmetric = group > 0 and codes != torch.float8_e4m3fn
+    weight = stand_in(group=group, asymmetric=asymmetric, scale=torch.float32, codes=codes)
     check(machine_code(tmp_path, weight, torch.float16, tiling), tiling)
 
 
