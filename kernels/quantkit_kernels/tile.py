@@ -1,7 +1,7 @@
-"""Products of tens to hundreds of rows with weights of 4 or 8 bits: the host's side of `csrc/tile.cu`, which draws the kernel.
+"""Products of tens to hundreds of rows with weights of 4 or 8 bits: the host's side of `csrc/tile.cu`, which draws it.
 
 x is first put into the order that the tensor cores read (`csrc/tile_x.cu`), rows rounded up to the tile; the product
-starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized weight would be.
+starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized one would be.
 
 Bound: the bytes of the weight up to about 70 rows of x, then the tensor cores. Compute capability 9.0 alone (`wgmma`).
 Shape suffixes: M rows, N out_features, K in_features, G groups.
@@ -13,40 +13,75 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import nvrtc
-from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
+from quantkit_kernels.repack import BLOCK_COLUMNS
 from quantkit_kernels.skinny import StripWeight
 
 CAPABILITY = (9, 0)
 WARPGROUPS, THREADS = 2, 3 * 128
 STAGE_COLUMNS = 128
-M_TILES = (32, 64, 96, 128, 192, 256)
-MAX_SPLIT = 8  # blocks of a cluster
 SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks on a multiprocessor
-PARAMS, X_PARAMS = "6P7i", "2P3i"
 MAX_W_STAGES = 8
+MAX_SPLIT, MIN_STAGES = 6, 4  # blocks that share K, and what each is to have of it
+PARAMS, X_PARAMS = "6P7i", "2P3i"
 SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class Tiling(NamedTuple):
-    """m_tile rows of x, halves · 128 rows of w a block, blocks that share K, blocks on a multiprocessor, blocks that
-    load x together, stages of x, products issued together."""
+    """How the product is cut.
+
+    m_tile: rows of x in a tile. halves: 128 rows of w each. split: blocks that share K, a cluster. resident: blocks
+    that fit on a multiprocessor. x_stages: of the ring.
+    """
 
     m_tile: int
     halves: int
     split: int
     resident: int = 1
-    share: int = 1
     x_stages: int = 3
-    per_group: int = 2
+
+
+class Kind(NamedTuple):
+    """What tilings there are, and what they take, measured on an H100: microseconds of a stage, and besides."""
+
+    halves: int
+    resident: int
+    x_stages: int
+    stage_us: float
+    fixed_us: float
+
+
+KINDS = {
+    32: Kind(1, 2, 3, 0.40, 2.5),
+    64: Kind(1, 2, 3, 0.50, 2.5),
+    96: Kind(1, 2, 2, 0.65, 2.5),
+    128: Kind(1, 1, 3, 0.73, 2.5),
+    192: Kind(1, 1, 3, 1.05, 3.0),
+    256: Kind(1, 1, 3, 1.38, 3.0),
+}
 
 
 def tiling_of(num_rows: int, n: int, k: int, num_multiprocessors: int) -> Tiling:
-    """Rows of x in as few tiles as fit; K shared so that the blocks fill the device once."""
-    m_tile = next((tile for tile in M_TILES if tile >= num_rows and tile <= 128), 128)
-    halves = 2
-    tiles = -(-num_rows // m_tile) * -(-n // (128 * halves))
-    split = min(MAX_SPLIT, max(1, num_multiprocessors // tiles), -(-k // STAGE_COLUMNS))
-    return Tiling(m_tile, halves, split)
+    """The fastest by what its kind takes: rows of x in one tile if they fit, else in tiles of 128 or more."""
+    fitting = [m_tile for m_tile in KINDS if m_tile >= num_rows][:1]
+    candidates = fitting if fitting and fitting[0] <= 128 else [128, 192, 256]
+    tilings = [_split(m_tile, num_rows, n, k, num_multiprocessors) for m_tile in candidates]
+    return min(tilings)[1]
+
+
+def _split(m_tile: int, num_rows: int, n: int, k: int, num_multiprocessors: int) -> tuple[float, Tiling]:
+    """The best number of blocks that share K, and the time it takes."""
+    halves, resident, x_stages, stage_us, fixed_us = KINDS[m_tile]
+    tiles, stages = -(-num_rows // m_tile) * -(-n // (128 * halves)), -(-k // STAGE_COLUMNS)
+    slots = num_multiprocessors * resident
+    found = []
+    for split in range(1, MAX_SPLIT + 1):
+        # clusters of three and more do not find as many free neighbours as there are multiprocessors
+        room = slots if split <= 2 else slots * 3 // 4
+        waves = -(-tiles * split // room)
+        if split == 1 or (waves == 1 and stages >= split * MIN_STAGES):
+            time = waves * (-(-stages // split) * stage_us + fixed_us + 0.5 * (split - 1))
+            found.append((time, Tiling(m_tile, halves, split, resident, x_stages)))
+    return min(found)
 
 
 def tile(
@@ -68,9 +103,9 @@ def tile(
     assert x_MK.dtype in (torch.bfloat16, torch.float16), f"no input in {x_MK.dtype}"
     assert x_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert bias_N is None or bias_N.dtype == x_MK.dtype, "bias and output have one dtype"
-    tiling = tiling or tiling_of(num_rows, n, k, num_multiprocessors(x_MK.device))
     if num_rows == 0:
         return x_MK.new_empty(0, n)
+    tiling = tiling or tiling_of(num_rows, n, k, num_multiprocessors(x_MK.device))
     ordered = order(x_MK, tiling.m_tile, dependent=dependent)
     return multiply(ordered, num_rows, weight, tiling, bias_N=bias_N)
 
@@ -98,16 +133,22 @@ def multiply(
     """The product with what `order` made of x; starts while that is still being made."""
     n, k = weight.shape
     y_MN = torch.empty(num_rows, n, dtype=ordered.dtype, device=ordered.device)
-    defines, shared_bytes = defines_of(weight, ordered.dtype, tiling), shared_bytes_of(weight, tiling)
-    kernel = nvrtc.load("tile.cu", "tile", PARAMS, defines)
-    num_m_tiles, cluster = -(-num_rows // tiling.m_tile), tiling.split * tiling.share
-    num_clusters = num_m_tiles * -(-n // (64 * WARPGROUPS * tiling.halves * tiling.share))
+    kernel = nvrtc.load("tile.cu", "tile", PARAMS, defines_of(weight, ordered.dtype, tiling))
+    num_m_tiles = -(-num_rows // tiling.m_tile)
+    num_tiles = num_m_tiles * -(-n // (64 * WARPGROUPS * tiling.halves))
     tensors = (y_MN, ordered, weight.stored, weight.scale, weight.zero_point, bias_N)
-    numbers = (num_rows, n, -(-k // BLOCK_COLUMNS), _num_groups(weight), num_m_tiles)
-    numbers += (weight.stored.stride(0), weight.stored.shape[1]) if weight.bits == 8 else (0, 0)
-    args = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors) + numbers
-    grid = (num_clusters * cluster,)
-    kernel.launch(grid, THREADS, args, shared_bytes=shared_bytes, cluster=cluster, dependent=True)
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    row = [weight.stored.stride(0), weight.stored.shape[1]] if weight.bits == 8 else [0, 0]
+    args = (*pointers, num_rows, n, -(-k // BLOCK_COLUMNS), _num_groups(weight), num_m_tiles, *row)
+    shared_bytes = shared_bytes_of(weight, tiling)
+    kernel.launch(
+        (num_tiles * tiling.split,),
+        THREADS,
+        args,
+        shared_bytes=shared_bytes,
+        cluster=tiling.split,
+        dependent=True,
+    )
     return y_MN
 
 
@@ -156,9 +197,7 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
         ("M_TILE", tiling.m_tile),
         ("WARPGROUPS", WARPGROUPS),
         ("HALVES", tiling.halves),
-        ("SHARE", tiling.share),
         ("RESIDENT", tiling.resident),
-        ("PER_GROUP", tiling.per_group),
         ("X_STAGES", x_stages),
         ("W_STAGES", w_stages),
         ("W_BITS", weight.bits),

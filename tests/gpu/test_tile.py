@@ -23,17 +23,14 @@ SHAPES = ((64, 128), (4096, 4096), (576, 1536), (33, 200), (100, 576), (129, 416
 TILINGS = (
     Tiling(32, 2, 1),
     Tiling(32, 1, 4, 2),
-    Tiling(64, 2, 8),
+    Tiling(64, 2, 6),
     Tiling(64, 1, 3, 2),
-    Tiling(96, 2, 5),
+    Tiling(96, 1, 5, 2, 2),
     Tiling(128, 2, 2),
     Tiling(128, 1, 7),
     Tiling(192, 1, 2),
     Tiling(256, 1, 1),
-    Tiling(256, 1, 3),
-    Tiling(64, 1, 4, 2, 2),
-    Tiling(128, 2, 1, 1, 2, 4),
-    Tiling(256, 1, 3, 1, 2, 2),
+    Tiling(256, 1, 8, x_stages=2),
 )
 
 
@@ -57,7 +54,8 @@ def check(y, x, w, bias=None):
     bound += 2**-22 * (x.shape[1] / 16 + 16) * (x.double().abs() @ w.abs().T) + torch.finfo(y.dtype).tiny
     error = (y.double() - expected).abs()
     assert torch.isfinite(y).all(), f"{(~torch.isfinite(y)).sum()} of {y.numel()} are not finite"
-    assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound, {(error > bound).double().mean():.3f} of y"
+    share = (error > bound).double().mean()
+    assert share == 0, f"{(error / bound).max():.2f} of the bound, {share:.3f} of y beyond it"
 
 
 @pytest.mark.parametrize("m", ROWS)

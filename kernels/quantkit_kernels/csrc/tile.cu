@@ -1,8 +1,7 @@
-// y [M, N] = x [M, K] · wᵀ [N, K], w INT4 in fragment order, for tens to hundreds of rows M: tensor cores (wgmma) take w
-// from registers, where it became 16 bits, and x from shared memory.
+// y [M, N] = x [M, K] · wᵀ [N, K] for tens to hundreds of rows M, w in 4 or 8 bits: tensor cores (wgmma) take w from
+// registers, where it became 16 bits, and x from shared memory.
 //
-//   a cluster:   SHARE tiles of y, each 64 HALVES WARPGROUPS rows of w × the same M_TILE rows of x; `split` blocks a tile
-//                share K; blocks with the same columns load a part of x each, for all of them
+//   a cluster:   one tile of y, 64 HALVES WARPGROUPS rows of w × M_TILE rows of x; its blocks share K
 //   a block:     a producer thread streams x through a ring in shared memory, 128 columns a stage; each warpgroup
 //                multiplies HALVES times 64 rows of w with all of x's, and each lane of it streams its own words of w
 //                through a ring; then the cluster's sums are added in the order of its blocks
@@ -13,10 +12,9 @@
 // and into the tensor core's order of bytes by tile_x.cu. Rows of 8-bit codes are read in that order of columns too. The first weights are on their way before x is there
 // (dependent launch). A bulk copy for every strip of w would cost more time than its bytes do.
 //
-// Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, SHARE (1, 2), RESIDENT (blocks on a
-// multiprocessor), X_STAGES, W_STAGES, PER_GROUP (products issued together: 1, 2), W_BITS (4, 8), IS_E4M3 (else
-// integers), GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w), GROUP_STAGES (stages of a group), ZERO
-// (zero points), IS_BF16 (else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
+// Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, RESIDENT (blocks on a multiprocessor), X_STAGES,
+// W_STAGES, W_BITS (4, 8), IS_E4M3 (else integers), GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w),
+// GROUP_STAGES (stages of a group), ZERO (zero points), IS_BF16 (else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
 
 #include "common.cuh"
 
@@ -46,7 +44,7 @@ constexpr int BARRIERS_AT = (RING_END > SUMS_END ? RING_END : SUMS_END) / 8 * 8 
 constexpr u32 BASE = IS_BF16 ? 0x43004300 : 0x64006400;  // 128 or 1024, twice: a code in the lowest bits is added
 static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
 constexpr bool IS_FUSED = W_BITS == 4 && IS_BF16 && GROUP_ROWS && !ZERO;
-constexpr int FRAGMENTS = 8 * HALVES, DEPTH = 4, SETS = DEPTH / PER_GROUP;  // of a stage; in flight; groups in flight
+constexpr int FRAGMENTS = 8 * HALVES, PER_GROUP = 2, SETS = 2;  // of a stage; issued together; such groups in flight
 
 // ---- tensor cores ----
 
@@ -300,22 +298,7 @@ inline void wait_for_groups_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(COPYING) : "memory");
 }
 
-// An arrival at the barrier that lies at this address in another block.
-inline void arrive_at(u32 barrier, u32 rank) {
-  asm volatile(
-      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank)
-      : "memory");
-}
-
-// A bulk copy to the same address of every block in the mask, where the same barrier counts it.
-inline void bulk_copy_to(u16 mask, u32 to_shared, const void* from_global, u32 bytes, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4, %5;" ::"r"(to_shared), "l"(from_global), "r"(bytes), "r"(barrier), "h"(mask), "l"(policy)
-      : "memory");
-}
-
+// Shared memory of another block of the cluster.
 inline float4 load_of(u32 address, u32 rank) {
   float4 v;
   asm volatile(
@@ -330,31 +313,26 @@ inline float4 load_of(u32 address, u32 rank) {
 // ---- the parts of a block ----
 
 struct Work {
-  int strip, m_tile, first_stage, num_stages, first_rank;  // first_rank: of the blocks with the same columns
+  int strip, m_tile, first_stage, num_stages;
 };
 
 inline Work work_of(const Params& p, int split, int rank) {
-  const int cluster = blockIdx.x / (split * SHARE), stages = (p.num_blocks + 1) / 2, part = rank / SHARE;
-  const int first = stages * part / split, n_tile = cluster / p.num_m_tiles * SHARE + rank % SHARE;
-  return {n_tile * STRIPS, cluster % p.num_m_tiles, first, stages * (part + 1) / split - first, part * SHARE};
+  const int tile = blockIdx.x / split, stages = (p.num_blocks + 1) / 2, first = stages * rank / split;
+  return {tile / p.num_m_tiles * STRIPS, tile % p.num_m_tiles, first, stages * (rank + 1) / split - first};
 }
 
-// One thread copies x; `rank - first_rank` says which part.
-inline void produce(const Params& p, const Work& work, u32 shared, int rank) {
+// One thread copies x.
+inline void produce(const Params& p, const Work& work, u32 shared) {
   const u64 often = evict_last();
-  const u32 part = (rank - work.first_rank) * (X_BYTES / SHARE);
-  const u8* x = p.x + (static_cast<u64>(work.m_tile) * ((p.num_blocks + 1) / 2) + work.first_stage) * X_BYTES + part;
+  const u8* x = p.x + (static_cast<u64>(work.m_tile) * ((p.num_blocks + 1) / 2) + work.first_stage) * X_BYTES;
   int slot = 0, parity = 1;  // a ring that nobody has used yet is empty
   wait_for_previous();
 #pragma unroll 1
   for (int i = 0; i < work.num_stages; ++i, x += X_BYTES) {
-    const u32 full = shared + BARRIERS_AT + slot * 16, to = shared + X_AT + slot * X_BYTES + part;
+    const u32 full = shared + BARRIERS_AT + slot * 16;
     barrier_wait(full + 8, parity);
     barrier_expect(full, X_BYTES);
-    if (SHARE == 1)
-      bulk_copy(to, x, X_BYTES, full, often);
-    else
-      bulk_copy_to(((1 << SHARE) - 1) << work.first_rank, to, x, X_BYTES / SHARE, full, often);
+    bulk_copy(shared + X_AT + slot * X_BYTES, x, X_BYTES, full, often);
     if (++slot == X_STAGES) slot = 0, parity ^= 1;
   }
   launch_dependents();
@@ -438,13 +416,7 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
       }
       if (f % PER_GROUP == 0) wait_but<SETS - 1>();
       if (f == (SETS - 1) * PER_GROUP) {  // the stage in front is done with
-        if (i > 0 && lane < SHARE) {
-          const u32 empty = shared + BARRIERS_AT + last * 16 + 8;
-          if (SHARE == 1)
-            barrier_arrive(empty);
-          else
-            arrive_at(empty, work.first_rank + lane);
-        }
+        if (i > 0 && lane == 0) barrier_arrive(shared + BARRIERS_AT + last * 16 + 8);
         fetch(i + W_STAGES - 1, w_last);
       }
       codes[h].to_fragment(a[set][f % PER_GROUP], j, grid[h]);
@@ -472,7 +444,7 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
   }
 }
 
-// Rows rank, rank + size, … of the tile: add up the blocks' sums in order, scale, round, store.
+// Rows rank, rank + split, … of the tile: add up the blocks' sums in order, scale, round, store.
 inline void store(const Params& p, const Work& work, u32 shared, int split, int rank) {
   constexpr int PER_ROW = ROWS / 4, STEP = 32 * WARPS / PER_ROW;
   const int column = threadIdx.x % PER_ROW * 4, n = work.strip * 16 + column, first_m = work.m_tile * M_TILE;
@@ -483,9 +455,9 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
     if (GROUP_ROWS == 0) scale[c] = reinterpret_cast<const float*>(p.scale)[n + c];
     if (p.bias != nullptr) bias[c] = widen(p.bias[n + c]);
   }
-  for (int row = rank / SHARE + threadIdx.x / PER_ROW * split; row < num_rows; row += STEP * split) {
+  for (int row = rank + threadIdx.x / PER_ROW * split; row < num_rows; row += STEP * split) {
     float4 sum = {0, 0, 0, 0};
-    for (int from = rank % SHARE; from < split * SHARE; from += SHARE) {
+    for (int from = 0; from < split; ++from) {
       const float4 part = load_of(shared + (row * PITCH + column) * 4, from);
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
@@ -505,19 +477,19 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tile(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 shared = shared_address(memory);
-  const int split = cluster_size() / SHARE, rank = cluster_rank();
+  const int split = cluster_size(), rank = cluster_rank();
   const Work work = work_of(p, split, rank);
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < X_STAGES; ++slot) {
       barrier_init(shared + BARRIERS_AT + slot * 16, 1);          // full
-      barrier_init(shared + BARRIERS_AT + slot * 16 + 8, WARPS * SHARE);  // empty
+      barrier_init(shared + BARRIERS_AT + slot * 16 + 8, WARPS);  // empty
     }
     barriers_are_written();
   }
-  SHARE > 1 ? cluster_sync() : __syncthreads();
+  __syncthreads();
   if (threadIdx.x / 128 == WARPGROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
-    if (threadIdx.x == 32 * WARPS) produce(p, work, shared, rank);
+    if (threadIdx.x == 32 * WARPS) produce(p, work, shared);
     cluster_sync();
     cluster_sync();
   } else {

@@ -1,0 +1,68 @@
+"""Products of many rows with a weight of 4 or 8 bits: some rows of it at a time in 16 bits, multiplied by cuBLAS.
+
+A slice stays in the L2 cache between the kernel that writes it (`csrc/dequantize.cu`) and the product that reads it.
+For every GPU, and for more rows of x than a fused kernel is faster with.
+
+Bound: the tensor cores, plus writing and reading 2 bytes per weight in L2.
+Shape suffixes: M rows, N out_features, K in_features.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels import nvrtc
+from quantkit_kernels.repack import BLOCK_COLUMNS
+from quantkit_kernels.skinny import StripWeight
+
+SLICE_BYTES = 24 << 20
+ROW_STEP = 256  # rows of a slice: a multiple, so that cuBLAS has whole tiles
+PARAMS = "4P5i"
+THREADS = 256
+SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+def sliced(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -> Tensor:
+    """x · wᵀ (+ bias), [M, N], in the dtype of x: bf16 or fp16. Any M, N and K."""
+    (n, k), num_rows = weight.shape, x_MK.shape[0]
+    assert x_MK.shape[1] == k, f"x {tuple(x_MK.shape)} for a weight {weight.shape}"
+    assert x_MK.dtype in (torch.bfloat16, torch.float16), f"no input in {x_MK.dtype}"
+    y_MN = torch.empty(num_rows, n, dtype=x_MK.dtype, device=x_MK.device)
+    step = rows_of_slice(k)
+    columns = -(-k // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    slice_NK = torch.empty(min(step, n), columns, dtype=x_MK.dtype, device=x_MK.device)
+    for start in range(0, n, step):
+        rows = min(step, n - start)
+        dequantize_rows(weight, start, slice_NK[:rows])
+        w_KN, out = slice_NK[:rows, :k].T, y_MN[:, start : start + rows]
+        if bias_N is None:
+            torch.mm(x_MK, w_KN, out=out)
+        else:
+            torch.addmm(bias_N[start : start + rows], x_MK, w_KN, out=out)
+    return y_MN
+
+
+def rows_of_slice(k: int) -> int:
+    """As many as fit into the cache, in whole tiles."""
+    return max(1, SLICE_BYTES // (2 * k) // ROW_STEP) * ROW_STEP
+
+
+def dequantize_rows(weight: StripWeight, first_row: int, out_NK: Tensor) -> None:
+    """Write rows of the weight, from `first_row`, in the dtype of `out_NK` [rows, K padded to 64]; contiguous."""
+    assert weight.scale is not None and weight.bits in (4, 8), f"weights of {weight.bits} bits"
+    rows, columns = out_NK.shape
+    assert out_NK.is_contiguous() and columns == -(-weight.shape[1] // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    defines = (
+        ("W_BITS", weight.bits),
+        ("IS_E4M3", int(weight.stored.dtype == torch.float8_e4m3fn)),
+        ("GROUP", weight.group_size),
+        ("ZERO", int(weight.zero_point is not None)),
+        ("IS_BF16", int(out_NK.dtype == torch.bfloat16)),
+        ("SCALE_KIND", SCALE_KINDS[weight.scale.dtype]),
+    )
+    kernel = nvrtc.load("dequantize.cu", "dequantize", PARAMS, defines)
+    tensors = (out_NK, weight.stored, weight.scale, weight.zero_point)
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    num_groups = weight.scale.shape[1] if weight.group_size else 0
+    row = [weight.stored.stride(0), weight.stored.shape[1]] if weight.bits == 8 else [0, columns]
+    args = (*pointers, first_row, columns // BLOCK_COLUMNS, num_groups, *row)
+    kernel.launch((-(-columns // (8 * THREADS)), rows), THREADS, args)
