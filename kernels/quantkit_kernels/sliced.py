@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.repack import BLOCK_COLUMNS
-from quantkit_kernels.skinny import StripWeight
+from quantkit_kernels.strip_weight import StripWeight
 
 SLICE_BYTES = 24 << 20
 ROW_STEP = 256  # rows of a slice: a multiple, so that cuBLAS has whole tiles

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.repack import BLOCK_COLUMNS
-from quantkit_kernels.skinny import StripWeight
+from quantkit_kernels.strip_weight import StripWeight
 
 CAPABILITY = (9, 0)
 WARPGROUPS, THREADS = 2, 3 * 128

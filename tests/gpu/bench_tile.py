@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from quantkit_kernels import nvrtc
-from quantkit_kernels.skinny import StripWeight
+from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.tile import KINDS, Tiling, defines_of, multiply, order, tile, tiling_of
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}

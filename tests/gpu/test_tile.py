@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels.skinny import prepare
+from quantkit_kernels.strip_weight import prepare
 from quantkit_kernels.tile import CAPABILITY, Tiling, tile
 from tests.gpu.test_skinny import random_weight, random_x
 from tests.gpu.triton_device import generator, poisoned  # noqa: F401

@@ -12,7 +12,7 @@ pytest.importorskip(
 pytest.importorskip("triton", reason="triton is not installed: its disassembler reads the machine code")
 
 from quantkit_kernels import nvrtc
-from quantkit_kernels.skinny import StripWeight
+from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.tile import CAPABILITY, KINDS, Tiling, defines_of, tiling_of
 from tests.triton_aot import CUOBJDUMP
 
