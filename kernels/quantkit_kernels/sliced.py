@@ -14,7 +14,7 @@ from quantkit_kernels import nvrtc
 from quantkit_kernels.repack import BLOCK_COLUMNS
 from quantkit_kernels.strip_weight import StripWeight
 
-SLICE_BYTES = 24 << 20
+SLICE_BYTES = 36 << 20  # of 50 MB: at 2048 rows and 14336 columns a tenth faster than 24
 ROW_STEP = 256  # rows of a slice: a multiple, so that cuBLAS has whole tiles
 PARAMS = "4P5i"
 THREADS = 256

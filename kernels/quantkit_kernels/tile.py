@@ -7,6 +7,7 @@ Bound: the bytes of the weight up to about 70 rows of x, then the tensor cores. 
 Shape suffixes: M rows, N out_features, K in_features, G groups.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,9 @@ class Tiling(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What tilings there are, and what they take, measured on an H100: microseconds of a stage, and besides."""
+    """A kind of tiling, and what it takes on an H100: microseconds for a stage of INT4, and besides."""
 
+    m_tile: int
     halves: int
     resident: int
     x_stages: int
@@ -50,37 +52,40 @@ class Kind(NamedTuple):
     fixed_us: float
 
 
-KINDS = {
-    32: Kind(1, 2, 3, 0.40, 2.5),
-    64: Kind(1, 2, 3, 0.50, 2.5),
-    96: Kind(1, 2, 2, 0.65, 2.5),
-    128: Kind(1, 1, 3, 0.73, 2.5),
-    192: Kind(1, 1, 3, 1.05, 3.0),
-    256: Kind(1, 1, 3, 1.38, 3.0),
-}
+KINDS = (
+    Kind(32, 1, 2, 5, 0.40, 2.5),
+    Kind(64, 1, 2, 4, 0.50, 2.5),
+    Kind(96, 1, 2, 2, 0.65, 2.5),
+    Kind(128, 1, 1, 4, 0.76, 2.8),
+    Kind(128, 2, 1, 4, 1.50, 3.5),
+    Kind(192, 1, 1, 3, 1.05, 3.0),
+    Kind(256, 1, 1, 3, 1.38, 3.0),
+)
+ONE_TILE = 128  # so many rows of x, and no more, are always in one tile
+SPLIT_US = 0.5 / 64  # for each more block that shares K, and row of the tile
 
 
+@functools.cache
 def tiling_of(num_rows: int, n: int, k: int, num_multiprocessors: int) -> Tiling:
     """The fastest by what its kind takes: rows of x in one tile if they fit, else in tiles of 128 or more."""
-    fitting = [m_tile for m_tile in KINDS if m_tile >= num_rows][:1]
-    candidates = fitting if fitting and fitting[0] <= 128 else [128, 192, 256]
-    tilings = [_split(m_tile, num_rows, n, k, num_multiprocessors) for m_tile in candidates]
-    return min(tilings)[1]
+    smallest = min((kind.m_tile for kind in KINDS if num_rows <= kind.m_tile <= ONE_TILE), default=0)
+    kinds = [kind for kind in KINDS if kind.m_tile == smallest or (not smallest and kind.m_tile >= ONE_TILE)]
+    return min(_best_split(kind, num_rows, n, k, num_multiprocessors) for kind in kinds)[1]
 
 
-def _split(m_tile: int, num_rows: int, n: int, k: int, num_multiprocessors: int) -> tuple[float, Tiling]:
-    """The best number of blocks that share K, and the time it takes."""
-    halves, resident, x_stages, stage_us, fixed_us = KINDS[m_tile]
-    tiles, stages = -(-num_rows // m_tile) * -(-n // (128 * halves)), -(-k // STAGE_COLUMNS)
-    slots = num_multiprocessors * resident
+def _best_split(kind: Kind, num_rows: int, n: int, k: int, num_multiprocessors: int) -> tuple[float, Tiling]:
+    """The number of blocks that are best to share K, and the time it takes."""
+    tiles, stages = -(-num_rows // kind.m_tile) * -(-n // (128 * kind.halves)), -(-k // STAGE_COLUMNS)
+    slots = num_multiprocessors * kind.resident
     found = []
     for split in range(1, MAX_SPLIT + 1):
         # clusters of three and more do not find as many free neighbours as there are multiprocessors
-        room = slots if split <= 2 else slots * 3 // 4
-        waves = -(-tiles * split // room)
+        waves = -(-tiles * split // (slots if split <= 2 else slots * 3 // 4))
         if split == 1 or (waves == 1 and stages >= split * MIN_STAGES):
-            time = waves * (-(-stages // split) * stage_us + fixed_us + 0.5 * (split - 1))
-            found.append((time, Tiling(m_tile, halves, split, resident, x_stages)))
+            once = -(-stages // split) * kind.stage_us + kind.fixed_us + SPLIT_US * kind.m_tile * (split - 1)
+            found.append(
+                (waves * once, Tiling(kind.m_tile, kind.halves, split, kind.resident, kind.x_stages))
+            )
     return min(found)
 
 

@@ -19,8 +19,8 @@ from quantkit_kernels.tile import KINDS, Tiling, defines_of, multiply, order, ti
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 GROUP, CACHE_BYTES = 128, 200 << 20
-OTHERS = [(32, 2, 1, 3), (64, 2, 1, 4), (128, 2, 1, 4)]  # m_tile, halves, resident, x_stages
-ALL = [(m_tile, kind.halves, kind.resident, kind.x_stages) for m_tile, kind in KINDS.items()] + OTHERS
+OTHERS = [(32, 2, 1, 3), (64, 2, 1, 4), (128, 2, 1, 5), (128, 1, 1, 5)]  # m_tile, halves, resident, x_stages
+ALL = [tuple(kind[:4]) for kind in KINDS] + OTHERS
 
 
 def operands(n, k, kind, count=None):
