@@ -62,7 +62,7 @@ KINDS = (
     Kind(256, 1, 1, 3, 1.38, 3.0),
 )
 ONE_TILE = 128  # so many rows of x, and no more, are always in one tile
-SPLIT_US = 0.5 / 64  # for each more block that shares K, and row of the tile
+SPLIT_US = 0.6 / 64  # for each more block that shares K, and row of the tile
 
 
 @functools.cache
@@ -115,6 +115,7 @@ def tile(
     return multiply(ordered, num_rows, weight, tiling, bias_N=bias_N)
 
 
+@functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -50,10 +50,10 @@ def test_products_overlap_and_weights_stay_in_registers(tiling, tmp_path):
     check(machine_code(tmp_path, stand_in(group=128, asymmetric=False), torch.bfloat16, tiling), tiling)
 
 
-@pytest.mark.parametrize("tiling", [TILINGS[1], TILINGS[4]])
 @pytest.mark.parametrize("codes", [torch.int32, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("group", [0, 32])
-def test_every_weight_stays_in_registers(group, codes, tiling, tmp_path):
+def test_every_weight_stays_in_registers(group, codes, tmp_path):
+    tiling = TILINGS[1]  # of those with the fewest registers, the one with the most sums
     asymmetric = group > 0 and codes != torch.float8_e4m3fn
     weight = stand_in(group=group, asymmetric=asymmetric, scale=torch.float32, codes=codes)
     check(machine_code(tmp_path, weight, torch.float16, tiling), tiling)
