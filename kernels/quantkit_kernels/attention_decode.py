@@ -1,13 +1,15 @@
 """Attention of a few new tokens per sequence (decode, speculation) over paged keys and values, split along the context.
 
-    grid (head of keys × row tile, split, sequence)
+    grid (head of keys, split × row tile, sequence)
 
     context of a sequence   |  split 0  |  split 1  |  split 2  |      each: softmax over its tokens alone
                                   ↓           ↓           ↓
-    partial [T, Q, splits, D], lse [T, Q, splits], float32   ──►   second kernel: Σ 2^(lse − max) · partial / Σ 2^(lse − max)
+    partial [B, max_q_len, Q, splits, D], lse [B, max_q_len, Q, splits], float32
+                                  ↓
+    second kernel, splits in order: out = Σ 2^(lse − max) · partial / Σ 2^(lse − max)
 
 All query heads of a head of keys and all new tokens of a sequence are rows of one tile, so the pages are read once.
-How many splits there are follows from shapes alone (`num_splits`); where they lie follows from the lengths, which stay
+How many splits there are follows from shapes alone (`cut`); where they lie follows from the lengths, which stay
 on the device: every sequence is cut into equal parts of whole tiles, and programs past the last part leave at once.
 With `split_tokens` parts have that many tokens whatever else is in the batch: a sequence alone and in company gives the
 same bits (rows of one tile: as long as max_q_len is the same).
@@ -22,12 +24,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit_kernels import paged_kv
 from quantkit_kernels.attention_tile import (
     LOG2_E,
     NOTHING,
     attend,
+    capability,
     constants,
     interleave,
     load_queries,
@@ -38,15 +42,18 @@ from quantkit_kernels.attention_tile import (
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 
 MAX_Q_LEN = 16
-MAX_ROWS = 64  # of a tile; more rows are tiles of their own, which find the pages in the L2 cache
-SPLITS_AT_ONCE = 16  # partial results that the second kernel holds at a time; fixed, so that sums have one order
-MIN_TILES = 2  # of a split
-UNSPECIALISED = ("num_heads", "num_splits", "tiles_of_split", "window", "stride_table")  # one binary for all
-PROGRAMS_PER_PROCESSOR = 12  # at which the last wave of programs no longer shows
+SPLITS_AT_ONCE = (
+    16  # partial results that the second kernel holds at a time; fixed, so that sums have one order
+)
+LONGEST_SPLIT = 8192  # tokens, in batches that fill the device without splits
+UNSPECIALISED = ("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table")  # one binary for all
+PROGRAMS_PER_PROCESSOR = 2
 
 
 @triton.jit
-def _split(length, q_len, window, split, num_splits, tiles_of_split, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr):
+def _split(
+    length, q_len, window, split, num_splits, tiles_of_split, HAS_WINDOW: tl.constexpr, TILE: tl.constexpr
+):
     """First and last token of a split, the first token that any row sees, and how many splits are not empty."""
     lowest = 0
     if HAS_WINDOW:
@@ -61,18 +68,20 @@ def _split(length, q_len, window, split, num_splits, tiles_of_split, HAS_WINDOW:
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def decode_kernel(
     q, k, v, k_scale, v_scale, block_table, lengths, cu_seqlens_q, out, partial, lse,
-    num_heads, num_splits, tiles_of_split, softmax_scale, window, soft_cap,
+    max_q_len, num_splits, tiles_of_split, softmax_scale, window, soft_cap,
     stride_q, stride_query, stride_block, stride_head, stride_token, stride_table,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, HAS_SCALE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    NORMALISE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, CONVERTS: tl.constexpr,
-    IS_WHOLE: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, ROW_TILES: tl.constexpr, FORMAT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    PER_TOKEN: tl.constexpr, NORMALISE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    CONVERTS: tl.constexpr, IS_WHOLE: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """IS_WHOLE: one split, which writes `out`; otherwise `partial` and `lse`. Strides of q in elements, of k in words."""
-    head = tl.program_id(0) % num_heads
-    row_tile = tl.program_id(0) // num_heads
-    split = tl.program_id(1)
-    sequence = tl.program_id(2)
+    """IS_WHOLE: one split, which writes `out`; otherwise `partial`, `lse`. Strides of q in elements, of k in words."""
+    head, sequence = tl.program_id(0), tl.program_id(2)
+    row_tile, split = tl.program_id(1) % ROW_TILES, tl.program_id(1) // ROW_TILES
+    num_heads = tl.num_programs(0)
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     q_first = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - q_first
@@ -109,11 +118,12 @@ def decode_kernel(
     )  # fmt: skip
     result = interleave(acc, PLANES) / tl.where(total > 0, total, 1.0)[:, None] * value_scale
     element = tl.arange(0, WORDS * PLANES)
-    at_row = (q_first + new_token).to(tl.int64) * (num_heads * GROUP) + query
     is_there = is_row[:, None] & (element < D)[None, :]
     if IS_WHOLE:
+        at_row = (q_first + new_token).to(tl.int64) * (num_heads * GROUP) + query
         tl.store(out + at_row[:, None] * D + element[None, :], result.to(out.dtype.element_ty), mask=is_there)
     else:
+        at_row = (sequence.to(tl.int64) * max_q_len + new_token) * (num_heads * GROUP) + query
         at_row = at_row * num_splits + split
         tl.store(partial + at_row[:, None] * D + element[None, :], result, mask=is_there)
         tl.store(lse + at_row, tl.where(total > 0, m + tl.log2(total), -float("inf")), mask=is_row)
@@ -123,19 +133,22 @@ def decode_kernel(
 def combine_kernel(
     partial, lse, lengths, cu_seqlens_q, out, num_splits, tiles_of_split, window,
     HAS_WINDOW: tl.constexpr, D: tl.constexpr, ELEMENTS: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One new token and query head, over the splits that are not empty. Grid (Q, max_q_len, B)."""
     query, new_token, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     q_first = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - q_first
-    if new_token >= q_len:
-        return
     _, _, _, used = _split(length, q_len, window, 0, num_splits, tiles_of_split, HAS_WINDOW, TILE)
-    at_row = (q_first + new_token).to(tl.int64) * tl.num_programs(0) + query
+    at_row = (sequence.to(tl.int64) * tl.num_programs(1) + new_token) * tl.num_programs(0) + query
     element = tl.arange(0, ELEMENTS)
     acc = tl.zeros((ELEMENTS,), dtype=tl.float32)
     m, total = NOTHING, 0.0
+    if OVERLAPS:
+        gdc_wait()
+    if new_token >= q_len:
+        return
     for begin in range(0, used, AT_ONCE):
         split = begin + tl.arange(0, AT_ONCE)
         is_used = split < used
@@ -150,18 +163,25 @@ def combine_kernel(
         total = total * shrink + tl.sum(weight, axis=0)
         m = next_m
     result = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + at_row * D + element, result.to(out.dtype.element_ty), mask=element < D)
+    at_out = (q_first + new_token).to(tl.int64) * tl.num_programs(0) + query
+    tl.store(out + at_out * D + element, result.to(out.dtype.element_ty), mask=element < D)
 
 
-def num_splits(batch: int, num_heads: int, max_context: int, processors: int, tile: int) -> int:
-    """Parts of a context: enough programs to fill the device, none shorter than MIN_TILES, known without the lengths."""
-    wanted = -(-processors * PROGRAMS_PER_PROCESSOR // (batch * num_heads))
-    return max(1, min(wanted, max_context // (MIN_TILES * tile)))
+def cut(batch: int, num_heads: int, max_context: int, processors: int, tile: int) -> tuple[int, int]:
+    """Into how many splits a context is cut at most, and the tiles of the shortest; known without the lengths.
+
+    Two programs for each multiprocessor read at full speed. More splits than that only keep one long sequence from
+    outlasting a batch of short ones; these stay whole, because short splits cost more than they gain in a full batch.
+    """
+    programs = batch * num_heads
+    shortest = min(max(128, 8 * programs), 1024)
+    wanted = max(round(PROGRAMS_PER_PROCESSOR * processors / programs), max_context // LONGEST_SPLIT, 1)
+    return max(1, min(wanted, max_context // shortest)), max(shortest // tile, 1)
 
 
-def program_shape(dtype: torch.dtype, head_dim: int, rows: int) -> tuple[int, int, int]:
-    """Tokens of a tile, warps, pipeline stages."""
-    return 64, 4, 3
+def program_shape(planes: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Most rows and tokens of a tile, warps, pipeline stages. More rows find the pages in the L2 cache."""
+    return 32, 64, 4, 3
 
 
 def paged_decode(
@@ -172,7 +192,8 @@ def paged_decode(
     split_tokens: 0 cuts contexts so as to fill the device; otherwise parts of that many tokens, which makes a
     sequence's result independent of what else is in the batch.
     """
-    return decode(q_TQD, *pool, *pages, *masking, split_tokens)
+    out_TQD: Tensor = decode(q_TQD, *pool, *pages, *masking, split_tokens)
+    return out_TQD
 
 
 @torch.library.custom_op("quantkit::paged_decode", mutates_args=(), device_types="cuda")
@@ -205,8 +226,7 @@ def _(q_TQD: Tensor, *_: object) -> Tensor:
 
 @decode.register_kernel("cpu")
 def _(q_TQD: Tensor, *fields: Any) -> Tensor:
-    *fields, _ = fields  # on a CPU nothing is split
-    return paged_kv.attend_flat(q_TQD, *fields)
+    return paged_kv.attend_flat(q_TQD, *fields[:-1])  # nothing is split
 
 
 def launch(
@@ -216,42 +236,46 @@ def launch(
     masking: Masking,
     split_tokens: int = 0,
     *,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, int, int, int] | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """`paged_decode` without the operator around it. shape, splits: others than `program_shape`, `num_splits` say."""
+    """`paged_decode` without the operator around it. shape, splits: others than `program_shape`, `cut` say."""
     paged_kv.check(q_TQD, pool, pages)
     assert 1 <= pages.max_q_len <= MAX_Q_LEN, f"{pages.max_q_len} new tokens in a sequence"
     num_heads = pool.k_PHSD.shape[1]
     num_queries, head_dim = q_TQD.shape[1:]
     batch, group = pages.lengths_B.shape[0], num_queries // num_heads
-    rows = min(MAX_ROWS, triton.next_power_of_2(max(16, pages.max_q_len * group)))
+    k, v, words, planes = stored(pool, as_words=True)
+    max_rows, tile, num_warps, stages = shape or program_shape(planes, head_dim)
+    rows = min(max_rows, triton.next_power_of_2(max(16, pages.max_q_len * group)))
     row_tiles = triton.cdiv(pages.max_q_len * group, rows)
-    tile, num_warps, stages = shape or program_shape(pool.k_PHSD.dtype, head_dim, rows)
     assert split_tokens % tile == 0, f"parts of {split_tokens} tokens are not whole tiles of {tile}"
+    num_splits, tiles_of_split = cut(batch, num_heads, pages.max_context, num_processors(q_TQD.device), tile)
     if split_tokens:
-        splits = triton.cdiv(pages.max_context, split_tokens)
-    elif splits is None:
-        splits = num_splits(batch, num_heads, pages.max_context, num_processors(q_TQD.device), tile)
-    tiles_of_split = split_tokens // tile or MIN_TILES
+        num_splits, tiles_of_split = triton.cdiv(pages.max_context, split_tokens), split_tokens // tile
+    elif splits is not None:
+        num_splits, tiles_of_split = splits, 1
 
     out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
     partial = lse = out_TQD
-    if splits > 1:
-        partial = torch.empty(*q_TQD.shape[:2], splits, head_dim, dtype=torch.float32, device=q_TQD.device)
-        lse = torch.empty(*q_TQD.shape[:2], splits, dtype=torch.float32, device=q_TQD.device)
-    k, v, words, planes = stored(pool, as_words=True)
-    decode_kernel[(num_heads * row_tiles, splits, batch)](
+    if num_splits > 1:
+        rows_and_splits = (batch, pages.max_q_len, num_queries, num_splits)
+        partial = torch.empty(*rows_and_splits, head_dim, dtype=torch.float32, device=q_TQD.device)
+        lse = torch.empty(rows_and_splits, dtype=torch.float32, device=q_TQD.device)
+    overlaps = q_TQD.is_cuda and capability(q_TQD.device) >= (9, 0)
+    how = {"num_warps": num_warps} | ({"launch_pdl": True} if overlaps else {})
+    decode_kernel[(num_heads, num_splits * row_tiles, batch)](
         q_TQD, k, v, k if pool.k_scale is None else pool.k_scale, v if pool.v_scale is None else pool.v_scale,
         pages.block_table_BL, pages.lengths_B, pages.cu_seqlens_q, out_TQD, partial, lse,
-        num_heads, splits, tiles_of_split, masking.softmax_scale * LOG2_E, masking.window, masking.soft_cap * LOG2_E,
+        pages.max_q_len, num_splits, tiles_of_split,
+        masking.softmax_scale * LOG2_E, masking.window, masking.soft_cap * LOG2_E,
         q_TQD.stride(0), q_TQD.stride(1), *k.stride()[:3], pages.block_table_BL.stride(0),
-        group, rows, *constants(q_TQD, pool, masking), splits == 1, head_dim, words, planes, pool.k_PHSD.shape[2],
-        tile, stages, num_warps=num_warps,
+        group, rows, row_tiles, *constants(q_TQD, pool, masking), num_splits == 1, head_dim, words, planes,
+        pool.k_PHSD.shape[2], tile, stages, overlaps, **how,
     )  # fmt: skip
-    if splits > 1:
+    if num_splits > 1:
         combine_kernel[(num_queries, pages.max_q_len, batch)](
-            partial, lse, pages.lengths_B, pages.cu_seqlens_q, out_TQD, splits, tiles_of_split, masking.window,
-            masking.window > 0, head_dim, triton.next_power_of_2(head_dim), tile, SPLITS_AT_ONCE, num_warps=4,
+            partial, lse, pages.lengths_B, pages.cu_seqlens_q, out_TQD, num_splits, tiles_of_split, masking.window,
+            masking.window > 0, head_dim, triton.next_power_of_2(head_dim), tile, SPLITS_AT_ONCE, overlaps, **how,
         )  # fmt: skip
     return out_TQD

@@ -31,10 +31,10 @@ from quantkit_kernels.attention_tile import (
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 
 
-@triton.jit(do_not_specialize=("num_heads", "window", "stride_table"))
+@triton.jit(do_not_specialize=("window", "stride_table"))
 def prefill_kernel(
     q, k, v, k_scale, v_scale, block_table, lengths, cu_seqlens_q, out,
-    num_heads, softmax_scale, window, soft_cap,
+    softmax_scale, window, soft_cap,
     stride_q, stride_query, stride_block, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, HAS_SCALE: tl.constexpr, PER_TOKEN: tl.constexpr,
     NORMALISE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, CONVERTS: tl.constexpr,
@@ -43,7 +43,7 @@ def prefill_kernel(
 ):  # fmt: skip
     """Strides of q in elements, of k and v (alike) in stored elements."""
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
     sequence = tl.program_id(2)
     length = tl.load(lengths + sequence)
     q_first = tl.load(cu_seqlens_q + sequence)
@@ -108,16 +108,15 @@ def prefill_kernel(
     tl.store(out + at_row[:, None] * D + element[None, :], result.to(out.dtype.element_ty), mask=is_there)
 
 
-def program_shape(dtype: torch.dtype, head_dim: int) -> tuple[int, int, int, int]:
+def program_shape(head_dim: int) -> tuple[int, int, int, int]:
     """Rows and tokens of a tile, warps, pipeline stages."""
-    if head_dim > 128:
-        return 64, 32, 4, 2
-    return 128, 64, 8, 3
+    return (128, 64, 8, 3) if head_dim <= 128 else (64, 32, 4, 2)
 
 
 def paged_prefill(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:
     """Attention of any number of new tokens per sequence: [T, Q, D] in the dtype of q."""
-    return prefill(q_TQD, *pool, *pages, *masking)
+    out_TQD: Tensor = prefill(q_TQD, *pool, *pages, *masking)
+    return out_TQD
 
 
 @torch.library.custom_op("quantkit::paged_prefill", mutates_args=(), device_types="cuda")
@@ -165,13 +164,13 @@ def launch(
     num_heads, block_size = pool.k_PHSD.shape[1:3]
     num_queries, head_dim = q_TQD.shape[1:]
     batch, group = pages.lengths_B.shape[0], num_queries // num_heads
-    rows, tile, num_warps, stages = shape or program_shape(pool.k_PHSD.dtype, head_dim)
+    rows, tile, num_warps, stages = shape or program_shape(head_dim)
     out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
     k, v, words, planes = stored(pool, as_words=False)
     prefill_kernel[(triton.cdiv(pages.max_q_len * group, rows), num_heads, batch)](
         q_TQD, k, v, k if pool.k_scale is None else pool.k_scale, v if pool.v_scale is None else pool.v_scale,
         pages.block_table_BL, pages.lengths_B, pages.cu_seqlens_q, out_TQD,
-        num_heads, masking.softmax_scale * LOG2_E, masking.window, masking.soft_cap * LOG2_E,
+        masking.softmax_scale * LOG2_E, masking.window, masking.soft_cap * LOG2_E,
         q_TQD.stride(0), q_TQD.stride(1), *k.stride()[:3], pages.block_table_BL.stride(0),
         group, rows, *constants(q_TQD, pool, masking), head_dim, words, planes, block_size, tile, stages,
         num_warps=num_warps,

@@ -11,8 +11,8 @@ r // GROUP, so a K/V tile is read once for the whole group.
     score [rows, TILE] = Σ_j q_j · k_jᵀ · scale      acc_j [rows, D / 4] += p · v_j      out[4w + j] = acc_j[w] / total
 
 Codes become fp16, exactly. q is fp16 then too: rows of bf16 are first divided by a power of two, which is returned
-to the scores in float32. The scale of a key multiplies scores; that of a value multiplies probabilities: m is the running
-maximum of score + log2(value scale), so that p · scale ≤ 1 whatever the scales are.
+to the scores in float32. The scale of a key multiplies scores; that of a value multiplies probabilities: m is the
+running maximum of score + exponent of the value scale, so that p · scale ≤ 1 whatever the scales are.
 """
 
 import functools
@@ -146,36 +146,58 @@ def planes(x, FORMAT: tl.constexpr, PLANES: tl.constexpr, CONVERTS: tl.constexpr
 def load_queries(at_M, is_row_M, DTYPE: tl.constexpr, NORMALISE: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr,
                  PLANES: tl.constexpr):  # fmt: skip
     """Planes of the queries that rows point at, and the power of two that multiplies their scores, float32 [rows]."""
-    element = tl.arange(0, WORDS) * PLANES
-    raw = ()
-    amax_M = tl.full(at_M.shape, 0.0, dtype=tl.float32)
-    for j in tl.static_range(PLANES):
-        is_there = is_row_M[:, None] & (element + j < D)[None, :]
-        plane = tl.load(at_M[:, None] + (element + j)[None, :], mask=is_there, other=0.0)
-        raw = raw + (plane,)
-        if NORMALISE:
-            amax_M = tl.maximum(amax_M, tl.max(tl.abs(plane.to(tl.float32)), axis=1))
+    element = tl.arange(0, WORDS * PLANES)
+    q_MD = tl.load(
+        at_M[:, None] + element[None, :], mask=is_row_M[:, None] & (element < D)[None, :], other=0.0
+    )
     factor_M = tl.full(at_M.shape, 1.0, dtype=tl.float32)
     if NORMALISE:  # only the exponent, so that dividing rounds nothing
+        q_MD = q_MD.to(tl.float32)
+        amax_M = tl.max(tl.abs(q_MD), axis=1)
         power_M = (amax_M.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         factor_M = tl.where((amax_M >= 1.1754944e-38) & (amax_M < float("inf")), power_M, 1.0)
-    q = ()
-    for j in tl.static_range(PLANES):
-        if NORMALISE:
-            q = q + ((raw[j].to(tl.float32) / factor_M[:, None]).to(DTYPE),)
-        else:
-            q = q + (raw[j].to(DTYPE),)
-    return q, factor_M
+        q_MD = q_MD / factor_M[:, None]
+    q_MD = q_MD.to(DTYPE)
+    if PLANES == 1:
+        return (q_MD,), factor_M
+    else:
+        even, odd = tl.split(tl.reshape(q_MD, (at_M.shape[0], WORDS, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return (first, second, third, fourth), factor_M
 
 
 @triton.jit
-def _blocks(table, start, lowest, stop, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Blocks of the TILE tokens from `start` on: one number where a block holds them all."""
+def _blocks(table, start, lowest, stop, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Blocks of the TILE tokens from `start` on, a tuple of numbers; 0 where there is no token to read."""
+    blocks = ()
+    for j in tl.static_range((TILE + BLOCK_SIZE - 1) // BLOCK_SIZE):
+        number = start // BLOCK_SIZE + j
+        is_read = (number * BLOCK_SIZE < stop) & ((number + 1) * BLOCK_SIZE > lowest)
+        blocks = blocks + (tl.load(table + number, mask=is_read, other=0),)
+    return blocks
+
+
+@triton.jit
+def _of_tokens(blocks, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The block of each token of a tile, int64 [TILE]; one number where it is the same for all."""
     if TILE <= BLOCK_SIZE:
-        return tl.load(table + start // BLOCK_SIZE, mask=(start < stop) & (start + TILE > lowest), other=0)
+        return blocks[0].to(tl.int64)
     else:
-        token = start + tl.arange(0, TILE)
-        return tl.load(table + token // BLOCK_SIZE, mask=(token >= lowest) & (token < stop), other=0)
+        place = tl.arange(0, TILE) // BLOCK_SIZE
+        block = tl.where(place == 0, blocks[0], blocks[1])
+        for j in tl.static_range(2, TILE // BLOCK_SIZE):
+            block = tl.where(place == j, blocks[j], block)
+        return block.to(tl.int64)
+
+
+@triton.jit
+def _exponent(scale_C, OF_ALL: tl.constexpr):
+    """At least log2 of a scale, [1, C] or, OF_ALL, of the largest: what keeps p · scale below 1 need not be exact."""
+    if OF_ALL:
+        return (tl.max(scale_C, axis=0).to(tl.int32, bitcast=True) >> 23).to(tl.float32) - 126.0
+    else:
+        return ((scale_C.to(tl.int32, bitcast=True) >> 23).to(tl.float32) - 126.0)[None, :]
 
 
 @triton.jit
@@ -186,20 +208,22 @@ def attend(
     MASKED: tl.constexpr, CONVERTS: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Go over tokens first, first + TILE … < stop: (acc, m, total) with them. k, v, scales, table: of the head and sequence.
+    """Go over tokens first, first + TILE … < stop: (acc, m, total) with them.
 
+    k, v, their scales, table: of the head and sequence.
     Not MASKED: every row sees every one of them, and stop − first is a multiple of TILE. MASKED: tokens before `lowest`
     are read by no row, and their blocks may be gone.
     """
     tile = tl.arange(0, TILE)
     word = tl.arange(0, WORDS)
-    block = _blocks(table, first, lowest, stop, BLOCK_SIZE, TILE, MASKED)
+    blocks = _blocks(table, first, lowest, stop, BLOCK_SIZE, TILE)
     for start in tl.range(first, stop, TILE, num_stages=STAGES):
         token = start + tile
         slot = token % BLOCK_SIZE
-        at = (block.to(tl.int64) * stride_block + slot * stride_token)[:, None] + word[None, :]
-        at_scale = block.to(tl.int64) * scale_block + slot
-        block = _blocks(table, start + TILE, lowest, stop, BLOCK_SIZE, TILE, MASKED)  # read ahead
+        block = _of_tokens(blocks, BLOCK_SIZE, TILE)
+        blocks = _blocks(table, start + TILE, lowest, stop, BLOCK_SIZE, TILE)  # read ahead
+        at = (block * stride_block + slot * stride_token)[:, None] + word[None, :]
+        at_scale = block * scale_block + slot
         is_token = (token >= lowest) & (token < stop)
         is_there = tl.full((TILE, WORDS), True, dtype=tl.int1)
         if MASKED:
@@ -230,7 +254,9 @@ def attend(
         ranked = score
         if PER_TOKEN:
             value_scale = tl.maximum(tl.load(v_scale + at_scale, mask=is_token, other=1.0), 1e-30)
-            ranked = score + tl.log2(value_scale)[None, :]
+            ranked = score + _exponent(
+                value_scale, score.shape[0] >= 64
+            )  # wgmma: a row of scores is in one warp
         next_m_M = tl.maximum(m_M, tl.max(ranked, axis=1))
         p = tl.exp2(score - next_m_M[:, None])
         shrink_M = tl.exp2(m_M - next_m_M)
@@ -279,20 +305,24 @@ def stored(pool: KVPool, *, as_words: bool) -> tuple[Tensor, Tensor, int, int]:
     return k_PHSD, v_PHSD, max(16, triton.next_power_of_2(triton.cdiv(head_dim, planes))), planes
 
 
-def constants(q_TQD: Tensor, pool: KVPool, masking: Masking) -> tuple[str, bool, bool, bool, bool, bool, bool]:
+def constants(
+    q_TQD: Tensor, pool: KVPool, masking: Masking
+) -> tuple[str, bool, bool, bool, bool, bool, bool]:
     """FORMAT, HAS_SCALE, PER_TOKEN, NORMALISE, HAS_WINDOW, HAS_CAP, CONVERTS of the kernels."""
     dtype = pool.k_PHSD.dtype
     form = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}.get(dtype, "16-bit")
     per_token = pool.k_scale is not None and pool.k_scale.dim() == 3
     normalise = q_TQD.dtype == torch.bfloat16 and dtype != torch.bfloat16
-    converts = q_TQD.is_cuda and (form != "e4m3" or _capability(q_TQD.device) >= (8, 9))
+    converts = q_TQD.is_cuda and (form != "e4m3" or capability(q_TQD.device) >= (8, 9))
     has_scale = pool.k_scale is not None
     return form, has_scale, per_token, normalise, masking.window > 0, masking.soft_cap > 0, converts
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
 
 
 @functools.cache

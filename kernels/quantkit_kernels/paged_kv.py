@@ -2,19 +2,19 @@
 
     pool of one layer                                              pages of one step, the same for every layer
 
-    k, v      [P, H, S, D]   bf16, fp16, float8_e4m3fn, int8       block_table   int32 [B, L]   block of tokens S·l …
-    k_scale,  none           16-bit elements                       lengths       int32 [B]      tokens, new ones included
-    v_scale   [H]            float32, one per head                 cu_seqlens_q  int32 [B + 1]  prefix sums of new tokens
+    k, v      [P, H, S, D]   bf16, fp16, float8_e4m3fn, int8       block_table   int32 [B, L]  block of tokens S·l …
+    k_scale,  none           16-bit elements                       lengths       int32 [B]     tokens, new ones too
+    v_scale   [H]            float32, one per head                 cu_seqlens_q  int32 [B + 1]  sums of new tokens
               [P, H, S]      float32, one per token and head
 
     token c of sequence b, head h:   k[block_table[b, c // S], h, c % S]  · its scale
 
     block      head 0: S · D contiguous elements | head 1 | …      one sequence and head reads S · D · bytes at a time
 
-Scales have arrays of their own, so that codes stay aligned and a page of codes is read whole. The new tokens of sequence
-b, rows cu_seqlens_q[b] … cu_seqlens_q[b + 1] of the queries, are its last ones and are in the pages already: attention
-sees what was stored of them, quantized like everything before. Entries of the table past a sequence's length, slots
-past its end and (with a window) everything before the window are never read; they may hold anything.
+Scales have arrays of their own, so that codes stay aligned and a page of codes is read whole. The new tokens of
+sequence b, rows cu_seqlens_q[b] … cu_seqlens_q[b + 1] of the queries, are its last ones and are in the pages already:
+attention sees what was stored of them, quantized like everything before. Entries of the table past a sequence's length,
+slots past its end and (with a window) everything before the window are never read; they may hold anything.
 
 Shape suffixes: P blocks in the pool, S slots of a block, H heads of keys and values, Q heads of queries, B sequences,
 L blocks of a sequence, T new tokens of all sequences, C tokens of a context, D head dimension.
@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 16  # tokens of a block unless the caller has a reason; the kernels take any power of two from 16 up
+BLOCK_SIZE = (
+    16  # tokens of a block unless the caller has a reason; the kernels take any power of two from 16 up
+)
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -93,20 +95,26 @@ def check(q_TQD: Tensor, pool: KVPool, pages: Pages) -> None:
     assert q_TQD.dim() == 3 and q_TQD.shape[2] == head_dim, f"queries {q_TQD.shape}, heads of {head_dim}"
     assert q_TQD.dtype in SIXTEEN_BIT, f"queries of {q_TQD.dtype}"
     assert q_TQD.shape[1] % num_heads == 0, f"{q_TQD.shape[1]} query heads share {num_heads} heads"
-    assert q_TQD.stride(2) == 1 and pool.k_PHSD.stride(3) == 1, "elements of a head have to be next to each other"
+    assert q_TQD.stride(2) == 1 and pool.k_PHSD.stride(3) == 1, (
+        "elements of a head have to be next to each other"
+    )
     per_token = (num_blocks, num_heads, block_size)
     for scale in (pool.k_scale, pool.v_scale):
         if dtype in SIXTEEN_BIT:
             assert scale is None, f"scales beside {dtype}"
             continue
         assert scale is not None and scale.dtype == torch.float32, "8-bit codes have float32 scales"
-        assert scale.shape in ((num_heads,), per_token), f"scales {scale.shape} for a pool {pool.k_PHSD.shape}"
+        assert scale.shape in ((num_heads,), per_token), (
+            f"scales {scale.shape} for a pool {pool.k_PHSD.shape}"
+        )
         assert scale.is_contiguous(), "scales are contiguous"
     if pool.k_scale is not None and pool.v_scale is not None:
         assert pool.k_scale.shape == pool.v_scale.shape, "k and v have scales of one kind"
     batch = pages.lengths_B.shape[0]
     assert pages.block_table_BL.shape[0] == batch, f"{pages.block_table_BL.shape[0]} tables, {batch} lengths"
-    assert pages.cu_seqlens_q.shape == (batch + 1,), f"cu_seqlens_q {pages.cu_seqlens_q.shape} for {batch} sequences"
+    assert pages.cu_seqlens_q.shape == (batch + 1,), (
+        f"cu_seqlens_q {pages.cu_seqlens_q.shape} for {batch} sequences"
+    )
     for tensor in (pages.block_table_BL, pages.lengths_B, pages.cu_seqlens_q):
         assert tensor.dtype == torch.int32, f"{tensor.dtype}: tables, lengths and offsets are int32"
     assert pages.block_table_BL.stride(1) == 1, "the blocks of a sequence have to be next to each other"
@@ -154,15 +162,15 @@ def _attend_one(q_TQD: Tensor, pool: KVPool, blocks_L: Tensor, length: int, mask
     first = max(0, length - num_tokens - masking.window + 1) if masking.window else 0
     k_HCD = gather(pool.k_PHSD, pool.k_scale, blocks_L, first, length, q_TQD.dtype)
     v_HCD = gather(pool.v_PHSD, pool.v_scale, blocks_L, first, length, q_TQD.dtype)
-    q_HRD = q_TQD.unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).reshape(num_heads, -1, head_dim)
+    q_HRD = q_TQD.transpose(0, 1).reshape(num_heads, -1, head_dim)  # rows: query heads of the head, tokens of these
     score = (q_HRD @ k_HCD.mT) * masking.softmax_scale
     if masking.soft_cap:
         score = masking.soft_cap * torch.tanh(score / masking.soft_cap)
     is_seen_TC = _visible(num_tokens, first, length, masking.window, q_TQD.device)
-    score = score.unflatten(1, (-1, num_tokens)).masked_fill(~is_seen_TC, -torch.inf)
+    score = score.reshape(num_heads, -1, num_tokens, length - first).masked_fill(~is_seen_TC, -torch.inf)
     probability = torch.softmax(score, dim=-1).masked_fill(~is_seen_TC.any(dim=1, keepdim=True), 0.0)
-    out = probability.flatten(1, 2) @ v_HCD
-    return out.unflatten(1, (-1, num_tokens)).permute(2, 0, 1, 3).reshape(num_tokens, num_queries, head_dim)
+    out_QTD = (probability.flatten(1, 2) @ v_HCD).reshape(num_queries, num_tokens, head_dim)
+    return out_QTD.transpose(0, 1)
 
 
 def _visible(num_tokens: int, first: int, length: int, window: int, device: torch.device) -> Tensor:

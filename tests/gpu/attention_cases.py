@@ -83,7 +83,9 @@ def _store(
             scale = x.abs().amax(dim=(0, 2, 3)) / largest
             per_element = scale[:, None, None]
         code = x / per_element
-        code = code.clamp(-largest, largest).to(case.dtype) if largest == 448.0 else code.round().to(case.dtype)
+        code = (
+            code.clamp(-largest, largest).to(case.dtype) if largest == 448.0 else code.round().to(case.dtype)
+        )
         code = code.view(torch.int8).masked_fill(is_unseen, NAN_CODE).view(case.dtype)
         codes.append(code.to(device))
         scales.append(scale.contiguous().to(device))
@@ -103,7 +105,9 @@ def exact_and_bound(case: Case, q_TQD: Tensor, pool: KVPool, pages: Pages) -> tu
     largest_v = _largest(pool.v_PHSD, pool.v_scale)
     norm_k = _largest(pool.k_PHSD, pool.k_scale) * math.sqrt(case.head_dim)
     norm_q = wide_TQD.norm(dim=2).max()
-    score_error = 2**-23 * case.head_dim * masking.softmax_scale * norm_q * norm_k + 2**-20 * (1 + case.soft_cap)
+    score_error = 2**-23 * case.head_dim * masking.softmax_scale * norm_q * norm_k + 2**-20 * (
+        1 + case.soft_cap
+    )
     num_tokens = max(case.lengths)
     of_probability = 2**-9 if case.dtype == torch.bfloat16 else 2**-11
     relative = of_probability + 2 * score_error + num_tokens * 2**-23
