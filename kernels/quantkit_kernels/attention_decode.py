@@ -39,13 +39,15 @@ from quantkit_kernels.attention_tile import (
     stored,
     zeros,
 )
-from quantkit_kernels.paged_kv import KVPool, Masking, Pages
+from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 MAX_Q_LEN = 16
+WARPGROUP_ROWS = 64  # from here on the MMA takes k and v from shared memory, in 16 bits: words gain nothing
 SPLITS_AT_ONCE = (
     16  # partial results that the second kernel holds at a time; fixed, so that sums have one order
 )
-LONGEST_SPLIT = 8192  # tokens, in batches that fill the device without splits
+LONGEST_SPLIT = 2048  # tokens, in batches that fill the device without splits
+MOST_PROGRAMS = 16384  # one that finds nothing to do still takes 3 ns of the device
 UNSPECIALISED = ("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table")  # one binary for all
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -175,13 +177,21 @@ def cut(batch: int, num_heads: int, max_context: int, processors: int, tile: int
     """
     programs = batch * num_heads
     shortest = min(max(128, 8 * programs), 1024)
-    wanted = max(round(PROGRAMS_PER_PROCESSOR * processors / programs), max_context // LONGEST_SPLIT, 1)
-    return max(1, min(wanted, max_context // shortest)), max(shortest // tile, 1)
+    wanted = max(round(PROGRAMS_PER_PROCESSOR * processors / programs), max_context // LONGEST_SPLIT)
+    num_splits = min(wanted, max_context // shortest, MOST_PROGRAMS // programs)
+    return max(1, num_splits), max(shortest // tile, 1)
 
 
-def program_shape(planes: int, head_dim: int) -> tuple[int, int, int, int]:
-    """Most rows and tokens of a tile, warps, pipeline stages. More rows find the pages in the L2 cache."""
-    return 32, 64, 4, 3
+def program_shape(num_rows: int, head_dim: int, *, is_8_bit: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens of a tile, warps, pipeline stages.
+
+    In tiles of 32 rows two warps would convert the same codes: two tiles of 16, whose second reads from the L2 cache,
+    take three quarters of the time. From 64 rows on the warpgroup's MMA makes up for sharing codes in 16 bits.
+    """
+    tokens = 64 if head_dim <= 128 else 32
+    if not is_8_bit:
+        return min(64, max(16, triton.next_power_of_2(num_rows))), tokens, 4, 3
+    return (16, 2 * tokens, 4, 3) if num_rows <= 32 else (64, tokens, 4, 3)
 
 
 def paged_decode(
@@ -245,10 +255,10 @@ def launch(
     num_heads = pool.k_PHSD.shape[1]
     num_queries, head_dim = q_TQD.shape[1:]
     batch, group = pages.lengths_B.shape[0], num_queries // num_heads
-    k, v, words, planes = stored(pool, as_words=True)
-    max_rows, tile, num_warps, stages = shape or program_shape(planes, head_dim)
-    rows = min(max_rows, triton.next_power_of_2(max(16, pages.max_q_len * group)))
-    row_tiles = triton.cdiv(pages.max_q_len * group, rows)
+    num_rows, is_8_bit = pages.max_q_len * group, pool.k_PHSD.dtype in EIGHT_BIT
+    rows, tile, num_warps, stages = shape or program_shape(num_rows, head_dim, is_8_bit=is_8_bit)
+    row_tiles = triton.cdiv(num_rows, rows)
+    k, v, words, planes = stored(pool, as_words=rows < WARPGROUP_ROWS)
     assert split_tokens % tile == 0, f"parts of {split_tokens} tokens are not whole tiles of {tile}"
     num_splits, tiles_of_split = cut(batch, num_heads, pages.max_context, num_processors(q_TQD.device), tile)
     if split_tokens:

@@ -28,7 +28,7 @@ from quantkit_kernels.attention_tile import (
     stored,
     zeros,
 )
-from quantkit_kernels.paged_kv import KVPool, Masking, Pages
+from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 
 @triton.jit(do_not_specialize=("window", "stride_table"))
@@ -108,9 +108,13 @@ def prefill_kernel(
     tl.store(out + at_row[:, None] * D + element[None, :], result.to(out.dtype.element_ty), mask=is_there)
 
 
-def program_shape(head_dim: int) -> tuple[int, int, int, int]:
+def program_shape(head_dim: int, *, is_8_bit: bool, per_token: bool) -> tuple[int, int, int, int]:
     """Rows and tokens of a tile, warps, pipeline stages."""
-    return (128, 64, 8, 3) if head_dim <= 128 else (64, 32, 4, 2)
+    if head_dim > 128:
+        return 64, 32, 4, 2
+    if per_token:
+        return 64, 64, 4, 3
+    return (64, 128, 4, 2) if is_8_bit else (128, 64, 8, 3)
 
 
 def paged_prefill(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:
@@ -164,7 +168,9 @@ def launch(
     num_heads, block_size = pool.k_PHSD.shape[1:3]
     num_queries, head_dim = q_TQD.shape[1:]
     batch, group = pages.lengths_B.shape[0], num_queries // num_heads
-    rows, tile, num_warps, stages = shape or program_shape(head_dim)
+    is_8_bit = pool.k_PHSD.dtype in EIGHT_BIT
+    per_token = pool.k_scale is not None and pool.k_scale.dim() == 3
+    rows, tile, num_warps, stages = shape or program_shape(head_dim, is_8_bit=is_8_bit, per_token=per_token)
     out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
     k, v, words, planes = stored(pool, as_words=False)
     prefill_kernel[(triton.cdiv(pages.max_q_len * group, rows), num_heads, batch)](

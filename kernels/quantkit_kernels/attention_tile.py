@@ -216,6 +216,8 @@ def attend(
     """
     tile = tl.arange(0, TILE)
     word = tl.arange(0, WORDS)
+    # One load of both scales: of fewer numbers than there are threads, every thread would read all that it needs.
+    to_values = tl.arange(0, 2) * ((v_scale.to(tl.int64) - k_scale.to(tl.int64)) // 4)
     blocks = _blocks(table, first, lowest, stop, BLOCK_SIZE, TILE)
     for start in tl.range(first, stop, TILE, num_stages=STAGES):
         token = start + tile
@@ -243,7 +245,11 @@ def attend(
             score = tl.dot(q[j], tl.trans(k_planes[j]), score)
         score *= row_scale_M[:, None]
         if PER_TOKEN:
-            score *= tl.load(k_scale + at_scale, mask=is_token, other=1.0)[None, :]
+            scales = tl.load(
+                k_scale + at_scale[:, None] + to_values[None, :], mask=is_token[:, None], other=1.0
+            )
+            key_scale, value_scale = tl.split(scales)
+            score *= key_scale[None, :]
         if HAS_CAP:
             score = soft_cap * (1.0 - 2.0 / (tl.exp2(score * (2.8853900817779268 / soft_cap)) + 1.0))
         if MASKED:
@@ -253,7 +259,7 @@ def attend(
             score = tl.where(is_seen, score, -float("inf"))
         ranked = score
         if PER_TOKEN:
-            value_scale = tl.maximum(tl.load(v_scale + at_scale, mask=is_token, other=1.0), 1e-30)
+            value_scale = tl.maximum(value_scale, 1e-30)
             ranked = score + _exponent(
                 value_scale, score.shape[0] >= 64
             )  # wgmma: a row of scores is in one warp

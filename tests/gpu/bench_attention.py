@@ -151,20 +151,19 @@ def tflops(num_tokens: int, us: float) -> float:
     return 2 * NUM_QUERIES * HEAD_DIM * num_tokens * (num_tokens + 1) / us / 1e6
 
 
-DECODE_SHAPES = ((16, 64, 4, 3), (16, 64, 4, 4), (16, 64, 2, 3), (16, 128, 4, 3))
-VERIFY_SHAPES = ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3))
-PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 32, 4, 4))
-SWEPT = tuple(itertools.product(("bf16", "e4m3", "int8 per token"), (16, 32, 64)))
+DECODE_SHAPES = ((16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 2, 3))
+VERIFY_SHAPES = ((16, 64, 4, 3), (16, 128, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2))
+PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2))
 
 
 def sweep() -> None:
-    for (kind, block_size), shape in itertools.product(SWEPT, DECODE_SHAPES):
+    for kind, block_size, shape in itertools.product(KINDS, (16, 64), DECODE_SHAPES):
         cells = []
         for batch, context, splits in (
+            (1, 1024, 8),
             (1, 8192, 32),
             (16, 1024, 1),
-            (16, 8192, 2),
-            (64, 8192, 1),
+            (16, 8192, 4),
             (64, 8192, 4),
         ):
             us = decode(kind, batch, context, 1, block_size, shape=shape, splits=splits)
@@ -174,10 +173,10 @@ def sweep() -> None:
 
 def sweep_rows() -> None:
     """Many new tokens in a sequence."""
-    for kind, q_len, shape in itertools.product(("bf16", "e4m3"), (8, 16), VERIFY_SHAPES):
+    for kind, q_len, shape in itertools.product(("bf16", "e4m3", "int8 per token"), (8, 16), VERIFY_SHAPES):
         cells = []
         for batch, context in ((1, 8192), (16, 8192), (64, 8192)):
-            us = decode(kind, batch, context, q_len, 16, shape=shape, splits=2 if batch > 1 else 32)
+            us = decode(kind, batch, context, q_len, 16, shape=shape, splits=4 if batch > 1 else 32)
             cells.append(f"{batch}x{context} {us:.1f} {rate(kind, batch, context, us):.2f}")
         print(f"{kind} {q_len} new tokens, tile {shape}: " + " | ".join(cells), flush=True)
 
@@ -196,7 +195,7 @@ def sweep_splits() -> None:
 
 
 def sweep_prefill() -> None:
-    for (kind, block_size), shape in itertools.product(SWEPT, PREFILL_SHAPES):
+    for kind, block_size, shape in itertools.product(KINDS, (16, 64), PREFILL_SHAPES):
         cells = [
             f"{size} {prefill(kind, size, 0, block_size, shape=shape):.1f}" for size in (512, 2048, 8192)
         ]
@@ -205,7 +204,7 @@ def sweep_prefill() -> None:
 
 PARTS = {
     "tables": (decode_table, functools.partial(decode_table, 4), prefill_table),
-    "sweep": (sweep, sweep_rows, sweep_splits, sweep_prefill),
+    "sweep": (sweep, sweep_rows, sweep_prefill, sweep_splits),
 }
 
 
