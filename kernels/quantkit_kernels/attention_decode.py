@@ -30,6 +30,7 @@ from quantkit_kernels import paged_kv
 from quantkit_kernels.attention_tile import (
     LOG2_E,
     NOTHING,
+    WARPGROUP_ROWS,
     attend,
     capability,
     constants,
@@ -42,7 +43,6 @@ from quantkit_kernels.attention_tile import (
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 MAX_Q_LEN = 16
-WARPGROUP_ROWS = 64  # from here on the MMA takes k and v from shared memory, in 16 bits: words gain nothing
 SPLITS_AT_ONCE = (
     16  # partial results that the second kernel holds at a time; fixed, so that sums have one order
 )
@@ -258,7 +258,7 @@ def launch(
     num_rows, is_8_bit = pages.max_q_len * group, pool.k_PHSD.dtype in EIGHT_BIT
     rows, tile, num_warps, stages = shape or program_shape(num_rows, head_dim, is_8_bit=is_8_bit)
     row_tiles = triton.cdiv(num_rows, rows)
-    k, v, words, planes = stored(pool, as_words=rows < WARPGROUP_ROWS)
+    k, v, words, planes = stored(pool, as_words=rows < WARPGROUP_ROWS.value)
     assert split_tokens % tile == 0, f"parts of {split_tokens} tokens are not whole tiles of {tile}"
     num_splits, tiles_of_split = cut(batch, num_heads, pages.max_context, num_processors(q_TQD.device), tile)
     if split_tokens:

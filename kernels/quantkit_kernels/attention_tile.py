@@ -24,7 +24,11 @@ from torch import Tensor
 
 from quantkit_kernels.paged_kv import KVPool, Masking
 
+WARPGROUP_ROWS = tl.constexpr(
+    64
+)  # from here on the MMA of Hopper takes k and v from shared memory, in 16 bits
 LOG2_E = 1.4426950408889634
+TWO_LOG2_E = tl.constexpr(2 * LOG2_E)
 NOTHING = tl.constexpr(-1e30)  # a maximum of no scores: finite, so that differences of maxima are numbers
 
 
@@ -155,7 +159,7 @@ def load_queries(at_M, is_row_M, DTYPE: tl.constexpr, NORMALISE: tl.constexpr, D
         q_MD = q_MD.to(tl.float32)
         amax_M = tl.max(tl.abs(q_MD), axis=1)
         power_M = (amax_M.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        factor_M = tl.where((amax_M >= 1.1754944e-38) & (amax_M < float("inf")), power_M, 1.0)
+        factor_M = tl.where((power_M > 0) & (amax_M < float("inf")), power_M, 1.0)
         q_MD = q_MD / factor_M[:, None]
     q_MD = q_MD.to(DTYPE)
     if PLANES == 1:
@@ -193,7 +197,10 @@ def _of_tokens(blocks, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _exponent(scale_C, OF_ALL: tl.constexpr):
-    """At least log2 of a scale, [1, C] or, OF_ALL, of the largest: what keeps p · scale below 1 need not be exact."""
+    """At least log2 of a scale, [1, C], or of the largest one: what keeps p · scale below 1 need not be exact.
+
+    OF_ALL is less work where a row of scores is in one warp, and a detour through shared memory elsewhere.
+    """
     if OF_ALL:
         return (tl.max(scale_C, axis=0).to(tl.int32, bitcast=True) >> 23).to(tl.float32) - 126.0
     else:
@@ -214,6 +221,7 @@ def attend(
     Not MASKED: every row sees every one of them, and stop − first is a multiple of TILE. MASKED: tokens before `lowest`
     are read by no row, and their blocks may be gone.
     """
+    IN_ONE_WARP: tl.constexpr = q[0].shape[0] >= WARPGROUP_ROWS
     tile = tl.arange(0, TILE)
     word = tl.arange(0, WORDS)
     # One load of both scales: of fewer numbers than there are threads, every thread would read all that it needs.
@@ -245,13 +253,11 @@ def attend(
             score = tl.dot(q[j], tl.trans(k_planes[j]), score)
         score *= row_scale_M[:, None]
         if PER_TOKEN:
-            scales = tl.load(
-                k_scale + at_scale[:, None] + to_values[None, :], mask=is_token[:, None], other=1.0
-            )
-            key_scale, value_scale = tl.split(scales)
+            at_both = at_scale[:, None] + to_values[None, :]
+            key_scale, value_scale = tl.split(tl.load(k_scale + at_both, mask=is_token[:, None], other=0.0))
             score *= key_scale[None, :]
         if HAS_CAP:
-            score = soft_cap * (1.0 - 2.0 / (tl.exp2(score * (2.8853900817779268 / soft_cap)) + 1.0))
+            score = soft_cap * (1.0 - 2.0 / (tl.exp2(score * (TWO_LOG2_E / soft_cap)) + 1.0))  # tanh
         if MASKED:
             is_seen = (token[None, :] <= position_M[:, None]) & is_token[None, :]
             if HAS_WINDOW:
@@ -260,9 +266,7 @@ def attend(
         ranked = score
         if PER_TOKEN:
             value_scale = tl.maximum(value_scale, 1e-30)
-            ranked = score + _exponent(
-                value_scale, score.shape[0] >= 64
-            )  # wgmma: a row of scores is in one warp
+            ranked = score + _exponent(value_scale, IN_ONE_WARP)
         next_m_M = tl.maximum(m_M, tl.max(ranked, axis=1))
         p = tl.exp2(score - next_m_M[:, None])
         shrink_M = tl.exp2(m_M - next_m_M)
@@ -299,14 +303,16 @@ def interleave(acc, PLANES: tl.constexpr):
 
 
 def stored(pool: KVPool, *, as_words: bool) -> tuple[Tensor, Tensor, int, int]:
-    """k and v as a kernel reads them, how many of these elements it reads of a head (a power of two), and planes."""
+    """k and v as a kernel reads them, how many of these elements it reads of a head (a power of two), and planes.
+
+    as_words: 8-bit codes in words of four, if heads are whole words of them.
+    """
     k_PHSD, v_PHSD = pool.k_PHSD, pool.v_PHSD
-    head_dim = k_PHSD.shape[3]
-    planes = 1
+    head_dim, planes = k_PHSD.shape[3], 1
     if k_PHSD.itemsize == 1:
-        assert not as_words or head_dim % 4 == 0, f"8-bit heads of {head_dim}: not whole words of four"
-        planes = 4 if as_words else 1
-        dtype = torch.int32 if as_words else torch.int8
+        places = (head_dim, *k_PHSD.stride()[:3], k_PHSD.data_ptr(), v_PHSD.data_ptr())
+        planes = 4 if as_words and all(place % 4 == 0 for place in places) else 1
+        dtype = torch.int32 if planes == 4 else torch.int8
         k_PHSD, v_PHSD = k_PHSD.view(dtype), v_PHSD.view(dtype)
     return k_PHSD, v_PHSD, max(16, triton.next_power_of_2(triton.cdiv(head_dim, planes))), planes
 

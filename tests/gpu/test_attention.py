@@ -103,8 +103,9 @@ def test_head_dimensions(stored, head_dim):
     assert_close(attention_prefill.launch, case)
 
 
-def test_head_dimensions_of_16_bits_may_be_odd():
-    case = Case(lengths=(40, 333), q_lens=(1, 2), head_dim=67, dtype=torch.float16, q_dtype=torch.float16)
+@pytest.mark.parametrize("name", ["fp16", "int8"])
+def test_head_dimensions_may_be_odd(name):
+    case = Case(lengths=(40, 333), q_lens=(1, 2), head_dim=67, **STORED[name])
     assert_close(attention_decode.launch, case)
     assert_close(attention_prefill.launch, case)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import attention_decode, attention_prefill, paged_kv
+from quantkit_kernels import attention_decode, attention_prefill, attention_tile, paged_kv
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build
 from tests.triton_aot import CAPABILITIES, Resources, compile_for
@@ -161,7 +161,7 @@ def compile_decode(capability: int, stored: str, num_rows: int = 4) -> Resources
     element, words, planes = "*bf16", 128, 1
     if stored != "bf16":
         element, words, planes = (
-            ("*i32", 32, 4) if rows < attention_decode.WARPGROUP_ROWS else ("*i8", 128, 1)
+            ("*i32", 32, 4) if rows < attention_tile.WARPGROUP_ROWS.value else ("*i8", 128, 1)
         )
     return compile_attention(
         attention_decode.decode_kernel, capability, stored, constants, num_warps,
