@@ -189,9 +189,9 @@ def program_shape(num_rows: int, head_dim: int, *, is_8_bit: bool) -> tuple[int,
     take three quarters of the time. From 64 rows on the warpgroup's MMA makes up for sharing codes in 16 bits.
     """
     tokens = 64 if head_dim <= 128 else 32
-    if not is_8_bit:
-        return min(64, max(16, triton.next_power_of_2(num_rows))), tokens, 4, 3
-    return (16, 2 * tokens, 4, 3) if num_rows <= 32 else (64, tokens, 4, 3)
+    if is_8_bit:
+        return 16 if num_rows <= 32 else 64, tokens, 4, 3
+    return min(64, max(16, triton.next_power_of_2(num_rows))), tokens, 4, 3
 
 
 def paged_decode(

@@ -109,9 +109,9 @@ def exact_and_bound(case: Case, q_TQD: Tensor, pool: KVPool, pages: Pages) -> tu
         1 + case.soft_cap
     )
     num_tokens = max(case.lengths)
-    of_probability = 2**-9 if case.dtype == torch.bfloat16 else 2**-11
+    of_probability = torch.finfo(torch.bfloat16 if case.dtype == torch.bfloat16 else torch.float16).eps / 2
     relative = of_probability + 2 * score_error + num_tokens * 2**-23
-    of_result = 2**-9 if case.q_dtype == torch.bfloat16 else 2**-11
+    of_result = torch.finfo(case.q_dtype).eps / 2
     bound_TQD = 1.1 * relative * magnitude_TQD + num_tokens * 2**-25 * largest_v + of_result * exact_TQD.abs()
     return exact_TQD, bound_TQD
 
