@@ -43,13 +43,11 @@ from quantkit_kernels.attention_tile import (
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 MAX_Q_LEN = 16
-SPLITS_AT_ONCE = (
-    16  # partial results that the second kernel holds at a time; fixed, so that sums have one order
-)
+SPLITS_AT_ONCE = 16  # partial results that the second kernel holds; fixed, so that sums have one order
+PROGRAMS_PER_PROCESSOR = 2
 LONGEST_SPLIT = 2048  # tokens, in batches that fill the device without splits
 MOST_PROGRAMS = 16384  # one that finds nothing to do still takes 3 ns of the device
 UNSPECIALISED = ("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table")  # one binary for all
-PROGRAMS_PER_PROCESSOR = 2
 
 
 @triton.jit
