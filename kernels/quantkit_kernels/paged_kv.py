@@ -162,7 +162,9 @@ def _attend_one(q_TQD: Tensor, pool: KVPool, blocks_L: Tensor, length: int, mask
     first = max(0, length - num_tokens - masking.window + 1) if masking.window else 0
     k_HCD = gather(pool.k_PHSD, pool.k_scale, blocks_L, first, length, q_TQD.dtype)
     v_HCD = gather(pool.v_PHSD, pool.v_scale, blocks_L, first, length, q_TQD.dtype)
-    q_HRD = q_TQD.transpose(0, 1).reshape(num_heads, -1, head_dim)  # rows: query heads of the head, tokens of these
+    q_HRD = q_TQD.transpose(0, 1).reshape(
+        num_heads, -1, head_dim
+    )  # rows: query heads of the head, tokens of these
     score = (q_HRD @ k_HCD.mT) * masking.softmax_scale
     if masking.soft_cap:
         score = masking.soft_cap * torch.tanh(score / masking.soft_cap)
