@@ -1,0 +1,184 @@
+"""Attention of many new tokens per sequence (prefill, a chunk at a time) over paged keys and values.
+
+    grid (tile of rows, head of keys, sequence), the last tiles first: they see most
+
+    tokens of the context   |  prefix, seen by every row: no mask  |  diagonal: masked  |
+    with a window           |  masked  |  seen by every row  |  masked  |
+
+A tile's rows are all query heads that share the head of keys, token by token; K and V of prefix and chunk alike come
+from the pages. Bound: 4 · D operations for each query head, new token and token it sees: tensor cores.
+Shape suffixes: T new tokens, Q query heads, H heads of keys, D head dimension, B sequences.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit_kernels import paged_kv
+from quantkit_kernels.attention_tile import (
+    LOG2_E,
+    NOTHING,
+    attend,
+    constants,
+    interleave,
+    load_queries,
+    stored,
+    zeros,
+)
+from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
+
+
+@triton.jit(do_not_specialize=("window", "stride_table"))
+def prefill_kernel(
+    q, k, v, k_scale, v_scale, block_table, lengths, cu_seqlens_q, out,
+    softmax_scale, window, soft_cap,
+    stride_q, stride_query, stride_block, stride_head, stride_token, stride_table,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, HAS_SCALE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    NORMALISE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, CONVERTS: tl.constexpr,
+    D: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Strides of q in elements, of k and v (alike) in stored elements."""
+    row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    sequence = tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    q_first = tl.load(cu_seqlens_q + sequence)
+    q_len = tl.load(cu_seqlens_q + sequence + 1) - q_first
+    if row_tile * ROWS >= q_len * GROUP:
+        return
+
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    new_token, query = row // GROUP, head * GROUP + row % GROUP
+    is_row = new_token < q_len
+    position = tl.where(is_row, length - q_len + new_token, -1)
+    at_q = q + (q_first + new_token).to(tl.int64) * stride_q + query * stride_query
+    DTYPE: tl.constexpr = k.dtype.element_ty if FORMAT == "16-bit" else tl.float16
+    planes_of_q, factor = load_queries(at_q, is_row, DTYPE, NORMALISE, D, WORDS, PLANES)
+    row_scale = factor * softmax_scale
+    if HAS_SCALE and not PER_TOKEN:
+        row_scale *= tl.load(k_scale + head)
+        value_scale = tl.load(v_scale + head)
+    else:
+        value_scale = 1.0
+
+    k += head.to(tl.int64) * stride_head
+    v += head.to(tl.int64) * stride_head
+    k_scale += head * BLOCK_SIZE
+    v_scale += head * BLOCK_SIZE
+    block_table += sequence.to(tl.int64) * stride_table
+    scale_block = num_heads * BLOCK_SIZE
+    first_position = length - q_len + row_tile * ROWS // GROUP
+    last_position = tl.minimum(length - q_len + (row_tile * ROWS + ROWS - 1) // GROUP, length - 1)
+    lowest = 0
+    acc = zeros(ROWS, WORDS, PLANES)
+    m = tl.full((ROWS,), NOTHING, dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    first = 0
+    seen_by_all = tl.maximum(first_position + 1, 0) // TILE * TILE
+    if HAS_WINDOW:
+        lowest = tl.maximum(first_position - window + 1, 0)
+        first = lowest // TILE * TILE
+        until = tl.minimum(tl.cdiv(tl.maximum(last_position - window + 1, 0), TILE) * TILE, last_position + 1)
+        acc, m, total = attend(
+            planes_of_q, row_scale, position, acc, m, total, first, lowest, until,
+            k, v, k_scale, v_scale, block_table, stride_block, stride_token, scale_block, window, soft_cap,
+            FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+        )  # fmt: skip
+        first = tl.cdiv(until, TILE) * TILE
+        seen_by_all = tl.maximum(seen_by_all, first)
+    acc, m, total = attend(
+        planes_of_q, row_scale, position, acc, m, total, first, lowest, seen_by_all,
+        k, v, k_scale, v_scale, block_table, stride_block, stride_token, scale_block, window, soft_cap,
+        FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, False, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+    )  # fmt: skip
+    acc, m, total = attend(
+        planes_of_q, row_scale, position, acc, m, total, seen_by_all, lowest, last_position + 1,
+        k, v, k_scale, v_scale, block_table, stride_block, stride_token, scale_block, window, soft_cap,
+        FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+    )  # fmt: skip
+
+    result = interleave(acc, PLANES) / tl.where(total > 0, total, 1.0)[:, None] * value_scale
+    element = tl.arange(0, WORDS * PLANES)
+    at_row = (q_first + new_token).to(tl.int64) * (num_heads * GROUP) + query
+    is_there = is_row[:, None] & (element < D)[None, :]
+    tl.store(out + at_row[:, None] * D + element[None, :], result.to(out.dtype.element_ty), mask=is_there)
+
+
+def program_shape(head_dim: int, *, is_8_bit: bool, per_token: bool) -> tuple[int, int, int, int]:
+    """Rows and tokens of a tile, warps, pipeline stages."""
+    if head_dim > 128:
+        return 64, 32, 4, 2
+    if per_token:
+        return 64, 64, 4, 3
+    return (64, 128, 4, 2) if is_8_bit else (128, 64, 8, 3)
+
+
+def paged_prefill(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:
+    """Attention of any number of new tokens per sequence: [T, Q, D] in the dtype of q."""
+    out_TQD: Tensor = prefill(q_TQD, *pool, *pages, *masking)
+    return out_TQD
+
+
+@torch.library.custom_op("quantkit::paged_prefill", mutates_args=(), device_types="cuda")
+def prefill(
+    q_TQD: Tensor,
+    k_PHSD: Tensor,
+    v_PHSD: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    block_table_BL: Tensor,
+    lengths_B: Tensor,
+    cu_seqlens_q: Tensor,
+    max_q_len: int,
+    max_context: int,
+    softmax_scale: float,
+    window: int,
+    soft_cap: float,
+) -> Tensor:
+    """`paged_prefill` with the fields of its arguments side by side, as an operator has to have them."""
+    pool = KVPool(k_PHSD, v_PHSD, k_scale, v_scale)
+    pages = Pages(block_table_BL, lengths_B, cu_seqlens_q, max_q_len, max_context)
+    return launch(q_TQD, pool, pages, Masking(softmax_scale, window, soft_cap))
+
+
+@prefill.register_fake
+def _(q_TQD: Tensor, *_: object) -> Tensor:
+    return q_TQD.new_empty(q_TQD.shape)
+
+
+@prefill.register_kernel("cpu")
+def _(q_TQD: Tensor, *fields: Any) -> Tensor:
+    return paged_kv.attend_flat(q_TQD, *fields)
+
+
+def launch(
+    q_TQD: Tensor,
+    pool: KVPool,
+    pages: Pages,
+    masking: Masking,
+    *,
+    shape: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """`paged_prefill` without the operator around it. shape: another one than `program_shape` says."""
+    paged_kv.check(q_TQD, pool, pages)
+    num_heads, block_size = pool.k_PHSD.shape[1:3]
+    num_queries, head_dim = q_TQD.shape[1:]
+    batch, group = pages.lengths_B.shape[0], num_queries // num_heads
+    is_8_bit = pool.k_PHSD.dtype in EIGHT_BIT
+    per_token = pool.k_scale is not None and pool.k_scale.dim() == 3
+    rows, tile, num_warps, stages = shape or program_shape(head_dim, is_8_bit=is_8_bit, per_token=per_token)
+    out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
+    k, v, words, planes = stored(pool, as_words=False)
+    prefill_kernel[(triton.cdiv(pages.max_q_len * group, rows), num_heads, batch)](
+        q_TQD, k, v, k if pool.k_scale is None else pool.k_scale, v if pool.v_scale is None else pool.v_scale,
+        pages.block_table_BL, pages.lengths_B, pages.cu_seqlens_q, out_TQD,
+        masking.softmax_scale * LOG2_E, masking.window, masking.soft_cap * LOG2_E,
+        q_TQD.stride(0), q_TQD.stride(1), *k.stride()[:3], pages.block_table_BL.stride(0),
+        group, rows, *constants(q_TQD, pool, masking), head_dim, words, planes, block_size, tile, stages,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return out_TQD
