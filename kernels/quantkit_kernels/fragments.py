@@ -5,9 +5,9 @@
     4 bytes = 1 word: columns 4 j … 4 j + 3 of those 8, nibbles from bit 0
         g:0  g+8:0  g:2  g+8:2 | g:1  g+8:1  g:3  g+8:3          u = code + 8
 
-Each of the functions below turns such words, four bytes of one row of the loaded tensor, into four values of row g and
-four of row g + 8, in order of columns. Then a permutation of axes puts values where they belong, which moves nothing
-between threads: a thread's 16 bytes become runs of 8 columns.
+Each of the functions below turns a byte, one column of two rows, into a value of row g and one of row g + 8, four bytes
+at a time (`pack`), each by itself: Triton may give any of them to any thread. A permutation of axes then puts values
+where they belong.
 
     int8     16 · code: the nibble, sign bit flipped, is a two's complement number in the upper half of a byte
     e4m3     code · 2^-9: the bits 0 … 15 are the numbers 0 … 15 times 2^-9, subnormal or not; a sign is put before them
@@ -31,8 +31,9 @@ def load_fragments(packed, strip, block, num_strips, num_blocks, STRIPS: tl.cons
 @triton.jit
 def rows_of(low, high, STRIPS: tl.constexpr, BLOCKS: tl.constexpr):
     """Values of rows g and of rows g + 8, each as the bytes were, to [16 · STRIPS, 64 · BLOCKS]."""
-    both = tl.reshape(tl.join(low, high), (STRIPS, BLOCKS, 8, 4, 2, 8, 2))  # strip, block, g, t, h, c, below
-    return tl.reshape(tl.permute(both, (0, 6, 2, 1, 4, 3, 5)), (16 * STRIPS, 64 * BLOCKS))
+    # strip, block, g, t, h, upper four columns of eight, odd column, upper two of four, row below
+    both = tl.reshape(tl.join(low, high), (STRIPS, BLOCKS, 8, 4, 2, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(both, (0, 8, 2, 1, 4, 3, 5, 7, 6)), (16 * STRIPS, 64 * BLOCKS))
 
 
 @triton.jit
@@ -45,12 +46,11 @@ def halves(w_NK):
 def as_int8(packed):
     """16 · code."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 p, q;
-        prmt.b32 p, $2, 0, 0x3120;
-        shl.b32 q, p, 4;
+        """{ .reg .b32 q;
+        shl.b32 q, $2, 4;
         lop3.b32 $0, q, 0xF0F0F0F0, 0x80808080, 0x6A;
-        lop3.b32 $1, p, 0xF0F0F0F0, 0x80808080, 0x6A; }""",
-        "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A; }""",
+        "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
     )  # fmt: skip
 
 
@@ -58,12 +58,11 @@ def as_int8(packed):
 def as_unsigned(packed):
     """u = code + 8, int8."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 p, q;
-        prmt.b32 p, $2, 0, 0x3120;
-        shr.u32 q, p, 4;
-        and.b32 $0, p, 0x0F0F0F0F;
+        """{ .reg .b32 q;
+        shr.u32 q, $2, 4;
+        and.b32 $0, $2, 0x0F0F0F0F;
         and.b32 $1, q, 0x0F0F0F0F; }""",
-        "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
     )  # fmt: skip
 
 
@@ -71,50 +70,70 @@ def as_unsigned(packed):
 def as_e4m3(packed):
     """code · 2^-9 as the bits of e4m3: s, 1 where the code is negative; ((u & 7) ^ 7 s) + s, and s << 7."""
     low, high = tl.inline_asm_elementwise(
-        """{ .reg .b32 p, q, s, t, m;
-        prmt.b32 p, $2, 0, 0x3120;
-        shr.u32 s, p, 3;
+        """{ .reg .b32 q, s, t, m;
+        shr.u32 s, $2, 3;
         lop3.b32 s, s, 0x01010101, 0x01010101, 0x6A;
         mul.lo.u32 t, s, 7;
-        lop3.b32 m, p, 0x07070707, t, 0x6A;
+        lop3.b32 m, $2, 0x07070707, t, 0x6A;
         mad.lo.u32 $0, s, 129, m;
-        shr.u32 q, p, 4;
-        shr.u32 s, p, 7;
+        shr.u32 q, $2, 4;
+        shr.u32 s, $2, 7;
         lop3.b32 s, s, 0x01010101, 0x01010101, 0x6A;
         mul.lo.u32 t, s, 7;
         lop3.b32 m, q, 0x07070707, t, 0x6A;
         mad.lo.u32 $1, s, 129, m; }""",
-        "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        "=&r,=&r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
     )  # fmt: skip
     return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
+def less(u, zero):
+    """u − zero of each byte, 0 … 15 both."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 q;
+        or.b32 q, $1, 0x80808080;
+        sub.u32 q, q, $2;
+        xor.b32 $0, q, 0x80808080; }""",
+        "=r,r,r", [u, zero], dtype=tl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def signed_as_e4m3(values):
-    """Integers of -15 … 15, int8, times 2^-9 in e4m3."""
-    bits = tl.where(values < 0, 128 - values.to(tl.int16), values.to(tl.int16))
-    return bits.to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    """Integers of -15 … 15, int8, times 2^-9 as the bits of e4m3: magnitude, and the sign before it."""
+    bits = tl.inline_asm_elementwise(
+        """{ .reg .b32 s, t, m;
+        shr.u32 s, $1, 7;
+        and.b32 s, s, 0x01010101;
+        mul.lo.u32 t, s, 255;
+        xor.b32 m, $1, t;
+        mad.lo.u32 $0, s, 129, m; }""",
+        "=r,r", [values], dtype=tl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+    return bits.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
 def as_bf16(packed):
     """code: 128 + u, less 136."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 q, one, less;
+        """{ .reg .b32 a, b, q, one, offset;
         mov.b32 one, 0x3F803F80;
-        mov.b32 less, 0xC308C308;
-        lop3.b32 q, $4, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $0, q, one, less;
-        shr.u32 q, $4, 8;
+        mov.b32 offset, 0xC308C308;
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        lop3.b32 q, a, 0x000F000F, 0x43004300, 0xEA;
+        fma.rn.bf16x2 $0, q, one, offset;
+        lop3.b32 q, b, 0x000F000F, 0x43004300, 0xEA;
+        fma.rn.bf16x2 $1, q, one, offset;
+        shr.u32 q, a, 4;
         lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $1, q, one, less;
-        shr.u32 q, $4, 4;
+        fma.rn.bf16x2 $2, q, one, offset;
+        shr.u32 q, b, 4;
         lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $2, q, one, less;
-        shr.u32 q, $4, 12;
-        lop3.b32 q, q, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $3, q, one, less; }""",
-        "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        fma.rn.bf16x2 $3, q, one, offset; }""",
+        "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
     )  # fmt: skip
 
 
@@ -122,18 +141,19 @@ def as_bf16(packed):
 def as_fp16(packed):
     """code: 1024 + u, less 1032."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 q, less;
-        mov.b32 less, 0x64086408;
-        lop3.b32 q, $4, 0x000F000F, 0x64006400, 0xEA;
-        sub.f16x2 $0, q, less;
-        shr.u32 q, $4, 8;
+        """{ .reg .b32 a, b, q, offset;
+        mov.b32 offset, 0x64086408;
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        lop3.b32 q, a, 0x000F000F, 0x64006400, 0xEA;
+        sub.f16x2 $0, q, offset;
+        lop3.b32 q, b, 0x000F000F, 0x64006400, 0xEA;
+        sub.f16x2 $1, q, offset;
+        shr.u32 q, a, 4;
         lop3.b32 q, q, 0x000F000F, 0x64006400, 0xEA;
-        sub.f16x2 $1, q, less;
-        shr.u32 q, $4, 4;
+        sub.f16x2 $2, q, offset;
+        shr.u32 q, b, 4;
         lop3.b32 q, q, 0x000F000F, 0x64006400, 0xEA;
-        sub.f16x2 $2, q, less;
-        shr.u32 q, $4, 12;
-        lop3.b32 q, q, 0x000F000F, 0x64006400, 0xEA;
-        sub.f16x2 $3, q, less; }""",
-        "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+        sub.f16x2 $3, q, offset; }""",
+        "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
     )  # fmt: skip

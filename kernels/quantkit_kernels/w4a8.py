@@ -48,7 +48,8 @@ def _codes(packed, zero_N, IS_INT8: tl.constexpr, STRIPS: tl.constexpr, BLOCKS: 
         low, high = fragments.as_e4m3(packed)
     w_NK = fragments.rows_of(low, high, STRIPS, BLOCKS)
     if zero_N is not None:
-        w_NK -= (zero_N + 8).to(tl.int8)[:, None]
+        zero_NK = tl.broadcast_to((zero_N + 8).to(tl.int8)[:, None], w_NK.shape)
+        w_NK = fragments.less(w_NK, zero_NK)
         if not IS_INT8:
             w_NK = fragments.signed_as_e4m3(w_NK)
     return w_NK
@@ -307,6 +308,7 @@ def _check(
 
 def shape_for(num_rows: int, num_outputs: int, num_cols: int, group: int, device: torch.device) -> Shape:
     """Of the programs that multiply so many rows."""
+    has_maps = torch.cuda.get_device_capability(device) >= (9, 0)
     cols = 128 if group in (0, 128) else 64
-    rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
-    return Shape(128 if rows < 128 else 64, rows, cols, 8, 4, 4, 0, device.type == "cuda")
+    rows = min(max(triton.next_power_of_2(num_rows), 32), 128)
+    return Shape(64, rows, cols, 8, 4, 4, 0, has_maps)

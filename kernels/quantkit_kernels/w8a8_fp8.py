@@ -7,8 +7,8 @@ Codes stay row-major, [N, K] as on disk, columns and rows padded with zeros to a
 maps ask for). A scale for the whole weight is repeated for its rows; one for all tokens may be one number.
 
     route       rows
-    byte_tile   to SCALED_MM_ROWS; with blocks: any
-    scaled_mm   from there: `torch._scaled_mm` with a scale per row of both
+    byte_tile   to SCALED_MM_ROWS, and where cuBLAS has no kernel
+    scaled_mm   from there: `torch._scaled_mm`, scales per row of both, or per 128 columns and per 128 × 128
 
 Bound: a byte per weight up to about 240 rows, then 1440 TFLOP/s of an H100.
 Shape suffixes: M rows, N out_features, K in_features.
@@ -26,7 +26,7 @@ from quantkit_kernels.weight import LinearWeight
 BLOCK = 128
 ALIGNED = 16
 MIN_CAPABILITY = (8, 9)  # older devices have no FP8: codes are converted, and multiplied in float32
-SCALED_MM_ROWS = 128
+SCALED_MM_ROWS = 64
 
 
 class Fp8Weight(NamedTuple):
@@ -97,7 +97,7 @@ def w8a8_fp8(
         return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     codes_MK = aligned(codes_MK)
     num_rows, in_blocks = len(codes_MK), w_scale.ndim == 2
-    if num_rows > SCALED_MM_ROWS and not in_blocks:
+    if num_rows > SCALED_MM_ROWS and (not in_blocks or _has_cublas_blocks(w_codes_NK, codes_MK.device)):
         return _scaled_mm(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
     shape = byte_tile.shape_for(num_rows, num_outputs, codes_MK.shape[1], codes_MK.device, in_blocks=in_blocks)
@@ -152,17 +152,24 @@ def _scaled_mm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     num_rows, num_padded = len(codes_MK), len(w_codes_NK)
-    if bias_N is not None:
+    if w_scale.ndim == 2:  # scales of x side by side for rows, not for columns
+        scales = x_scale.T.contiguous().T, w_scale.T
+    else:
+        scales = x_scale.expand(num_rows, 1).contiguous(), w_scale[None]
+    if bias_N is not None and out_dtype != torch.float32:
         bias_N = pad(bias_N, (0, num_padded - num_outputs)).to(out_dtype)
+    in_product = None if out_dtype == torch.float32 else bias_N
     y_MN = torch._scaled_mm(
-        codes_MK,
-        w_codes_NK.T,
-        scale_a=x_scale.expand(num_rows, 1).contiguous(),
-        scale_b=w_scale[None],
-        bias=bias_N,
-        out_dtype=out_dtype,
-    )
-    return y_MN[:, :num_outputs].contiguous()
+        codes_MK, w_codes_NK.T, scale_a=scales[0], scale_b=scales[1], bias=in_product, out_dtype=out_dtype
+    )[:, :num_outputs]
+    return (y_MN if bias_N is None or in_product is not None else y_MN + bias_N).contiguous()
+
+
+def _has_cublas_blocks(w_codes_NK: Tensor, device: torch.device) -> bool:
+    """Whether cuBLAS multiplies in blocks of 128: on Hopper, whole blocks, a multiple of four of them along K."""
+    num_padded, num_cols = w_codes_NK.shape
+    is_whole = num_padded % BLOCK == 0 and num_cols % (4 * BLOCK) == 0
+    return is_whole and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _check(
