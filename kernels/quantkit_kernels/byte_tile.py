@@ -26,6 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from quantkit_kernels.stream import add_up, item_of, raster, share_of, tickets_of
 
 BLOCK = tl.constexpr(128)
+RASTER = 8
+AHEAD = 512  # bytes of each row of W that are fetched while the kernel in front still makes x
 
 
 @triton.jit(do_not_specialize=["num_rows", "x_scale_step", "ahead"])  # one kernel for every batch
@@ -83,11 +85,11 @@ def byte_tile_kernel(
                 if IS_INT8:
                     acc = tl.dot(x_KM.T, w_NK.T, acc, out_dtype=tl.int32)
                 else:
-                    acc = tl.dot(x_KM.T, w_NK.T, acc, max_num_imprecise_acc=BLOCK)
+                    acc += tl.dot(x_KM.T, w_NK.T)
             elif IS_INT8:
                 acc = tl.dot(w_NK, x_KM, acc, out_dtype=tl.int32)
             else:
-                acc = tl.dot(w_NK, x_KM, acc, max_num_imprecise_acc=BLOCK)
+                acc += tl.dot(w_NK, x_KM)
         is_last = True
         if end - start < steps:
             acc, is_last = add_up(acc, partial, tickets, tile, start, pid, num_programs, num_tiles, steps)
@@ -123,17 +125,20 @@ def prefetch(at, num_bytes):
 
 
 class Shape(NamedTuple):
-    """Of a program: rows of W and of x, columns at a time, tiles side by side, and how it is scheduled."""
+    """Of a program: rows of W and of x, columns at a time, how it is compiled, and how many there are.
+
+    maps: read through tensor maps (Hopper and newer), and start before the kernel in front has ended. x_left: x on the
+    left, for few rows of W, so that every multiprocessor has some. programs: 0: one per tile.
+    """
 
     rows_w: int
     rows_x: int
     cols: int
-    group: int
     num_warps: int
     num_stages: int
-    programs: int  # 0: one per tile
     maps: bool
     x_left: bool = False
+    programs: int = 0
 
 
 def multiply(
@@ -148,7 +153,6 @@ def multiply(
     zero_point: Tensor | None = None,
     code_sum_N: Tensor | None = None,
     in_blocks: bool = False,
-    ahead: int = 0,
 ) -> None:
     """Write the product to y [M, N]. Columns of both codes are contiguous and a multiple of 16."""
     num_rows, num_cols = codes_MK.shape
@@ -166,22 +170,34 @@ def multiply(
     x_scale_step = x_scale.stride(0) if x_scale.numel() > 1 else 0
     byte_tile_kernel[(programs,)](
         y_MN, x, w, w_codes_NK, x_scale, zero_point, w_scale, code_sum_N, bias_N, partial, tickets_of(codes_MK.device),
-        num_rows, num_outputs, num_cols, codes_MK.stride(0), w_codes_NK.stride(0), y_MN.stride(0), x_scale_step, ahead,
-        in_blocks, shape.maps, num_cols % shape.cols == 0, ahead > 0, shape.x_left,
-        shape.rows_w, shape.rows_x, shape.cols, shape.group,
-        num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=ahead > 0,
+        num_rows, num_outputs, num_cols, codes_MK.stride(0), w_codes_NK.stride(0), y_MN.stride(0), x_scale_step, AHEAD,
+        in_blocks, shape.maps, num_cols % shape.cols == 0, shape.maps, shape.x_left,
+        shape.rows_w, shape.rows_x, shape.cols, RASTER,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=shape.maps,
     )  # fmt: skip
 
 
-def shape_for(num_rows: int, num_outputs: int, num_cols: int, device: torch.device, *, in_blocks: bool = False) -> Shape:
-    """Of the programs that multiply so many rows; measured on an H100."""
-    has_maps = torch.cuda.get_device_capability(device) >= (9, 0)
-    if num_rows <= 64 or in_blocks:
+def shape_for(num_rows: int, num_outputs: int, dtype: torch.dtype, device: torch.device, *, in_blocks: bool = False) -> Shape:
+    """Of the programs that multiply so many rows; measured on an H100.
+
+    Up to 64 rows what counts is how many bytes of W are on their way: all of a multiprocessor's shared memory, and
+    every multiprocessor busy. FP8 takes 128 columns at a time, after which its sums go to float32.
+    """
+    maps = torch.cuda.get_device_capability(device) >= (9, 0)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if num_rows <= 64:
         rows = 32 if num_rows <= 32 else 64
-        return Shape(64, rows, 128, 8, 4, 6, 0, has_maps)
+        tiles, is_int8 = triton.cdiv(num_outputs, 64), dtype == torch.int8
+        if not maps:
+            return Shape(64, rows, 128, 4, 3, maps)
+        if tiles > num_sms:
+            return Shape(64, 32, 256, 4, 4, maps) if is_int8 and rows == 32 else Shape(128, rows, 128, 4, 4, maps)
+        if tiles <= num_sms // 2 and rows == 64 and not in_blocks:
+            return Shape(32, 64, 256 if is_int8 else 128, 4, 6 if is_int8 else 12, maps, x_left=True)
+        return Shape(64, rows, 256, 4, 6 if rows == 32 else 5, maps) if is_int8 else Shape(64, rows, 128, 4, 8, maps)
     tiles = triton.cdiv(num_outputs, 128) * triton.cdiv(num_rows, 128)
-    if tiles <= 64:
-        return Shape(128, 64, 128, 8, 4, 4, 0, has_maps)
-    if tiles <= 132:
-        return Shape(128, 128, 128, 8, 8, 4, 0, has_maps)
-    return Shape(128, 128, 128, 8, 4, 3, 0, has_maps)
+    if in_blocks or tiles <= num_sms // 2:
+        return Shape(128, 64, 128, 4, 4 if maps else 3, maps)
+    if tiles <= num_sms and maps:
+        return Shape(128, 128, 128, 8, 4, maps)
+    return Shape(128, 128, 128, 4 if maps else 8, 3, maps)

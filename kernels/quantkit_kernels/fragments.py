@@ -37,6 +37,23 @@ def rows_of(low, high, STRIPS: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def rows_in_order(low, high, STRIPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The same for 16-bit values, columns in the order in which threads have them: `in_order` of x is to go with it."""
+    both = tl.reshape(tl.join(low, high), (STRIPS, BLOCKS, 8, 4, 2, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(both, (0, 8, 2, 1, 4, 5, 7, 3, 6)), (16 * STRIPS, 64 * BLOCKS))
+
+
+@triton.jit
+def in_order(x_MK):
+    """Columns of x so that those of a thread's word, 8 t + 4 i … + 3, are where a 16-bit tensor core tile has its."""
+    ROWS: tl.constexpr = x_MK.shape[0]
+    COLS: tl.constexpr = x_MK.shape[1]
+    # half of a block, t, upper four of eight, upper two of four, odd column
+    apart = tl.reshape(x_MK, (ROWS, COLS // 32, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(apart, (0, 1, 3, 4, 2, 5)), (ROWS, COLS))
+
+
+@triton.jit
 def halves(w_NK):
     """[N, 64] to its columns below 32 and from 32 on."""
     return tl.split(tl.permute(tl.reshape(w_NK, (w_NK.shape[0], 2, 32)), (0, 2, 1)))

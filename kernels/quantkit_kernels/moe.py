@@ -70,10 +70,20 @@ def _int4_group(
         low, high = fragments.as_bf16(words)
     else:
         low, high = fragments.as_fp16(words)
-    w_NK = fragments.rows_of(low, high, STRIPS, BLOCKS)
+    w_NK = fragments.rows_in_order(low, high, STRIPS, BLOCKS)
     if zero_N is not None:
         w_NK -= zero_N.to(w_NK.dtype)[:, None]
     return w_NK
+
+
+@triton.jit
+def _load_x(x_at, col, num_cols, is_pair, IS_INT4: tl.constexpr, COLS: tl.constexpr):
+    """xᵀ [COLS, BM] from a column on, in the order of INT4's columns where it is for them."""
+    k = col + tl.arange(0, COLS)
+    x_MK = tl.load(x_at + k[None, :], mask=is_pair[:, None] & (k < num_cols)[None, :], other=0.0)
+    if IS_INT4:
+        x_MK = fragments.in_order(x_MK)
+    return x_MK.T
 
 
 @triton.jit
@@ -83,13 +93,13 @@ def _per_group(values, n, group, num_groups, num_outputs):
     return tl.load(values + at, mask=(n < num_outputs) & (group < num_groups), other=0)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "x_scale_step"])
+@triton.jit(do_not_specialize=["num_pairs", "pairs_per_row", "x_scale_step"])  # one kernel for every batch
 def grouped_kernel(
     y, x, w, x_scale, w_scale, w_zero_point, slots, expert_of_tile,
-    num_pairs, num_outputs, num_cols, num_groups, stride_w, stride_x, stride_y, x_scale_step,
-    PAIRS: tl.constexpr, IS_INT4: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    num_pairs, pairs_per_row, num_outputs, num_cols, num_groups, stride_w, stride_x, stride_y, x_scale_step,
+    IS_INT4: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """PAIRS: pairs that share a row of x. stride_w: of an expert, in bytes. num_cols: of x; those of w are no fewer."""
+    """pairs_per_row: those that share a row of x. stride_w: of an expert, in bytes. num_cols: of x; w has no fewer."""
     tile = tl.program_id(0)
     tile_n = tl.program_id(1)
     expert = tl.load(expert_of_tile + tile).to(tl.int64)
@@ -97,8 +107,8 @@ def grouped_kernel(
         n = tile_n * BN + tl.arange(0, BN)
         slot = tl.load(slots + tile * BM + tl.arange(0, BM))
         is_pair = slot < num_pairs
-        row = (slot // PAIRS).to(tl.int64)
-        x_at = x + row[None, :] * stride_x
+        row = (slot // pairs_per_row).to(tl.int64)
+        x_at = x + row[:, None] * stride_x
         w += expert * stride_w
         scales_of_expert = tl.cdiv(num_outputs, 16) * 16 * num_groups
         num_blocks = tl.cdiv(num_cols, 64)
@@ -114,7 +124,7 @@ def grouped_kernel(
         acc = tl.zeros((BN, BM), dtype=tl.float32)
         for step in range(0, tl.cdiv(num_cols, BK)):
             k = step * BK + tl.arange(0, BK)
-            x_KM = tl.load(x_at + k[:, None], mask=is_pair[None, :] & (k < num_cols)[:, None], other=0.0)
+            x_KM = _load_x(x_at, step * BK, num_cols, is_pair, IS_INT4, 32 if GROUP == 32 else BK)
             if IS_INT4:
                 zero_N = None
                 if w_zero_point is not None:
@@ -129,7 +139,7 @@ def grouped_kernel(
                     w_NK = w_NK.to(x.dtype.element_ty)
             if GROUP == 0:
                 if x.dtype.element_ty == tl.float8e4nv:
-                    acc = tl.dot(w_NK, x_KM, acc, max_num_imprecise_acc=128)
+                    acc += tl.dot(w_NK, x_KM)
                 else:
                     acc = tl.dot(w_NK, x_KM, acc)
             elif IS_INT4 and GROUP == 32:
@@ -139,9 +149,9 @@ def grouped_kernel(
                 if w_zero_point is not None:  # those of the first half were subtracted from both
                     zero2_N = _per_group(w_zero_point, n, step * 2 + 1, num_groups, num_outputs)
                     right_NK += (zero_N - zero2_N).to(w_NK.dtype)[:, None]
-                x_left, x_right = tl.split(tl.permute(tl.reshape(x_KM, (2, 32, BM)), (1, 2, 0)))
-                acc += tl.dot(left_NK, x_left) * scale_N[:, None]
-                acc += tl.dot(right_NK, x_right) * scale2_N[:, None]
+                acc += tl.dot(left_NK, x_KM) * scale_N[:, None]
+                x_KM = _load_x(x_at, step * BK + 32, num_cols, is_pair, IS_INT4, 32)
+                acc += tl.dot(right_NK, x_KM) * scale2_N[:, None]
             elif IS_INT4:
                 scale_N = _per_group(w_scale, n, step, num_groups, num_outputs).to(tl.float32)
                 acc += tl.dot(w_NK, x_KM) * scale_N[:, None]
@@ -312,9 +322,9 @@ def launch(
     w = stored.view(torch.int8) if is_int4 else stored
     grouped_kernel[(len(expert_of_tile), triton.cdiv(num_outputs, tile.rows_w))](
         y_PN, x_MK, w, x_scale, w_scale, w_zero_point, slots, expert_of_tile,
-        num_pairs, num_outputs, x_MK.shape[1], num_groups, w.stride(0), x_MK.stride(0), y_PN.stride(0),
+        num_pairs, num_pairs // len(x_MK), num_outputs, x_MK.shape[1], num_groups, w.stride(0), x_MK.stride(0), y_PN.stride(0),
         0 if x_scale is None else x_scale.stride(0),
-        num_pairs // len(x_MK), is_int4, group, tile.rows_w, rows, tile.cols,
+        is_int4, group, tile.rows_w, rows, tile.cols,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""INT4 weights with INT8 or FP8 activations, for more rows than `skinny` takes.
+"""INT4 weights with INT8 or FP8 activations; the fewest rows go to `skinny`.
 
     y[m, n] = (Σ_g s_w[n, g] Σ_{k in g} (w[n, k] − z_w[n, g]) · x[m, k]  −  z_x[m] · r[n]) · s_x[m] + bias[n]
 
@@ -17,14 +17,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quantkit_kernels import fragments
-from quantkit_kernels.byte_tile import Shape
+from quantkit_kernels import fragments, skinny
+from quantkit_kernels.byte_tile import RASTER, Shape, prefetch
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
 from quantkit_kernels.skinny import StripWeight
 from quantkit_kernels.stream import add_up, item_of, raster, share_of, tickets_of
-from quantkit_kernels.w8a8_fp8 import aligned
+from quantkit_kernels.w8a8_fp8 import aligned, takes_skinny
+
+AHEAD = 8  # blocks of 64 columns of each strip that are fetched while the kernel in front still makes x
 
 
 @triton.jit
@@ -73,11 +76,11 @@ def _of_group(values, n, group, num_groups, num_outputs):
     return tl.load(values + at, mask=(n < num_outputs) & (group < num_groups), other=0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "x_scale_step"])  # one kernel for every batch
+@triton.jit(do_not_specialize=["num_rows", "x_scale_step", "ahead"])  # one kernel for every batch
 def w4a8_kernel(
     y, x, packed, x_scale, x_zero_point, w_scale, w_zero_point, w_row_sum, bias, partial, tickets,
-    num_rows, num_outputs, num_cols, num_blocks, num_groups, stride_x, stride_y, x_scale_step,
-    GROUP: tl.constexpr, IS_INT8: tl.constexpr, FROM_MAPS: tl.constexpr,
+    num_rows, num_outputs, num_cols, num_blocks, num_groups, stride_x, stride_y, x_scale_step, ahead,
+    GROUP: tl.constexpr, IS_INT8: tl.constexpr, FROM_MAPS: tl.constexpr, EARLY: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RASTER: tl.constexpr,
 ):  # fmt: skip
     """GROUP: columns per scale, or 0: one scale per row. x: a pointer, or with FROM_MAPS a tensor map of [BM, BK]."""
@@ -91,6 +94,14 @@ def w4a8_kernel(
     tiles_n, tiles_m, steps = tl.cdiv(num_outputs, BN), tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BK)
     num_tiles = tiles_n * tiles_m
     waves, first, last, num_items = share_of(pid, num_programs, num_tiles, steps)
+    if EARLY:
+        gdc_launch_dependents()
+        tile, start, end = item_of(0, pid, num_programs, waves, first, last, steps)
+        tile_n, tile_m = raster(tile, tiles_n, tiles_m, RASTER)
+        strip = tl.minimum(tile_n * STRIPS + tl.arange(0, STRIPS), tl.cdiv(num_outputs, 16) - 1).to(tl.int64)
+        num_bytes = tl.minimum(num_blocks - start * BLOCKS, tl.minimum((end - start) * BLOCKS, ahead)) * 512
+        prefetch(packed + (strip * num_blocks + start * BLOCKS) * 512, num_bytes)
+        gdc_wait()
     for item in range(num_items):
         tile, start, end = item_of(item, pid, num_programs, waves, first, last, steps)
         tile_n, tile_m = raster(tile, tiles_n, tiles_m, RASTER)
@@ -110,7 +121,7 @@ def w4a8_kernel(
                 if IS_INT8:
                     acc = tl.dot(w_NK, x_KM, acc, out_dtype=tl.int32)
                 else:
-                    acc = tl.dot(w_NK, x_KM, acc, max_num_imprecise_acc=128)
+                    acc += tl.dot(w_NK, x_KM)
             elif GROUP == 32:  # a half of a block each
                 group = step * 2
                 scale_N = _of_group(w_scale, n, group, num_groups, num_outputs).to(tl.float32)
@@ -187,8 +198,20 @@ def w4a8(
     shape, or None, with int8 codes. packed, w_scale, w_zero_point, w_row_sum_N: of a `StripWeight`. group: 32, 64, 128,
     or 0 for a scale per row. bias_N: any float dtype.
     """
+    if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
+        _check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
+        shape_NK = (num_outputs, codes_MK.shape[1])
+        return skinny.skinny(
+            codes_MK,
+            StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, shape_NK, 4, group),
+            out_dtype=out_dtype,
+            x_scale=x_scale.contiguous(),
+            x_zero_point=None if x_zero_point is None else x_zero_point.float(),
+            bias_N=None if bias_N is None else bias_N.to(out_dtype),
+            dependent=True,
+        )
     y_MN = codes_MK.new_empty(len(codes_MK), num_outputs, dtype=out_dtype)
-    shape = shape_for(*y_MN.shape, codes_MK.shape[1], group, codes_MK.device)
+    shape = shape_for(*y_MN.shape, group, codes_MK.device)
     launch(codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, group, y_MN, shape)
     return y_MN
 
@@ -272,8 +295,8 @@ def launch(
         y_MN, x, packed.view(torch.int8), x_scale, x_zero_point, w_scale, w_zero_point, w_row_sum_N, bias_N, partial,
         tickets_of(codes_MK.device), num_rows, num_outputs, num_cols, packed.shape[1],
         w_scale.shape[1] if group else 1, stride_x, y_MN.stride(0), x_scale.stride(0) if x_scale.numel() > 1 else 0,
-        group, is_int8, shape.maps, shape.rows_w, shape.rows_x, shape.cols, shape.group,
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+        AHEAD, group, is_int8, shape.maps, shape.maps, shape.rows_w, shape.rows_x, shape.cols, RASTER,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=shape.maps,
     )  # fmt: skip
 
 
@@ -306,9 +329,11 @@ def _check(
     )
 
 
-def shape_for(num_rows: int, num_outputs: int, num_cols: int, group: int, device: torch.device) -> Shape:
+def shape_for(num_rows: int, num_outputs: int, group: int, device: torch.device) -> Shape:
     """Of the programs that multiply so many rows."""
-    has_maps = torch.cuda.get_device_capability(device) >= (9, 0)
-    cols = 128 if group in (0, 128) else 64
+    maps = torch.cuda.get_device_capability(device) >= (9, 0)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     rows = min(max(triton.next_power_of_2(num_rows), 32), 128)
-    return Shape(64, rows, cols, 8, 4, 4, 0, has_maps)
+    tiles = triton.cdiv(num_outputs, 64) * triton.cdiv(num_rows, rows)
+    programs = 2 * num_sms if tiles < num_sms else 0
+    return Shape(64, rows, 128 if group in (0, 128) else 64, 4, 4 if maps else 3, maps, programs=programs)

@@ -7,7 +7,8 @@ Codes stay row-major, [N, K] as on disk, columns and rows padded with zeros to a
 maps ask for). A scale for the whole weight is repeated for its rows; one for all tokens may be one number.
 
     route       rows
-    byte_tile   to SCALED_MM_ROWS, and where cuBLAS has no kernel
+    skinny      to SKINNY_ROWS, scales per row
+    byte_tile   to SCALED_MM_ROWS, and where the others have no kernel
     scaled_mm   from there: `torch._scaled_mm`, scales per row of both, or per 128 columns and per 128 × 128
 
 Bound: a byte per weight up to about 240 rows, then 1440 TFLOP/s of an H100.
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit_kernels import byte_tile
+from quantkit_kernels import byte_tile, skinny
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
 ALIGNED = 16
 MIN_CAPABILITY = (8, 9)  # older devices have no FP8: codes are converted, and multiplied in float32
-SCALED_MM_ROWS = 64
+SKINNY_ROWS, SCALED_MM_ROWS = 16, 64
 
 
 class Fp8Weight(NamedTuple):
@@ -95,12 +96,14 @@ def w8a8_fp8(
     _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
     if torch.cuda.get_device_capability(codes_MK.device) < MIN_CAPABILITY:
         return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
-    codes_MK = aligned(codes_MK)
     num_rows, in_blocks = len(codes_MK), w_scale.ndim == 2
+    if takes_skinny(num_rows, out_dtype, codes_MK.device) and not in_blocks:
+        return few_rows(codes_MK, x_scale, None, w_codes_NK, w_scale[:num_outputs], None, bias_N, out_dtype)
+    codes_MK = aligned(codes_MK)
     if num_rows > SCALED_MM_ROWS and (not in_blocks or _has_cublas_blocks(w_codes_NK, codes_MK.device)):
         return _scaled_mm(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
-    shape = byte_tile.shape_for(num_rows, num_outputs, codes_MK.shape[1], codes_MK.device, in_blocks=in_blocks)
+    shape = byte_tile.shape_for(num_rows, num_outputs, codes_MK.dtype, codes_MK.device, in_blocks=in_blocks)
     byte_tile.multiply(codes_MK, x_scale, w_codes_NK, w_scale, y_MN, shape, bias_N=bias_N, in_blocks=in_blocks)
     return y_MN
 
@@ -142,6 +145,35 @@ def plain(
     return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
 
 
+def takes_skinny(num_rows: int, out_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `skinny` multiplies so few rows."""
+    is_new = torch.cuda.get_device_capability(device) >= skinny.MIN_CAPABILITY
+    return 0 < num_rows <= SKINNY_ROWS and out_dtype in (torch.bfloat16, torch.float16) and is_new
+
+
+def few_rows(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The product by `skinny`, which reads the same codes."""
+    shape = (len(w_scale_N), codes_MK.shape[1])
+    return skinny.skinny(
+        codes_MK,
+        skinny.StripWeight(w_codes_NK, w_scale_N, None, w_row_sum_N, shape, 8, 0),
+        out_dtype=out_dtype,
+        x_scale=x_scale.contiguous(),
+        x_zero_point=None if zero_point is None else zero_point.float(),
+        bias_N=None if bias_N is None else bias_N.to(out_dtype),
+        dependent=True,
+    )
+
+
 def _scaled_mm(
     codes_MK: Tensor,
     x_scale: Tensor,
@@ -152,7 +184,11 @@ def _scaled_mm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     num_rows, num_padded = len(codes_MK), len(w_codes_NK)
-    if w_scale.ndim == 2:  # scales of x side by side for rows, not for columns
+    if w_scale.ndim == 2:  # scales of x side by side for rows, not for columns, and rows in fours
+        extra = -num_rows % 4
+        if extra:
+            codes_MK = pad(codes_MK.view(torch.int8), (0, 0, 0, extra)).view(codes_MK.dtype)
+            x_scale = pad(x_scale, (0, 0, 0, extra))
         scales = x_scale.T.contiguous().T, w_scale.T
     else:
         scales = x_scale.expand(num_rows, 1).contiguous(), w_scale[None]
@@ -161,7 +197,7 @@ def _scaled_mm(
     in_product = None if out_dtype == torch.float32 else bias_N
     y_MN = torch._scaled_mm(
         codes_MK, w_codes_NK.T, scale_a=scales[0], scale_b=scales[1], bias=in_product, out_dtype=out_dtype
-    )[:, :num_outputs]
+    )[:num_rows, :num_outputs]
     return (y_MN if bias_N is None or in_product is not None else y_MN + bias_N).contiguous()
 
 

@@ -3,8 +3,8 @@
     y[m, n] = (Σ_k x[m, k] · w[n, k]  −  z_x[m] · Σ_k w[n, k]) · s_w[n] · s_x[m] + bias[n]
 
 Scale and zero point of x: one for each token, or one for all. Codes stay row-major, [N, K] as on disk, columns padded
-with zeros to a multiple of 16; the sums of rows are made once. One route, `byte_tile`, at any number of rows: the sum
-stays in registers, where `torch._int_mm` would write it out and read it again.
+with zeros to a multiple of 16; the sums of rows are made once. `skinny` takes the fewest rows, `byte_tile` all others:
+there the sum stays in registers, where `torch._int_mm` would write it out and read it again.
 
 |Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16.
 Bound: a byte per weight up to about 240 rows, then multiplications.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import byte_tile
-from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned
+from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, few_rows, takes_skinny
 from quantkit_kernels.weight import LinearWeight
 
 MAX_COLS = 1 << 16
@@ -25,11 +25,12 @@ EXACT_COLS = 1 << 10  # sums of so many products are exact in float32
 
 
 class Int8Weight(NamedTuple):
-    """codes_NK: int8, columns padded. scale_N: float32. code_sum_N: int32, of each row."""
+    """codes_NK: int8, columns padded. scale_N: float32. code_sum_N: int32, of each row; row_sum_N: times its scale."""
 
     codes_NK: Tensor
     scale_N: Tensor
     code_sum_N: Tensor
+    row_sum_N: Tensor
 
 
 def supports(weight: LinearWeight) -> bool:
@@ -42,10 +43,10 @@ def supports(weight: LinearWeight) -> bool:
 def prepare(weight: LinearWeight) -> Int8Weight:
     """Pad columns where they ask for it, and sum the codes of each row for zero points."""
     num_rows = len(weight.codes_NK)
-    scale = weight.scale_RG.float()
-    of_row = torch.arange(num_rows, device=scale.device) // weight.tile[0]
+    of_row = torch.arange(num_rows, device=weight.codes_NK.device) // weight.tile[0]
+    scale = weight.scale_RG.float()[of_row, 0].contiguous()
     code_sum = weight.codes_NK.sum(dim=1, dtype=torch.int32)
-    return Int8Weight(aligned(weight.codes_NK), scale[of_row, 0].contiguous(), code_sum)
+    return Int8Weight(aligned(weight.codes_NK), scale, code_sum, code_sum * scale)
 
 
 def multiply(
@@ -68,18 +69,21 @@ def w8a8_int8(
     w_codes_NK: Tensor,
     w_scale_N: Tensor,
     w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """(x − zero point) · wᵀ (+ bias), [M, N] in out_dtype.
 
     codes_MK: int8, columns contiguous. x_scale: float32 [M, 1] or [1]. zero_point: int8 of the same shape, or None.
-    w_codes_NK, w_scale_N, w_code_sum_N: of an `Int8Weight`. bias_N: any float dtype.
+    w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype.
     """
     _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
+    if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
+        return few_rows(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, w_row_sum_N, bias_N, out_dtype)
     codes_MK = aligned(codes_MK)
     y_MN = torch.empty(len(codes_MK), len(w_scale_N), dtype=out_dtype, device=codes_MK.device)
-    shape = byte_tile.shape_for(*y_MN.shape, codes_MK.shape[1], codes_MK.device)
+    shape = byte_tile.shape_for(*y_MN.shape, codes_MK.dtype, codes_MK.device)
     byte_tile.multiply(
         codes_MK, x_scale, w_codes_NK, w_scale_N, y_MN, shape,
         bias_N=bias_N, zero_point=zero_point, code_sum_N=w_code_sum_N,
@@ -95,6 +99,7 @@ def _(
     w_codes_NK: Tensor,
     w_scale_N: Tensor,
     w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -109,6 +114,7 @@ def plain(
     w_codes_NK: Tensor,
     w_scale_N: Tensor,
     w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:

@@ -104,11 +104,11 @@ def test_what_is_wrong_is_named():
 
 
 def compile_grouped(capability, kind, x, *, group=128, asymmetric=False, rows=16):
-    numbers = ("num_pairs", "num_outputs", "num_cols", "num_groups", "stride_w", "stride_x", "stride_y", "x_scale_step")
+    numbers = ("num_pairs", "pairs_per_row", "num_outputs", "num_cols", "num_groups", "stride_w", "stride_x", "stride_y", "x_scale_step")
     is_int4, is_codes = kind == "i8", x == "fp8e4nv"
     types = dict.fromkeys(numbers, "i32") | {"y": "*bf16", "x": f"*{x}", "w": f"*{kind}"}
     types |= {"slots": "*i32", "expert_of_tile": "*i32", "w_scale": "*bf16" if is_int4 and group else "*fp32"}
-    constants = {"PAIRS": 8, "IS_INT4": is_int4, "GROUP": group}
+    constants = {"IS_INT4": is_int4, "GROUP": group}
     for name, kind_of, is_there in (("x_scale", "*fp32", is_codes), ("w_zero_point", "*i8", asymmetric)):
         if is_there:
             types[name] = kind_of

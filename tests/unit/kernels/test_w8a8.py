@@ -137,12 +137,12 @@ def compile_byte_tile(capability, kind, *, maps=False, blocks=False, zero=False,
 def compile_w4a8(capability, kind, *, group=128, maps=False, asymmetric=False, shape=(128, 64, 4, 4)):
     rows_w, rows_x, num_warps, num_stages = shape
     cols = 128 if group in (0, 128) else 64
-    numbers = ("num_rows", "num_outputs", "num_cols", "num_blocks", "num_groups", "stride_x", "stride_y", "x_scale_step")
+    numbers = ("num_rows", "num_outputs", "num_cols", "num_blocks", "num_groups", "stride_x", "stride_y", "x_scale_step", "ahead")
     types = dict.fromkeys(numbers, "i32") | {"y": "*bf16", "bias": "*bf16", "packed": "*i8", "tickets": "*i32"}
     types |= {"x_scale": "*fp32", "w_scale": "*bf16" if group else "*fp32"}
     types |= {"partial": "*i32" if kind == "i8" and not group else "*fp32"}
     types["x"] = f"tensordesc<{kind}[{rows_x}, {32 if group == 32 else cols}]>" if maps else f"*{kind}"
-    constants = {"x_zero_point": None, "w_row_sum": None, "GROUP": group, "IS_INT8": kind == "i8", "FROM_MAPS": maps}
+    constants = {"x_zero_point": None, "w_row_sum": None, "GROUP": group, "IS_INT8": kind == "i8", "FROM_MAPS": maps, "EARLY": maps}
     if asymmetric:
         types["w_zero_point"] = "*i8"
     else:
