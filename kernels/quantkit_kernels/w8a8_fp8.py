@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit_kernels import byte_tile, skinny
+from quantkit_kernels import skinny
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
@@ -47,7 +47,11 @@ def supports(weight: LinearWeight) -> bool:
     """FP8 with scales per tensor, per row (or several rows) or per 128 × 128 block."""
     in_blocks = weight.tile == (BLOCK, BLOCK)
     per_row = weight.tile[1] >= weight.codes_NK.shape[1]
-    return weight.codes_NK.dtype == torch.float8_e4m3fn and weight.zero_point_RG is None and (in_blocks or per_row)
+    return (
+        weight.codes_NK.dtype == torch.float8_e4m3fn
+        and weight.zero_point_RG is None
+        and (in_blocks or per_row)
+    )
 
 
 def prepare(weight: LinearWeight) -> Fp8Weight:
@@ -75,7 +79,10 @@ def multiply(
     codes_MK: Tensor, x_scale: Tensor, weight: Fp8Weight, bias_N: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """`w8a8_fp8` with a prepared weight."""
-    return w8a8_fp8(codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype)
+    y_MN: Tensor = w8a8_fp8(
+        codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype
+    )
+    return y_MN
 
 
 @torch.library.custom_op("quantkit::w8a8_fp8", mutates_args=(), device_types="cuda")
@@ -95,16 +102,18 @@ def w8a8_fp8(
     """
     _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
     if torch.cuda.get_device_capability(codes_MK.device) < MIN_CAPABILITY:
-        return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+        y_MN: Tensor = plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+        return y_MN
     num_rows, in_blocks = len(codes_MK), w_scale.ndim == 2
     if takes_skinny(num_rows, out_dtype, codes_MK.device) and not in_blocks:
         return few_rows(codes_MK, x_scale, None, w_codes_NK, w_scale[:num_outputs], None, bias_N, out_dtype)
     codes_MK = aligned(codes_MK)
     if num_rows > SCALED_MM_ROWS and (not in_blocks or _has_cublas_blocks(w_codes_NK, codes_MK.device)):
         return _scaled_mm(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+    from quantkit_kernels import byte_tile_kernel
+
     y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
-    shape = byte_tile.shape_for(num_rows, num_outputs, codes_MK.dtype, codes_MK.device, in_blocks=in_blocks)
-    byte_tile.multiply(codes_MK, x_scale, w_codes_NK, w_scale, y_MN, shape, bias_N=bias_N, in_blocks=in_blocks)
+    byte_tile_kernel.multiply(codes_MK, x_scale, w_codes_NK, w_scale, y_MN, bias_N=bias_N)
     return y_MN
 
 
@@ -209,13 +218,22 @@ def _has_cublas_blocks(w_codes_NK: Tensor, device: torch.device) -> bool:
 
 
 def _check(
-    codes_MK: Tensor, x_scale: Tensor, w_codes_NK: Tensor, w_scale: Tensor, num_outputs: int, out_dtype: torch.dtype
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    num_outputs: int,
+    out_dtype: torch.dtype,
 ) -> None:
     num_rows, num_cols = codes_MK.shape
     num_padded, padded_cols = w_codes_NK.shape
-    assert codes_MK.dtype == w_codes_NK.dtype == torch.float8_e4m3fn, f"{codes_MK.dtype} by {w_codes_NK.dtype}"
+    assert codes_MK.dtype == w_codes_NK.dtype == torch.float8_e4m3fn, (
+        f"{codes_MK.dtype} by {w_codes_NK.dtype}"
+    )
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
-    assert num_cols <= padded_cols < num_cols + ALIGNED, f"{num_cols} columns of x, {padded_cols} of the weight"
+    assert num_cols <= padded_cols < num_cols + ALIGNED, (
+        f"{num_cols} columns of x, {padded_cols} of the weight"
+    )
     assert num_outputs <= num_padded < num_outputs + ALIGNED, f"{num_padded} rows of weight for {num_outputs}"
     assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
     assert x_scale.dtype == w_scale.dtype == torch.float32, "scales are float32"

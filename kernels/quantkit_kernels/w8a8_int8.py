@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit_kernels import byte_tile
 from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, few_rows, takes_skinny
 from quantkit_kernels.weight import LinearWeight
 
@@ -58,7 +57,8 @@ def multiply(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`w8a8_int8` with a prepared weight."""
-    return w8a8_int8(codes_MK, x_scale, zero_point, *weight, bias_N, out_dtype)
+    y_MN: Tensor = w8a8_int8(codes_MK, x_scale, zero_point, *weight, bias_N, out_dtype)
+    return y_MN
 
 
 @torch.library.custom_op("quantkit::w8a8_int8", mutates_args=(), device_types="cuda")
@@ -81,11 +81,12 @@ def w8a8_int8(
     _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
     if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
         return few_rows(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, w_row_sum_N, bias_N, out_dtype)
+    from quantkit_kernels import byte_tile_kernel
+
     codes_MK = aligned(codes_MK)
     y_MN = torch.empty(len(codes_MK), len(w_scale_N), dtype=out_dtype, device=codes_MK.device)
-    shape = byte_tile.shape_for(*y_MN.shape, codes_MK.dtype, codes_MK.device)
-    byte_tile.multiply(
-        codes_MK, x_scale, w_codes_NK, w_scale_N, y_MN, shape,
+    byte_tile_kernel.multiply(
+        codes_MK, x_scale, w_codes_NK, w_scale_N, y_MN,
         bias_N=bias_N, zero_point=zero_point, code_sum_N=w_code_sum_N,
     )  # fmt: skip
     return y_MN
@@ -124,8 +125,10 @@ def plain(
     if torch.cpu._is_vnni_supported():
         sums_MN = torch._int_mm(codes_MK, w_codes_NK.T)
     else:
-        parts = zip(codes_MK.split(EXACT_COLS, 1), w_codes_NK.split(EXACT_COLS, 1), strict=True)
-        sums_MN = sum((x.float() @ w.float().T).to(torch.int32) for x, w in parts)
+        sums_MN = torch.zeros(len(codes_MK), len(w_codes_NK), dtype=torch.int32)
+        for start in range(0, codes_MK.shape[1], EXACT_COLS):
+            part = slice(start, start + EXACT_COLS)
+            sums_MN += (codes_MK[:, part].float() @ w_codes_NK[:, part].float().T).to(torch.int32)
     if zero_point is not None:
         sums_MN -= zero_point.to(torch.int32) * w_code_sum_N
     y_MN = sums_MN.float().mul_(x_scale).mul_(w_scale_N)
@@ -144,7 +147,9 @@ def _check(
     num_outputs, padded_cols = w_codes_NK.shape
     assert codes_MK.dtype == w_codes_NK.dtype == torch.int8, f"{codes_MK.dtype} by {w_codes_NK.dtype}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
-    assert num_cols <= padded_cols < num_cols + ALIGNED, f"{num_cols} columns of x, {padded_cols} of the weight"
+    assert num_cols <= padded_cols < num_cols + ALIGNED, (
+        f"{num_cols} columns of x, {padded_cols} of the weight"
+    )
     assert padded_cols < MAX_COLS, f"sums over {padded_cols} columns may overflow"
     assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
     assert x_scale.dtype == w_scale_N.dtype == torch.float32, "scales are float32"

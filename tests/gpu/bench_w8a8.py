@@ -32,15 +32,23 @@ def fragments(n, k, *leading):
 def products(kind, n, k):
     """A function of (codes, scale) for one weight, and its bytes."""
     if kind in ("fp8", "blocks"):
-        scale = torch.rand(n // 128, k // 128, device="cuda") if kind == "blocks" else torch.rand(n, device="cuda")
+        scale = (
+            torch.rand(n // 128, k // 128, device="cuda")
+            if kind == "blocks"
+            else torch.rand(n, device="cuda")
+        )
         weight = w8a8_fp8.Fp8Weight(codes(n, k, "fp8"), scale, (n, k))
         return lambda x, s: w8a8_fp8.multiply(x, s, weight, None, BF16), n * k
     if kind == "int8":
         w = codes(n, k, "int8")
-        weight = w8a8_int8.Int8Weight(w, torch.rand(n, device="cuda"), w.sum(1, dtype=torch.int32), torch.rand(n, device="cuda"))
+        weight = w8a8_int8.Int8Weight(
+            w, torch.rand(n, device="cuda"), w.sum(1, dtype=torch.int32), torch.rand(n, device="cuda")
+        )
         return lambda x, s: w8a8_int8.multiply(x, s, None, weight, None, BF16), n * k
     group = 0 if kind.endswith("channel") else 128
-    scale = torch.rand(n // 16, k // group, 16, device="cuda").to(BF16) if group else torch.rand(n, device="cuda")
+    scale = (
+        torch.rand(n // 16, k // group, 16, device="cuda").to(BF16) if group else torch.rand(n, device="cuda")
+    )
     args = fragments(n, k), scale, None, None, None, n, group, BF16
     return lambda x, s: w4a8.w4a8(x, s, None, *args), n * k / 2 + (n * k / 64 if group else 0)
 
@@ -52,10 +60,10 @@ def bench_layers(kinds):
         num_bytes = sum(each[0][1] for each in made.values())
         for m in ROWS:
             line, total = f"{kind:14} M={m:4} ", 0.0
-            for name, (n, k) in LAYERS_8B.items():
+            for name, (_, k) in LAYERS_8B.items():
                 x = codes(m, k, x_kind)
                 scale = torch.rand(m, k // 128 if kind == "blocks" else 1, device="cuda")
-                times = time_graph(lambda x=x, s=scale, name=name: [run(x, s) for run, _ in made[name]])
+                times = time_graph(lambda x=x, s=scale, each=made[name]: [run(x, s) for run, _ in each])
                 total += times / COPIES
                 line += f" {name} {times / COPIES:6.1f}"
             in_turn = time_graph(chained(made, m, x_kind, kind == "blocks")) / COPIES
@@ -75,13 +83,14 @@ def chained(made, m, x_kind, in_blocks):
 
 def bench_bf16():
     weights = {
-        name: [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(COPIES)] for name, (n, k) in LAYERS_8B.items()
+        name: [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(COPIES)]
+        for name, (n, k) in LAYERS_8B.items()
     }
     for m in ROWS:
         total = 0.0
         for name, (_, k) in LAYERS_8B.items():
             x = torch.randn(m, k, device="cuda", dtype=BF16)
-            total += time_graph(lambda x=x, name=name: [x @ w.T for w in weights[name]]) / COPIES
+            total += time_graph(lambda x=x, each=weights[name]: [x @ w.T for w in each]) / COPIES
         print(f"{'bf16 cuBLAS':14} M={m:4}  sum {total:7.1f} us", flush=True)
 
 
@@ -99,7 +108,9 @@ def bench_moe():
     """Both products of a layer's experts, sorting and combining included."""
     for model, (count, per_token, n_up, k_down, hidden) in MODELS.items():
         for kind, x_kind in (("int4", "bf16"), ("fp8", "fp8"), ("fp8", "bf16")):
-            layers = [(experts(count, n_up, hidden, kind), experts(count, hidden, k_down, kind)) for _ in range(2)]
+            layers = [
+                (experts(count, n_up, hidden, kind), experts(count, hidden, k_down, kind)) for _ in range(2)
+            ]
             for m in (1, 8, 64, 512, 4096):
                 ids = torch.rand(m, count, device="cuda").argsort(dim=1)[:, :per_token].contiguous()
                 gates, pairs = torch.rand(m, per_token, device="cuda"), m * per_token
@@ -111,14 +122,19 @@ def bench_moe():
                     for up, down in layers:
                         routed = moe_routing.sort_by_expert(ids, count, moe.rows_for(pairs, count))
                         moe.multiply(x[0], scales[0], up, *routed, pairs, BF16)
-                        moe_routing.combine(moe.multiply(x[1], scales[1], down, *routed, pairs, BF16), gates, BF16)
+                        moe_routing.combine(
+                            moe.multiply(x[1], scales[1], down, *routed, pairs, BF16), gates, BF16
+                        )
 
                 hit = len(ids.unique())
                 per_weight = 0.516 if kind == "int4" else 1
                 num_bytes = hit * per_weight * (n_up * hidden + hidden * k_down)
                 flops = 2 * pairs * (n_up * hidden + hidden * k_down)
                 us = time_graph(layer) / len(layers)
-                print(f"{model:10} {kind:4} x {x_kind:4} T={m:4}  {us:8.1f} us  {num_bytes / us / 1e6:.2f} TB/s", end="")
+                print(
+                    f"{model:10} {kind:4} x {x_kind:4} T={m:4}  {us:8.1f} us  {num_bytes / us / 1e6:.2f} TB/s",
+                    end="",
+                )
                 print(f" of {hit} experts  {flops / us / 1e6:.0f} TFLOP/s", flush=True)
 
 

@@ -39,7 +39,9 @@ def random_experts(num_experts, n, k, kind, *, group=0, asymmetric=False, scale_
 
 def random_ids(num_tokens, per_token, num_experts, *, seed=2, few=False):
     """Distinct experts for each token; with `few` only the first `per_token` get any."""
-    order = torch.rand(num_tokens, per_token if few else num_experts, generator=generator(seed)).argsort(dim=1)
+    order = torch.rand(num_tokens, per_token if few else num_experts, generator=generator(seed)).argsort(
+        dim=1
+    )
     return order[:, :per_token].contiguous().cuda()
 
 
@@ -74,7 +76,10 @@ def test_experts_are_combined_in_order(num_tokens, per_token, n, dtype):
     weight = torch.rand(num_tokens, per_token, generator=generator(4)).cuda()
     out = moe_routing.combine(y, weight, dtype)
     assert torch.equal(out, moe_routing.plain_combine(y, weight, dtype)) or torch.allclose(
-        out.double(), moe_routing.plain_combine(y, weight, torch.float32).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+        out.double(),
+        moe_routing.plain_combine(y, weight, torch.float32).double(),
+        rtol=2 * torch.finfo(dtype).eps,
+        atol=1e-6,
     )
     assert torch.equal(out, moe_routing.combine(y, weight, dtype))
 
@@ -91,14 +96,21 @@ CASES = [
 def test_16_bit_inputs(n, k, kind, group, asymmetric, dtype):
     num_experts = 8
     weight, w = random_experts(num_experts, n, k, kind, group=group, asymmetric=asymmetric)
-    for num_tokens, per_token, rows, few in ((1, 2, 16, False), (40, 2, 16, True), (200, 4, 64, False), (700, 2, 128, False)):
+    for num_tokens, per_token, rows, few in (
+        (1, 2, 16, False),
+        (40, 2, 16, True),
+        (200, 4, 64, False),
+        (700, 2, 128, False),
+    ):
         ids = random_ids(num_tokens, per_token, num_experts, few=few)
         routed = moe_routing.sort_by_expert(ids, num_experts, rows)
         row_P = torch.arange(ids.numel(), device="cuda") // per_token
         x = torch.randn(num_tokens, k, generator=generator(5)).to(dtype).cuda()
         y = moe.multiply(x, None, weight, *routed, ids.numel(), dtype)
         check(y, x.double(), w, ids.flatten(), row_P)
-        x = torch.randn(ids.numel(), k, generator=generator(6)).to(dtype).cuda()  # of pairs, as after the first product
+        x = (
+            torch.randn(ids.numel(), k, generator=generator(6)).to(dtype).cuda()
+        )  # of pairs, as after the first product
         y = moe.multiply(x, None, weight, *routed, ids.numel(), dtype)
         check(y, x.double(), w, ids.flatten(), torch.arange(ids.numel(), device="cuda"))
 
@@ -127,7 +139,13 @@ def test_weights_beyond_two_billion_codes():
     ids = torch.tensor([[num_experts - 1], [0]], device="cuda")
     x = torch.randn(2, k, generator=generator(2)).to(BF16).cuda()
     y = moe.multiply(x, None, weight, *moe_routing.sort_by_expert(ids, num_experts, 16), 2, BF16)
-    check(y[:1], x.double(), stored[-1:].double(), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    check(
+        y[:1],
+        x.double(),
+        stored[-1:].double(),
+        torch.zeros(1, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long),
+    )
     assert not y[1].any()
 
 

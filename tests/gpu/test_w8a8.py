@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import byte_tile, skinny, w4a8, w8a8_fp8, w8a8_int8
+from quantkit_kernels import byte_tile_kernel, skinny, w4a8, w8a8_fp8, w8a8_int8
 from quantkit_kernels.weight import LinearWeight
 from tests.gpu.triton_device import generator, poisoned  # noqa: F401
 
@@ -22,7 +22,12 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 def random_codes(rows, cols, kind, seed):
     if kind == "fp8":
-        return torch.randn(rows, cols, generator=generator(seed)).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return (
+            torch.randn(rows, cols, generator=generator(seed))
+            .mul(100)
+            .clamp(-448, 448)
+            .to(torch.float8_e4m3fn)
+        )
     limit = 8 if kind == "int4" else 128
     return torch.randint(-limit, limit, (rows, cols), generator=generator(seed), dtype=torch.int8)
 
@@ -35,7 +40,11 @@ def random_weight(n, k, kind, *, tile=None, asymmetric=False, scale_dtype=torch.
     zero = torch.randint(-8, 8, grid, generator=generator(2), dtype=torch.int8) if asymmetric else None
     codes = random_codes(n, k, kind, 3)
     weight = LinearWeight(
-        codes.cuda(), scale.cuda(), None if zero is None else zero.cuda(), (rows, cols), 4 if kind == "int4" else 8
+        codes.cuda(),
+        scale.cuda(),
+        None if zero is None else zero.cuda(),
+        (rows, cols),
+        4 if kind == "int4" else 8,
     )
     by_weight = torch.arange(n)[:, None] // rows, torch.arange(k)[None, :] // cols
     w = codes.double() - (0 if zero is None else zero.double()[by_weight])
@@ -58,7 +67,9 @@ def check(y, x, w, bias=None, *, sum_bits=24, magnitude=None):
     """One rounding of the output, three of scales, and sums kept to `sum_bits` bits of their largest."""
     magnitude = (x.abs() if magnitude is None else magnitude) @ w.abs().T
     expected = x @ w.T + (0 if bias is None else bias.double())
-    bound = torch.finfo(y.dtype).eps * expected.abs() + 2.0**-21 * magnitude + 2.0 ** (3 - sum_bits) * magnitude
+    bound = (
+        torch.finfo(y.dtype).eps * expected.abs() + 2.0**-21 * magnitude + 2.0 ** (3 - sum_bits) * magnitude
+    )
     error = (y.double() - expected).abs()
     assert torch.isfinite(y).all()
     assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound"
@@ -191,11 +202,11 @@ def test_cut_tiles_add_up_in_order(kind, maps, programs, x_left):
     m, n, k = 100, 520, 4160
     weight, w = random_weight(n, k, kind)
     codes, scale, _, x, _ = random_x(m, k, kind)
-    shape = byte_tile.Shape(32 if x_left else 64, 64, 128, 4, 4, maps, x_left, programs)
+    shape = byte_tile_kernel.Shape(32 if x_left else 64, 64, 128, 4, 4, maps, x_left, programs)
     results = []
     for _ in range(10):
         y = torch.full((m, n), torch.nan, dtype=BF16, device="cuda")
-        byte_tile.multiply(codes, scale, weight.codes_NK, weight.scale_RG[:, 0], y, shape)
+        byte_tile_kernel.multiply(codes, scale, weight.codes_NK, weight.scale_RG[:, 0], y, shape)
         results.append(y)
     check(results[0], x, w, sum_bits=13)
     assert all(torch.equal(y, results[0]) for y in results)
@@ -206,12 +217,18 @@ def test_a_weight_beyond_two_billion_codes():
     codes = torch.zeros(n, k, dtype=torch.int8, device="cuda")
     codes[-64:] = random_codes(64, k, "int8", 3).cuda()
     operand = w8a8_int8.Int8Weight(
-        codes, torch.ones(n, device="cuda"), torch.zeros(n, dtype=torch.int32, device="cuda"), torch.zeros(n, device="cuda")
+        codes,
+        torch.ones(n, device="cuda"),
+        torch.zeros(n, dtype=torch.int32, device="cuda"),
+        torch.zeros(n, device="cuda"),
     )
     x, scale, _, _, _ = random_x(33, k, "int8")
     y = w8a8_int8.multiply(x, scale, None, operand, None, torch.float32)
     expected = (x.double() @ codes[-64:].double().T) * scale.double()
-    assert torch.equal(y[:, -64:], expected.float()) or (y[:, -64:] - expected).abs().max() <= expected.abs().max() * 2**-22
+    assert (
+        torch.equal(y[:, -64:], expected.float())
+        or (y[:, -64:] - expected).abs().max() <= expected.abs().max() * 2**-22
+    )
     assert not y[:, :-64].any()
 
 
@@ -245,7 +262,9 @@ def test_operators_have_honest_fakes():
     codes, scale, _, _, _ = random_x(20, 128, "fp8")
     operand = w8a8_fp8.prepare(random_weight(64, 128, "fp8")[0])
     args = (codes, scale, operand.codes_NK, operand.scale, None, 64, BF16)
-    torch.library.opcheck(w8a8_fp8.w8a8_fp8, args, test_utils=checks[1:])  # the others have no arithmetic in FP8
+    torch.library.opcheck(
+        w8a8_fp8.w8a8_fp8, args, test_utils=checks[1:]
+    )  # the others have no arithmetic in FP8
     operand = skinny.prepare(random_weight(64, 128, "int4")[0])
     args = (codes, scale, None, operand.stored, operand.scale, None, None, None, 64, 0, BF16)
     torch.library.opcheck(w4a8.w4a8, args, test_utils=checks)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from quantkit_kernels import moe, moe_routing
 from quantkit_kernels.weight import LinearWeight
 from tests.triton_aot import CAPABILITIES, compile_for
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import moe, moe_routing
+from quantkit_kernels import moe_kernel, moe_routing_kernel
 
 NUM_EXPERTS = 6
 MMA = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "MMA", 120: "HMMA"}
@@ -36,7 +37,9 @@ def random_experts(n, k, kind, *, group=0, asymmetric=False):
 
 
 def random_ids(num_tokens, per_token):
-    return torch.rand(num_tokens, NUM_EXPERTS, generator=generator(2)).argsort(dim=1)[:, :per_token].contiguous()
+    return (
+        torch.rand(num_tokens, NUM_EXPERTS, generator=generator(2)).argsort(dim=1)[:, :per_token].contiguous()
+    )
 
 
 def test_every_pair_has_one_slot_in_a_tile_of_its_expert():
@@ -99,12 +102,22 @@ def test_what_is_wrong_is_named():
     routed = moe_routing.sort_by_expert(random_ids(3, 2), NUM_EXPERTS, 16)
     with pytest.raises(AssertionError, match="7 pairs for 3 rows"):
         moe.multiply(torch.zeros(3, 64).half(), None, weight, *routed, 7, torch.half)
-    with pytest.raises(AssertionError, match="x of torch.float32"):
+    with pytest.raises(AssertionError, match=r"x of torch\.float32"):
         moe.multiply(torch.zeros(3, 64), None, weight, *routed, 6, torch.half)
 
 
 def compile_grouped(capability, kind, x, *, group=128, asymmetric=False, rows=16):
-    numbers = ("num_pairs", "pairs_per_row", "num_outputs", "num_cols", "num_groups", "stride_w", "stride_x", "stride_y", "x_scale_step")
+    numbers = (
+        "num_pairs",
+        "pairs_per_row",
+        "num_outputs",
+        "num_cols",
+        "num_groups",
+        "stride_w",
+        "stride_x",
+        "stride_y",
+        "x_scale_step",
+    )
     is_int4, is_codes = kind == "i8", x == "fp8e4nv"
     types = dict.fromkeys(numbers, "i32") | {"y": "*bf16", "x": f"*{x}", "w": f"*{kind}"}
     types |= {"slots": "*i32", "expert_of_tile": "*i32", "w_scale": "*bf16" if is_int4 and group else "*fp32"}
@@ -114,11 +127,11 @@ def compile_grouped(capability, kind, x, *, group=128, asymmetric=False, rows=16
             types[name] = kind_of
         else:
             constants[name] = None
-    tile = moe.tile_for(rows, group)
+    tile = moe_kernel.tile_for(rows, group)
     constants |= {"BN": tile.rows_w, "BM": rows, "BK": tile.cols}
     multiples = ("num_outputs", "num_cols", "stride_w", "stride_x", "stride_y")
     return compile_for(
-        moe.grouped_kernel, capability, types, constants, tile.num_warps, multiples=multiples,
+        moe_kernel.grouped_kernel, capability, types, constants, tile.num_warps, multiples=multiples,
         num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -133,13 +146,19 @@ def test_kernels_compile(capability):
     for rows, asymmetric in ((16, False), (64, True)):
         grouped = compile_grouped(capability, "i8", "bf16", rows=rows, asymmetric=asymmetric)
         assert_in_registers(grouped, MMA[capability])
-    types = {"expert_ids": "*i64", "slots": "*i32", "expert_of_tile": "*i32", "num_pairs": "i32", "max_tiles": "i32"}
-    constants = {"EXPERTS": 128, "ROWS": 16, "CHUNK": moe_routing.CHUNK}
-    assert_in_registers(compile_for(moe_routing.sort_kernel, capability, types, constants, 8), "")
+    types = {
+        "expert_ids": "*i64",
+        "slots": "*i32",
+        "expert_of_tile": "*i32",
+        "num_pairs": "i32",
+        "max_tiles": "i32",
+    }
+    constants = {"EXPERTS": 128, "ROWS": 16, "CHUNK": moe_routing_kernel.CHUNK}
+    assert_in_registers(compile_for(moe_routing_kernel.sort_kernel, capability, types, constants, 8), "")
     types = dict.fromkeys(("num_features", "stride_y", "stride_weight", "stride_out"), "i32")
     types |= {"out": "*bf16", "y": "*bf16", "weight": "*fp32"}
-    constants = {"PAIRS": 8, "COLUMNS": moe_routing.COLUMNS}
-    assert_in_registers(compile_for(moe_routing.combine_kernel, capability, types, constants, 4), "")
+    constants = {"PAIRS": 8, "COLUMNS": moe_routing_kernel.COLUMNS}
+    assert_in_registers(compile_for(moe_routing_kernel.combine_kernel, capability, types, constants, 4), "")
 
 
 def test_fp8_kernels_compile():

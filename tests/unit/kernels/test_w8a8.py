@@ -1,15 +1,15 @@
-"""Products with quantized activations without a GPU: the operators on a CPU are the definitions, and kernels compile."""
+"""Products with quantized activations without a GPU: operators on a CPU are the definitions, and kernels compile."""
 
 import pytest
 import torch
 
-from quantkit_kernels import skinny, w8a8_fp8, w8a8_int8
+from quantkit_kernels import skinny, w4a8, w8a8_fp8, w8a8_int8
 from quantkit_kernels.weight import LinearWeight
 from tests.triton_aot import CAPABILITIES, compile_for
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import byte_tile, w4a8
+from quantkit_kernels import byte_tile_kernel, w4a8_kernel
 
 HOPPER = 90
 MMA = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "MMA", 120: "MMA"}
@@ -54,7 +54,11 @@ def assert_close(y, x, w, bias=None):
 @pytest.mark.parametrize("is_static", [False, True])
 def test_int8_is_its_definition(dtype, is_static):
     weight, w = random_weight(33, 77, "int8", tile=(11, 77))
-    codes, scale, bias = random_codes(5, 77, "int8", 4), random_scale(5, is_static=is_static), torch.randn(33).to(dtype)
+    codes, scale, bias = (
+        random_codes(5, 77, "int8", 4),
+        random_scale(5, is_static=is_static),
+        torch.randn(33).to(dtype),
+    )
     operand = w8a8_int8.prepare(weight)
     y = w8a8_int8.multiply(codes, scale, None, operand, bias, dtype)
     assert y.dtype == dtype
@@ -68,7 +72,11 @@ def test_int8_is_its_definition(dtype, is_static):
 @pytest.mark.parametrize("is_static", [False, True])
 def test_fp8_is_its_definition(dtype, is_static):
     weight, w = random_weight(33, 77, "fp8", tile=(11, 77))
-    codes, scale, bias = random_codes(5, 77, "fp8", 4), random_scale(5, is_static=is_static), torch.randn(33).to(dtype)
+    codes, scale, bias = (
+        random_codes(5, 77, "fp8", 4),
+        random_scale(5, is_static=is_static),
+        torch.randn(33).to(dtype),
+    )
     y = w8a8_fp8.multiply(codes, scale, w8a8_fp8.prepare(weight), bias, dtype)
     assert y.dtype == dtype and y.shape == (5, 33)
     assert_close(y, codes.double() * scale.double(), w, bias)
@@ -103,7 +111,7 @@ def test_what_is_wrong_is_named():
         w8a8_int8.multiply(codes[:, :48], scale, None, operand, None, torch.bfloat16)
     with pytest.raises(AssertionError, match=r"scales \(4, 1\)"):
         w8a8_int8.multiply(codes, scale[:4], None, operand, None, torch.bfloat16)
-    with pytest.raises(AssertionError, match="float8_e4m3fn by torch.int8"):
+    with pytest.raises(AssertionError, match=r"float8_e4m3fn by torch\.int8"):
         w8a8_int8.multiply(codes.view(torch.float8_e4m3fn), scale, None, operand, None, torch.bfloat16)
 
 
@@ -114,9 +122,20 @@ def test_weights_stay_as_they_are_on_disk():
         assert module.prepare(weight).codes_NK.data_ptr() == weight.codes_NK.data_ptr()
 
 
-def compile_byte_tile(capability, kind, *, maps=False, blocks=False, zero=False, early=False, shape=(128, 64, 128, 4, 3)):
+def compile_byte_tile(
+    capability, kind, *, maps=False, blocks=False, zero=False, early=False, shape=(128, 64, 128, 4, 3)
+):
     rows_w, rows_x, cols, num_warps, num_stages = shape
-    numbers = ("num_rows", "num_outputs", "num_cols", "stride_x", "stride_w", "stride_y", "x_scale_step", "ahead")
+    numbers = (
+        "num_rows",
+        "num_outputs",
+        "num_cols",
+        "stride_x",
+        "stride_w",
+        "stride_y",
+        "x_scale_step",
+        "ahead",
+    )
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("x_scale", "w_scale"), "*fp32")
     types |= {"y": "*bf16", "bias": "*bf16", "tickets": "*i32", "w_codes": f"*{kind}"}
     types |= {"partial": "*i32" if kind == "i8" else "*fp32"}
@@ -129,7 +148,7 @@ def compile_byte_tile(capability, kind, *, maps=False, blocks=False, zero=False,
     constants |= {"BN": rows_w, "BM": rows_x, "BK": cols, "GROUP": 8}
     multiples = tuple(name for name in numbers if name not in ("num_rows", "x_scale_step", "ahead"))
     return compile_for(
-        byte_tile.byte_tile_kernel, capability, types, constants, num_warps, multiples=multiples,
+        byte_tile_kernel.byte_tile_kernel, capability, types, constants, num_warps, multiples=multiples,
         num_stages=num_stages, launch_pdl=early,
     )  # fmt: skip
 
@@ -137,12 +156,34 @@ def compile_byte_tile(capability, kind, *, maps=False, blocks=False, zero=False,
 def compile_w4a8(capability, kind, *, group=128, maps=False, asymmetric=False, shape=(128, 64, 4, 4)):
     rows_w, rows_x, num_warps, num_stages = shape
     cols = 128 if group in (0, 128) else 64
-    numbers = ("num_rows", "num_outputs", "num_cols", "num_blocks", "num_groups", "stride_x", "stride_y", "x_scale_step", "ahead")
-    types = dict.fromkeys(numbers, "i32") | {"y": "*bf16", "bias": "*bf16", "packed": "*i8", "tickets": "*i32"}
+    numbers = (
+        "num_rows",
+        "num_outputs",
+        "num_cols",
+        "num_blocks",
+        "num_groups",
+        "stride_x",
+        "stride_y",
+        "x_scale_step",
+        "ahead",
+    )
+    types = dict.fromkeys(numbers, "i32") | {
+        "y": "*bf16",
+        "bias": "*bf16",
+        "packed": "*i8",
+        "tickets": "*i32",
+    }
     types |= {"x_scale": "*fp32", "w_scale": "*bf16" if group else "*fp32"}
     types |= {"partial": "*i32" if kind == "i8" and not group else "*fp32"}
     types["x"] = f"tensordesc<{kind}[{rows_x}, {32 if group == 32 else cols}]>" if maps else f"*{kind}"
-    constants = {"x_zero_point": None, "w_row_sum": None, "GROUP": group, "IS_INT8": kind == "i8", "FROM_MAPS": maps, "EARLY": maps}
+    constants = {
+        "x_zero_point": None,
+        "w_row_sum": None,
+        "GROUP": group,
+        "IS_INT8": kind == "i8",
+        "FROM_MAPS": maps,
+        "EARLY": maps,
+    }
     if asymmetric:
         types["w_zero_point"] = "*i8"
     else:
@@ -150,7 +191,13 @@ def compile_w4a8(capability, kind, *, group=128, maps=False, asymmetric=False, s
     constants |= {"BN": rows_w, "BM": rows_x, "BK": cols, "RASTER": 8}
     multiples = ("num_outputs", "num_cols", "stride_x", "stride_y")
     return compile_for(
-        w4a8.w4a8_kernel, capability, types, constants, num_warps, multiples=multiples, num_stages=num_stages
+        w4a8_kernel.w4a8_kernel,
+        capability,
+        types,
+        constants,
+        num_warps,
+        multiples=multiples,
+        num_stages=num_stages,
     )
 
 
@@ -162,7 +209,9 @@ def assert_in_registers(resources, mma):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_int8_products_compile(capability):
     for zero in (False, True):
-        assert_in_registers(compile_byte_tile(capability, "i8", zero=zero, maps=capability >= HOPPER), MMA[capability])
+        assert_in_registers(
+            compile_byte_tile(capability, "i8", zero=zero, maps=capability >= HOPPER), MMA[capability]
+        )
     assert_in_registers(compile_w4a8(capability, "i8", maps=capability >= HOPPER), MMA[capability])
 
 

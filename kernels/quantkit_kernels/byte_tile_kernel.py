@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quantkit_kernels.stream import add_up, item_of, raster, share_of, tickets_of
+from quantkit_kernels.stream_kernel import add_up, item_of, raster, share_of, tickets_of
 
 BLOCK = tl.constexpr(128)
 RASTER = 8
@@ -58,10 +58,7 @@ def byte_tile_kernel(
         tile_n, tile_m = raster(tile, tiles_n, tiles_m, GROUP)
         n = tile_n * BN + tl.arange(0, BN)
         m = tile_m * BM + tl.arange(0, BM)
-        if X_LEFT:
-            acc = tl.zeros((BM, BN), dtype=ACC)
-        else:
-            acc = tl.zeros((BN, BM), dtype=ACC)
+        acc = tl.zeros((BM, BN) if X_LEFT else (BN, BM), dtype=ACC)
         if not FROM_MAPS:  # rows beyond the last are read as the last, and not stored
             w_at = w + tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * stride_w
             x_at = x + tl.minimum(m, num_rows - 1).to(tl.int64)[None, :] * stride_x
@@ -79,7 +76,9 @@ def byte_tile_kernel(
                     x_KM = tl.load(x_at + k[:, None], mask=k[:, None] < num_cols, other=0.0)
             if IN_BLOCKS:
                 scale_w = tl.load(w_scale + (tile_n * BN // BLOCK) * tl.cdiv(num_cols, BLOCK) + step)
-                scale_M = tl.load(x_scale + m.to(tl.int64) * x_scale_step + step, mask=m < num_rows, other=0.0)
+                scale_M = tl.load(
+                    x_scale + m.to(tl.int64) * x_scale_step + step, mask=m < num_rows, other=0.0
+                )
                 acc += tl.dot(w_NK, x_KM) * (scale_M * scale_w)[None, :]
             elif X_LEFT:
                 if IS_INT8:
@@ -94,13 +93,9 @@ def byte_tile_kernel(
         if end - start < steps:
             acc, is_last = add_up(acc, partial, tickets, tile, start, pid, num_programs, num_tiles, steps)
         if is_last:
-            if X_LEFT:
-                sum_NM = acc.T
-            else:
-                sum_NM = acc
+            sum_NM = acc.T if X_LEFT else acc
             if x_zero_point is not None:
-                step_z = x_scale_step
-                zero_M = tl.load(x_zero_point + m * step_z, mask=m < num_rows, other=0).to(tl.int32)
+                zero_M = tl.load(x_zero_point + m * x_scale_step, mask=m < num_rows, other=0).to(tl.int32)
                 code_sum_N = tl.load(w_code_sum + n, mask=n < num_outputs, other=0)
                 sum_NM -= code_sum_N[:, None] * zero_M[None, :]
             y_NM = sum_NM.to(tl.float32)
@@ -147,16 +142,18 @@ def multiply(
     w_codes_NK: Tensor,
     w_scale: Tensor,
     y_MN: Tensor,
-    shape: Shape,
+    shape: Shape | None = None,
     *,
     bias_N: Tensor | None = None,
     zero_point: Tensor | None = None,
     code_sum_N: Tensor | None = None,
-    in_blocks: bool = False,
 ) -> None:
     """Write the product to y [M, N]. Columns of both codes are contiguous and a multiple of 16."""
     num_rows, num_cols = codes_MK.shape
-    num_outputs = y_MN.shape[1]
+    num_outputs, in_blocks = y_MN.shape[1], w_scale.ndim == 2
+    if num_rows == 0:
+        return
+    shape = shape or shape_for(num_rows, num_outputs, codes_MK.dtype, codes_MK.device, in_blocks=in_blocks)
     tiles = triton.cdiv(num_outputs, shape.rows_w) * triton.cdiv(num_rows, shape.rows_x)
     programs = min(shape.programs or tiles, tiles * triton.cdiv(num_cols, shape.cols))
     is_cut = tiles % programs != 0
@@ -167,7 +164,9 @@ def multiply(
     if shape.maps:
         x = TensorDescriptor(codes_MK, codes_MK.shape, codes_MK.stride(), [shape.rows_x, shape.cols])
         w = TensorDescriptor(w_codes_NK, w_codes_NK.shape, w_codes_NK.stride(), [shape.rows_w, shape.cols])
-    x_scale_step = x_scale.stride(0) if x_scale.numel() > 1 else 0
+    x_scale = x_scale.contiguous()
+    x_scale_step = x_scale.shape[1] if len(x_scale) > 1 else 0
+    zero_point = None if zero_point is None else zero_point.contiguous()
     byte_tile_kernel[(programs,)](
         y_MN, x, w, w_codes_NK, x_scale, zero_point, w_scale, code_sum_N, bias_N, partial, tickets_of(codes_MK.device),
         num_rows, num_outputs, num_cols, codes_MK.stride(0), w_codes_NK.stride(0), y_MN.stride(0), x_scale_step, AHEAD,
@@ -177,7 +176,9 @@ def multiply(
     )  # fmt: skip
 
 
-def shape_for(num_rows: int, num_outputs: int, dtype: torch.dtype, device: torch.device, *, in_blocks: bool = False) -> Shape:
+def shape_for(
+    num_rows: int, num_outputs: int, dtype: torch.dtype, device: torch.device, *, in_blocks: bool = False
+) -> Shape:
     """Of the programs that multiply so many rows; measured on an H100.
 
     Up to 64 rows what counts is how many bytes of W are on their way: all of a multiprocessor's shared memory, and
@@ -191,10 +192,18 @@ def shape_for(num_rows: int, num_outputs: int, dtype: torch.dtype, device: torch
         if not maps:
             return Shape(64, rows, 128, 4, 3, maps)
         if tiles > num_sms:
-            return Shape(64, 32, 256, 4, 4, maps) if is_int8 and rows == 32 else Shape(128, rows, 128, 4, 4, maps)
+            return (
+                Shape(64, 32, 256, 4, 4, maps)
+                if is_int8 and rows == 32
+                else Shape(128, rows, 128, 4, 4, maps)
+            )
         if tiles <= num_sms // 2 and rows == 64 and not in_blocks:
             return Shape(32, 64, 256 if is_int8 else 128, 4, 6 if is_int8 else 12, maps, x_left=True)
-        return Shape(64, rows, 256, 4, 6 if rows == 32 else 5, maps) if is_int8 else Shape(64, rows, 128, 4, 8, maps)
+        return (
+            Shape(64, rows, 256, 4, 6 if rows == 32 else 5, maps)
+            if is_int8
+            else Shape(64, rows, 128, 4, 8, maps)
+        )
     tiles = triton.cdiv(num_outputs, 128) * triton.cdiv(num_rows, 128)
     if in_blocks or tiles <= num_sms // 2:
         return Shape(128, 64, 128, 4, 4 if maps else 3, maps)

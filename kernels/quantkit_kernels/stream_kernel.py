@@ -1,7 +1,7 @@
 """Work shared out evenly: tiles whose k are cut where a program's share ends, and added up again in a fixed order.
 
-A product is `tiles × steps` units, a unit being BK columns of one tile. Whole waves of tiles are dealt one to a program;
-what is left, less than a tile each, is one line of units cut into equal shares:
+A product is `tiles × steps` units, a unit being BK columns of one tile. Whole waves of tiles are dealt one by one; what
+is left, less than a tile each, is one line of units cut into equal shares:
 
     tiles    |---- t0 ----|---- t1 ----|---- t2 ----|
     programs |   p0   |   p1   |   p2   |   p3  …       t0 = p0 + p1, t1 = p1 + p2, …
