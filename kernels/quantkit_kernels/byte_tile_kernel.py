@@ -23,7 +23,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from quantkit_kernels.capability import starts_early
 from quantkit_kernels.stream_kernel import add_up, item_of, raster, share_of, tickets_of
+from quantkit_kernels.triton_launch import Launcher, num_parts
 
 BLOCK = tl.constexpr(128)
 RASTER = 8
@@ -35,7 +37,7 @@ def byte_tile_kernel(
     y, x, w, w_codes, x_scale, x_zero_point, w_scale, w_code_sum, bias, partial, tickets,
     num_rows, num_outputs, num_cols, stride_x, stride_w, stride_y, x_scale_step, ahead,
     IN_BLOCKS: tl.constexpr, FROM_MAPS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, X_LEFT: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x, w: pointers, or with FROM_MAPS tensor maps of [BM, BK] and [BN, BK]. x_scale_step: between rows, or 0."""
     IS_INT8: tl.constexpr = w.dtype.element_ty == tl.int8 if not FROM_MAPS else w.dtype == tl.int8
@@ -62,7 +64,7 @@ def byte_tile_kernel(
         if not FROM_MAPS:  # rows beyond the last are read as the last, and not stored
             w_at = w + tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * stride_w
             x_at = x + tl.minimum(m, num_rows - 1).to(tl.int64)[None, :] * stride_x
-        for step in range(start, end):
+        for step in tl.range(start, end, num_stages=STAGES):
             if FROM_MAPS:
                 w_NK = w.load([tile_n * BN, step * BK])
                 x_KM = x.load([tile_m * BM, step * BK]).T
@@ -119,6 +121,9 @@ def prefetch(at, num_bytes):
     )  # fmt: skip
 
 
+_byte_tile = Launcher(byte_tile_kernel)
+
+
 class Shape(NamedTuple):
     """Of a program: rows of W and of x, columns at a time, how it is compiled, and how many there are.
 
@@ -154,8 +159,8 @@ def multiply(
     if num_rows == 0:
         return
     shape = shape or shape_for(num_rows, num_outputs, codes_MK.dtype, codes_MK.device, in_blocks=in_blocks)
-    tiles = triton.cdiv(num_outputs, shape.rows_w) * triton.cdiv(num_rows, shape.rows_x)
-    programs = min(shape.programs or tiles, tiles * triton.cdiv(num_cols, shape.cols))
+    tiles = num_parts(num_outputs, shape.rows_w) * num_parts(num_rows, shape.rows_x)
+    programs = min(shape.programs or tiles, tiles * num_parts(num_cols, shape.cols))
     is_cut = tiles % programs != 0
     kind = torch.int32 if codes_MK.dtype == torch.int8 else torch.float32
     size = 2 * programs * shape.rows_w * shape.rows_x if is_cut else 1
@@ -167,12 +172,18 @@ def multiply(
     x_scale = x_scale.contiguous()
     x_scale_step = x_scale.shape[1] if len(x_scale) > 1 else 0
     zero_point = None if zero_point is None else zero_point.contiguous()
-    byte_tile_kernel[(programs,)](
-        y_MN, x, w, w_codes_NK, x_scale, zero_point, w_scale, code_sum_N, bias_N, partial, tickets_of(codes_MK.device),
-        num_rows, num_outputs, num_cols, codes_MK.stride(0), w_codes_NK.stride(0), y_MN.stride(0), x_scale_step, AHEAD,
-        in_blocks, shape.maps, num_cols % shape.cols == 0, shape.maps, shape.x_left,
-        shape.rows_w, shape.rows_x, shape.cols, RASTER,
-        num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=shape.maps,
+    _byte_tile(
+        (programs, 1),
+        (
+            y_MN, x, w, w_codes_NK, x_scale, zero_point, w_scale, code_sum_N, bias_N, partial,
+            tickets_of(codes_MK.device), num_rows, num_outputs, num_cols, codes_MK.stride(0), w_codes_NK.stride(0),
+            y_MN.stride(0), x_scale_step, AHEAD,
+        ),
+        (
+            in_blocks, shape.maps, num_cols % shape.cols == 0, shape.maps, shape.x_left,
+            shape.rows_w, shape.rows_x, shape.cols, shape.num_stages, RASTER,
+        ),
+        num_warps=shape.num_warps, early=shape.maps,
     )  # fmt: skip
 
 
@@ -184,11 +195,11 @@ def shape_for(
     Up to 64 rows what counts is how many bytes of W are on their way: all of a multiprocessor's shared memory, and
     every multiprocessor busy. FP8 takes 128 columns at a time, after which its sums go to float32.
     """
-    maps = torch.cuda.get_device_capability(device) >= (9, 0)
+    maps = starts_early(device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     if num_rows <= 64:
         rows = 32 if num_rows <= 32 else 64
-        tiles, is_int8 = triton.cdiv(num_outputs, 64), dtype == torch.int8
+        tiles, is_int8 = num_parts(num_outputs, 64), dtype == torch.int8
         if not maps:
             return Shape(64, rows, 128, 4, 3, maps)
         if tiles > num_sms:
@@ -204,7 +215,7 @@ def shape_for(
             if is_int8
             else Shape(64, rows, 128, 4, 8, maps)
         )
-    tiles = triton.cdiv(num_outputs, 128) * triton.cdiv(num_rows, 128)
+    tiles = num_parts(num_outputs, 128) * num_parts(num_rows, 128)
     if in_blocks or tiles <= num_sms // 2:
         return Shape(128, 64, 128, 4, 4 if maps else 3, maps)
     if tiles <= num_sms and maps:

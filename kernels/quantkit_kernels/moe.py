@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import skinny, w8a8_fp8
+from quantkit_kernels.capability import converts_float8
+from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
-MIN_FP8_CAPABILITY = (8, 9)
 
 
 class ExpertWeight(NamedTuple):
@@ -79,64 +80,11 @@ def multiply(
 ) -> Tensor:
     """`moe_linear` with prepared weights."""
     stored, scale, zero_point, (n, _), group = weight
-    y_PN: Tensor = moe_linear(
+    return moe_linear(
         x, x_scale, stored, scale, zero_point, slots, expert_of_tile, num_pairs, n, group, out_dtype
     )
-    return y_PN
 
 
-@torch.library.custom_op("quantkit::moe_linear", mutates_args=(), device_types="cuda")
-def moe_linear(
-    x_MK: Tensor,
-    x_scale: Tensor | None,
-    stored: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor | None,
-    slots: Tensor,
-    expert_of_tile: Tensor,
-    num_pairs: int,
-    num_outputs: int,
-    group: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Each pair's row times its expert's weight, [P, N] in out_dtype.
-
-    x_MK: a row per pair, or per token (P / rows pairs share it), columns contiguous; bf16 or fp16, or with FP8 weights
-    float8_e4m3fn with x_scale, float32 [rows, 1] or [rows, K / 128]. stored, w_scale, w_zero_point, group: of an
-    `ExpertWeight`. slots, expert_of_tile: of `sort_by_expert`.
-    """
-    check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
-    if stored.dtype != torch.int32 and torch.cuda.get_device_capability(x_MK.device) < MIN_FP8_CAPABILITY:
-        y_PN: Tensor = plain(
-            x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, num_pairs, num_outputs, group, out_dtype
-        )  # fmt: skip
-        return y_PN
-    from quantkit_kernels import moe_kernel
-
-    y_PN = torch.empty(num_pairs, num_outputs, dtype=out_dtype, device=x_MK.device)
-    if num_pairs > 0:
-        moe_kernel.launch(x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, group, y_PN)
-    return y_PN
-
-
-@moe_linear.register_fake
-def _(
-    x_MK: Tensor,
-    x_scale: Tensor | None,
-    stored: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor | None,
-    slots: Tensor,
-    expert_of_tile: Tensor,
-    num_pairs: int,
-    num_outputs: int,
-    group: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x_MK.new_empty(num_pairs, num_outputs, dtype=out_dtype)
-
-
-@moe_linear.register_kernel("cpu")
 def plain(
     x_MK: Tensor,
     x_scale: Tensor | None,
@@ -165,6 +113,56 @@ def plain(
             zero_point = None if w_zero_point is None else w_zero_point[expert]
             w_NK = dequantized(stored[expert], w_scale[expert], zero_point, num_outputs, num_cols, group)
             y_PN[pairs] = (x[pairs // (num_pairs // len(x))] @ w_NK.T).to(out_dtype)
+    return y_PN
+
+
+def _fake(
+    x_MK: Tensor,
+    x_scale: Tensor | None,
+    stored: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    slots: Tensor,
+    expert_of_tile: Tensor,
+    num_pairs: int,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_MK.new_empty(num_pairs, num_outputs, dtype=out_dtype)
+
+
+@operator("moe_linear", cpu=plain, fake=_fake)
+def moe_linear(
+    x_MK: Tensor,
+    x_scale: Tensor | None,
+    stored: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    slots: Tensor,
+    expert_of_tile: Tensor,
+    num_pairs: int,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Each pair's row times its expert's weight, [P, N] in out_dtype.
+
+    x_MK: a row per pair, or per token (P / rows pairs share it), columns contiguous; bf16 or fp16, or with FP8 weights
+    float8_e4m3fn with x_scale, float32 [rows, 1] or [rows, K / 128]. stored, w_scale, w_zero_point, group: of an
+    `ExpertWeight`. slots, expert_of_tile: of `sort_by_expert`.
+    """
+    check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
+    if stored.dtype != torch.int32 and not converts_float8(x_MK.device):
+        return plain(
+            x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, num_pairs, num_outputs, group,
+            out_dtype,
+        )  # fmt: skip
+    from quantkit_kernels import moe_kernel
+
+    y_PN = torch.empty(num_pairs, num_outputs, dtype=out_dtype, device=x_MK.device)
+    if num_pairs > 0:
+        moe_kernel.launch(x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, group, y_PN)
     return y_PN
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit_kernels import fragments_kernel as fragments
+from quantkit_kernels.triton_launch import Launcher, num_parts
 
 
 @triton.jit
@@ -54,10 +55,12 @@ def _per_group(values, n, group, num_groups, num_outputs):
 @triton.jit(do_not_specialize=["num_pairs", "pairs_per_row", "x_scale_step"])  # one kernel for every batch
 def grouped_kernel(
     y, x, w, x_scale, w_scale, w_zero_point, slots, expert_of_tile,
-    num_pairs, pairs_per_row, num_outputs, num_cols, num_groups, stride_w, stride_x, stride_y, x_scale_step,
+    num_pairs, pairs_per_row, num_outputs, num_cols, num_groups, stride_w, stride_scale, stride_x, stride_y,
+    x_scale_step,
     IS_INT4: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """pairs_per_row: those that share a row of x. stride_w: of an expert, in bytes. num_cols: of x; w has no fewer."""
+    """pairs_per_row: those that share a row of x. stride_w, stride_scale: of an expert. num_cols: of x, w has more."""
     tile = tl.program_id(0)
     tile_n = tl.program_id(1)
     expert = tl.load(expert_of_tile + tile).to(tl.int64)
@@ -68,19 +71,15 @@ def grouped_kernel(
         row = (slot // pairs_per_row).to(tl.int64)
         x_at = x + row[:, None] * stride_x
         w += expert * stride_w
-        scales_of_expert = tl.cdiv(num_outputs, 16) * 16 * num_groups
         num_blocks = tl.cdiv(num_cols, 64)
         cols_w = tl.cdiv(num_cols, 16) * 16
         if not IS_INT4:
-            scales_of_expert = num_outputs
-            if GROUP > 0:
-                scales_of_expert = tl.cdiv(num_outputs, GROUP) * num_groups
             w_at = w + tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * cols_w
-        w_scale += expert * scales_of_expert
+        w_scale += expert * stride_scale
         if w_zero_point is not None:
-            w_zero_point += expert * scales_of_expert
+            w_zero_point += expert * stride_scale
         acc = tl.zeros((BN, BM), dtype=tl.float32)
-        for step in range(tl.cdiv(num_cols, BK)):
+        for step in tl.range(0, tl.cdiv(num_cols, BK), num_stages=STAGES):
             k = step * BK + tl.arange(0, BK)
             x_KM = _load_x(x_at, step * BK, num_cols, is_pair, IS_INT4, 32 if GROUP == 32 else BK)
             if IS_INT4:
@@ -128,6 +127,9 @@ def grouped_kernel(
         tl.store(y + at, tl.trans(acc.to(y.dtype.element_ty)), mask=is_there)
 
 
+_grouped = Launcher(grouped_kernel)
+
+
 class Tile(NamedTuple):
     """Of a program: rows of W, columns at a time, and how it is compiled."""
 
@@ -162,10 +164,14 @@ def launch(
     tile = tile or tile_for(rows, group)
     num_groups = w_scale.shape[2] if group else 1
     w = stored.view(torch.int8) if is_int4 else stored
-    grouped_kernel[(len(expert_of_tile), triton.cdiv(num_outputs, tile.rows_w))](
-        y_PN, x_MK, w, x_scale, w_scale, w_zero_point, slots, expert_of_tile,
-        num_pairs, num_pairs // len(x_MK), num_outputs, x_MK.shape[1], num_groups,
-        w.stride(0), x_MK.stride(0), y_PN.stride(0), 0 if x_scale is None else x_scale.stride(0),
-        is_int4, group, tile.rows_w, rows, tile.cols,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    _grouped(
+        (len(expert_of_tile), num_parts(num_outputs, tile.rows_w)),
+        (
+            y_PN, x_MK, w, x_scale, w_scale, w_zero_point, slots, expert_of_tile,
+            num_pairs, num_pairs // len(x_MK), num_outputs, x_MK.shape[1], num_groups,
+            w.stride(0), w_scale.stride(0), x_MK.stride(0), y_PN.stride(0),
+            0 if x_scale is None else x_scale.stride(0),
+        ),
+        (is_int4, group, tile.rows_w, rows, tile.cols, tile.num_stages),
+        num_warps=tile.num_warps, early=False,
     )  # fmt: skip

@@ -17,32 +17,14 @@ Shape suffixes: T tokens, S experts of a token, P pairs, E experts, N features.
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operators import operator
+
 
 def max_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
     """Tiles of `rows` rows that pairs can need, however they fall."""
     return min(num_pairs, num_pairs // rows + num_experts)
 
 
-@torch.library.custom_op("quantkit::sort_by_expert", mutates_args=(), device_types="cuda")
-def sort_by_expert(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Pairs by expert: slots, int32 [tiles · rows], and the expert of each tile, int32 [tiles].
-
-    expert_TS: int32 or int64, 0 … num_experts - 1, contiguous. rows: of a tile, a power of two.
-    """
-    check_sort(expert_TS, rows)
-    from quantkit_kernels import moe_routing_kernel
-
-    slots, expert_of_tile = empty_tiles(expert_TS, num_experts, rows)
-    moe_routing_kernel.sort(expert_TS, num_experts, slots, expert_of_tile)
-    return slots, expert_of_tile
-
-
-@sort_by_expert.register_fake
-def _(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    return empty_tiles(expert_TS, num_experts, rows)
-
-
-@sort_by_expert.register_kernel("cpu")
 def plain_sort(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
     """`sort_by_expert` in plain torch."""
     check_sort(expert_TS, rows)
@@ -59,7 +41,22 @@ def plain_sort(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, 
     return slots, expert_of_tile
 
 
-@torch.library.custom_op("quantkit::combine_experts", mutates_args=(), device_types="cuda")
+def plain_combine(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`combine` in plain torch."""
+    check_combine(y_PN, weight_TS)
+    num_tokens, num_pairs = weight_TS.shape
+    y_TSN = y_PN.view(num_tokens, num_pairs, -1).float()
+    out_TN = torch.zeros(num_tokens, y_PN.shape[1], device=y_PN.device)
+    for s in range(num_pairs):
+        out_TN += y_TSN[:, s] * weight_TS[:, s, None].float()
+    return out_TN.to(out_dtype)
+
+
+def _fake_sum(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return y_PN.new_empty(weight_TS.shape[0], y_PN.shape[1], dtype=out_dtype)
+
+
+@operator("combine_experts", cpu=plain_combine, fake=_fake_sum)
 def combine(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Σ_s weight[t, s] · y[t · S + s], in float32 and in order, [T, N] in out_dtype. y_PN: features contiguous."""
     check_combine(y_PN, weight_TS)
@@ -71,21 +68,22 @@ def combine(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Tensor:
     return out_TN
 
 
-@combine.register_fake
-def _(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return y_PN.new_empty(weight_TS.shape[0], y_PN.shape[1], dtype=out_dtype)
+def _fake_tiles(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    return empty_tiles(expert_TS, num_experts, rows)
 
 
-@combine.register_kernel("cpu")
-def plain_combine(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`combine` in plain torch."""
-    check_combine(y_PN, weight_TS)
-    num_tokens, num_pairs = weight_TS.shape
-    y_TSN = y_PN.view(num_tokens, num_pairs, -1).float()
-    out_TN = torch.zeros(num_tokens, y_PN.shape[1], device=y_PN.device)
-    for s in range(num_pairs):
-        out_TN += y_TSN[:, s] * weight_TS[:, s, None].float()
-    return out_TN.to(out_dtype)
+@operator("sort_by_expert", cpu=plain_sort, fake=_fake_tiles)
+def sort_by_expert(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Pairs by expert: slots, int32 [tiles · rows], and the expert of each tile, int32 [tiles].
+
+    expert_TS: int32 or int64, 0 … num_experts - 1, contiguous. rows: of a tile, a power of two.
+    """
+    check_sort(expert_TS, rows)
+    from quantkit_kernels import moe_routing_kernel
+
+    slots, expert_of_tile = empty_tiles(expert_TS, num_experts, rows)
+    moe_routing_kernel.sort(expert_TS, num_experts, slots, expert_of_tile)
+    return slots, expert_of_tile
 
 
 def empty_tiles(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:

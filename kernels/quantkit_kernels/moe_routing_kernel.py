@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
+
 CHUNK = 1024
 COLUMNS = 1024
 
@@ -72,20 +74,22 @@ def combine_kernel(
     tl.store(out + token * stride_out + n, sum_N.to(out.dtype.element_ty), mask=n < num_features)
 
 
+_sort, _combine = Launcher(sort_kernel), Launcher(combine_kernel)
+
+
 def sort(expert_TS: Tensor, num_experts: int, slots: Tensor, expert_of_tile: Tensor) -> None:
     """Write slots and expert_of_tile."""
-    bins = max(triton.next_power_of_2(num_experts), 16)
-    sort_kernel[(num_experts,)](
-        expert_TS, slots, expert_of_tile, expert_TS.numel(), len(expert_of_tile),
-        bins, len(slots) // len(expert_of_tile), CHUNK, num_warps=8,
-    )  # fmt: skip
+    rows = len(slots) // len(expert_of_tile)
+    arguments = (expert_TS, slots, expert_of_tile, expert_TS.numel(), len(expert_of_tile))
+    constants = (max(power_above(num_experts), 16), rows, CHUNK)
+    _sort((num_experts, 1), arguments, constants, num_warps=8, early=False)
 
 
 def combine(y_PN: Tensor, weight_TS: Tensor, out_TN: Tensor) -> None:
     """Write out_TN."""
     num_tokens, num_features = out_TN.shape
-    columns = min(triton.next_power_of_2(num_features), COLUMNS)
-    combine_kernel[(num_tokens, triton.cdiv(num_features, columns))](
-        out_TN, y_PN, weight_TS, num_features, y_PN.stride(0), weight_TS.stride(0), out_TN.stride(0),
-        weight_TS.shape[1], columns, num_warps=4,
-    )  # fmt: skip
+    columns = min(power_above(num_features), COLUMNS)
+    strides = (y_PN.stride(0), weight_TS.stride(0), out_TN.stride(0))
+    arguments = (out_TN, y_PN, weight_TS, num_features, *strides)
+    grid = (num_tokens, num_parts(num_features, columns))
+    _combine(grid, arguments, (weight_TS.shape[1], columns), num_warps=4, early=False)

@@ -83,8 +83,7 @@ def raster(tile, tiles_n, tiles_m, GROUP: tl.constexpr):
 
 def tickets_of(device: torch.device) -> Tensor:
     """Zeros for the current stream of a device; kernels of one stream follow one another."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    key = (device.index or 0, stream)
+    key = (device.index or 0, torch._C._cuda_getCurrentRawStream(device.index or 0))
     if key not in _TICKETS:
         _TICKETS[key] = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
     return _TICKETS[key]

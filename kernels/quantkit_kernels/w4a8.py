@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import skinny
+from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
 from quantkit_kernels.skinny import StripWeight
 from quantkit_kernels.w8a8_fp8 import takes_skinny
@@ -31,14 +32,56 @@ def multiply(
 ) -> Tensor:
     """`w4a8` with a weight that `skinny.prepare` laid out; with zero points of x it needs `with_row_sum`."""
     assert weight.scale is not None, "a weight of 4 bits has scales"
-    y_MN: Tensor = w4a8(
+    return w4a8(
         codes_MK, x_scale, zero_point, weight.stored, weight.scale, weight.zero_point, weight.row_sum, bias_N,
         weight.shape[0], weight.group_size, out_dtype,
     )  # fmt: skip
-    return y_MN
 
 
-@torch.library.custom_op("quantkit::w4a8", mutates_args=(), device_types="cuda")
+def plain(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`w4a8` in plain torch: the weight dequantized, everything in float32."""
+    num_cols = codes_MK.shape[1]
+    check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
+    w_NK = from_fragments(packed, num_outputs, num_cols).float()
+    if w_zero_point is not None:
+        w_NK -= _by_column(w_zero_point, num_outputs, num_cols, group)
+    w_NK *= _by_column(w_scale, num_outputs, num_cols, group) if group else w_scale[:, None]
+    y_MN = codes_MK.float() @ w_NK.T
+    if x_zero_point is not None and w_row_sum_N is not None:
+        y_MN -= x_zero_point.float() * w_row_sum_N
+    y_MN *= x_scale
+    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
+
+
+def _fake(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
+
+
+@operator("w4a8", cpu=plain, fake=_fake)
 def w4a8(
     codes_MK: Tensor,
     x_scale: Tensor,
@@ -78,51 +121,6 @@ def w4a8(
             codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, group, y_MN
         )
     return y_MN
-
-
-@w4a8.register_fake
-def _(
-    codes_MK: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor | None,
-    w_row_sum_N: Tensor | None,
-    bias_N: Tensor | None,
-    num_outputs: int,
-    group: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
-
-
-@w4a8.register_kernel("cpu")
-def plain(
-    codes_MK: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
-    packed: Tensor,
-    w_scale: Tensor,
-    w_zero_point: Tensor | None,
-    w_row_sum_N: Tensor | None,
-    bias_N: Tensor | None,
-    num_outputs: int,
-    group: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """`w4a8` in plain torch: the weight dequantized, everything in float32."""
-    num_cols = codes_MK.shape[1]
-    check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
-    w_NK = from_fragments(packed, num_outputs, num_cols).float()
-    if w_zero_point is not None:
-        w_NK -= _by_column(w_zero_point, num_outputs, num_cols, group)
-    w_NK *= _by_column(w_scale, num_outputs, num_cols, group) if group else w_scale[:, None]
-    y_MN = codes_MK.float() @ w_NK.T
-    if x_zero_point is not None and w_row_sum_N is not None:
-        y_MN -= x_zero_point.float() * w_row_sum_N
-    y_MN *= x_scale
-    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
 
 
 def _by_column(values: Tensor, num_rows: int, num_cols: int, group: int) -> Tensor:

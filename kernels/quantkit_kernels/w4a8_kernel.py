@@ -17,7 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantkit_kernels import fragments_kernel as fragments
 from quantkit_kernels.byte_tile_kernel import RASTER, Shape, prefetch
+from quantkit_kernels.capability import starts_early
 from quantkit_kernels.stream_kernel import add_up, item_of, raster, share_of, tickets_of
+from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 from quantkit_kernels.w8a8_fp8 import aligned
 
 AHEAD = 8  # blocks of 64 columns of each strip that are fetched while the kernel in front still makes x
@@ -70,7 +72,7 @@ def w4a8_kernel(
     y, x, packed, x_scale, x_zero_point, w_scale, w_zero_point, w_row_sum, bias, partial, tickets,
     num_rows, num_outputs, num_cols, num_blocks, num_groups, stride_x, stride_y, x_scale_step, ahead,
     GROUP: tl.constexpr, IS_INT8: tl.constexpr, FROM_MAPS: tl.constexpr, EARLY: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RASTER: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, RASTER: tl.constexpr,
 ):  # fmt: skip
     """GROUP: columns per scale, or 0: one scale per row. x: a pointer, or with FROM_MAPS a tensor map of [BM, BK]."""
     STRIPS: tl.constexpr = BN // 16
@@ -100,7 +102,7 @@ def w4a8_kernel(
         x_at = None
         if not FROM_MAPS:
             x_at = x + tl.minimum(m, num_rows - 1).to(tl.int64)[None, :] * stride_x
-        for step in range(start, end):
+        for step in tl.range(start, end, num_stages=STAGES):
             bytes_NK = fragments.load_fragments(
                 packed, tile_n * STRIPS, step * BLOCKS, tl.cdiv(num_outputs, 16), num_blocks, STRIPS, BLOCKS
             )
@@ -152,6 +154,9 @@ def w4a8_kernel(
             tl.store(y + at, tl.trans(y_NM.to(y.dtype.element_ty)), mask=is_there)
 
 
+_w4a8 = Launcher(w4a8_kernel)
+
+
 def launch(
     codes_MK: Tensor,
     x_scale: Tensor,
@@ -171,28 +176,33 @@ def launch(
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     x, is_int8 = aligned(codes_MK), codes_MK.dtype == torch.int8
     num_cols, stride_x = x.shape[1], x.stride(0)
-    tiles = triton.cdiv(num_outputs, shape.rows_w) * triton.cdiv(num_rows, shape.rows_x)
-    programs = min(shape.programs or tiles, tiles * triton.cdiv(num_cols, shape.cols))
+    tiles = num_parts(num_outputs, shape.rows_w) * num_parts(num_rows, shape.rows_x)
+    programs = min(shape.programs or tiles, tiles * num_parts(num_cols, shape.cols))
     size = 2 * programs * shape.rows_w * shape.rows_x if tiles % programs else 1
     partial = torch.empty(
         size, dtype=torch.int32 if is_int8 and not group else torch.float32, device=x.device
     )
     if shape.maps:
         x = TensorDescriptor(x, x.shape, x.stride(), [shape.rows_x, 32 if group == 32 else shape.cols])
-    w4a8_kernel[(programs,)](
-        y_MN, x, packed.view(torch.int8), x_scale.contiguous(), x_zero_point, w_scale, w_zero_point, w_row_sum_N,
-        bias_N, partial, tickets_of(codes_MK.device), num_rows, num_outputs, num_cols, packed.shape[1],
-        w_scale.shape[1] if group else 1, stride_x, y_MN.stride(0), 1 if x_scale.numel() > 1 else 0,
-        AHEAD, group, is_int8, shape.maps, shape.maps, shape.rows_w, shape.rows_x, shape.cols, RASTER,
-        num_warps=shape.num_warps, num_stages=shape.num_stages, launch_pdl=shape.maps,
+    _w4a8(
+        (programs, 1),
+        (
+            y_MN, x, packed.view(torch.int8), x_scale.contiguous(), x_zero_point, w_scale, w_zero_point, w_row_sum_N,
+            bias_N, partial, tickets_of(codes_MK.device), num_rows, num_outputs, num_cols, packed.shape[1],
+            w_scale.shape[1] if group else 1, stride_x, y_MN.stride(0), 1 if x_scale.numel() > 1 else 0, AHEAD,
+        ),
+        (
+            group, is_int8, shape.maps, shape.maps, shape.rows_w, shape.rows_x, shape.cols, shape.num_stages, RASTER,
+        ),
+        num_warps=shape.num_warps, early=shape.maps,
     )  # fmt: skip
 
 
 def shape_for(num_rows: int, num_outputs: int, group: int, device: torch.device) -> Shape:
     """Of the programs that multiply so many rows."""
-    maps = torch.cuda.get_device_capability(device) >= (9, 0)
+    maps = starts_early(device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    rows = min(max(triton.next_power_of_2(num_rows), 32), 128)
-    tiles = triton.cdiv(num_outputs, 64) * triton.cdiv(num_rows, rows)
+    rows = min(max(power_above(num_rows), 32), 128)
+    tiles = num_parts(num_outputs, 64) * num_parts(num_rows, rows)
     programs = 2 * num_sms if tiles < num_sms else 0
     return Shape(64, rows, 128 if group in (0, 128) else 64, 4, 4 if maps else 3, maps, programs=programs)

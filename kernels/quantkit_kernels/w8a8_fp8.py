@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quantkit_kernels import skinny
+from quantkit_kernels.capability import converts_float8, starts_early
+from quantkit_kernels.operators import operator
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
 ALIGNED = 16
-MIN_CAPABILITY = (8, 9)  # older devices have no FP8: codes are converted, and multiplied in float32
 SKINNY_ROWS, SCALED_MM_ROWS = 16, 64
 
 
@@ -79,58 +80,9 @@ def multiply(
     codes_MK: Tensor, x_scale: Tensor, weight: Fp8Weight, bias_N: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """`w8a8_fp8` with a prepared weight."""
-    y_MN: Tensor = w8a8_fp8(
-        codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype
-    )
-    return y_MN
+    return w8a8_fp8(codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype)
 
 
-@torch.library.custom_op("quantkit::w8a8_fp8", mutates_args=(), device_types="cuda")
-def w8a8_fp8(
-    codes_MK: Tensor,
-    x_scale: Tensor,
-    w_codes_NK: Tensor,
-    w_scale: Tensor,
-    bias_N: Tensor | None,
-    num_outputs: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x · wᵀ (+ bias), [M, N] in out_dtype.
-
-    codes_MK: float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; with w_scale in blocks
-    [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: any float dtype.
-    """
-    _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
-    if torch.cuda.get_device_capability(codes_MK.device) < MIN_CAPABILITY:
-        y_MN: Tensor = plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
-        return y_MN
-    num_rows, in_blocks = len(codes_MK), w_scale.ndim == 2
-    if takes_skinny(num_rows, out_dtype, codes_MK.device) and not in_blocks:
-        return few_rows(codes_MK, x_scale, None, w_codes_NK, w_scale[:num_outputs], None, bias_N, out_dtype)
-    codes_MK = aligned(codes_MK)
-    if num_rows > SCALED_MM_ROWS and (not in_blocks or _has_cublas_blocks(w_codes_NK, codes_MK.device)):
-        return _scaled_mm(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
-    from quantkit_kernels import byte_tile_kernel
-
-    y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
-    byte_tile_kernel.multiply(codes_MK, x_scale, w_codes_NK, w_scale, y_MN, bias_N=bias_N)
-    return y_MN
-
-
-@w8a8_fp8.register_fake
-def _(
-    codes_MK: Tensor,
-    x_scale: Tensor,
-    w_codes_NK: Tensor,
-    w_scale: Tensor,
-    bias_N: Tensor | None,
-    num_outputs: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
-
-
-@w8a8_fp8.register_kernel("cpu")
 def plain(
     codes_MK: Tensor,
     x_scale: Tensor,
@@ -154,10 +106,54 @@ def plain(
     return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
 
 
+def _fake(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
+
+
+@operator("w8a8_fp8", cpu=plain, fake=_fake)
+def w8a8_fp8(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x · wᵀ (+ bias), [M, N] in out_dtype.
+
+    codes_MK: float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; with w_scale in blocks
+    [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: any float dtype.
+    """
+    _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
+    if not converts_float8(codes_MK.device):  # nor multiplies it
+        return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+    num_rows, in_blocks = len(codes_MK), w_scale.ndim == 2
+    if takes_skinny(num_rows, out_dtype, codes_MK.device) and not in_blocks:
+        return few_rows(codes_MK, x_scale, None, w_codes_NK, w_scale[:num_outputs], None, bias_N, out_dtype)
+    codes_MK = aligned(codes_MK)
+    if num_rows > SCALED_MM_ROWS and (not in_blocks or _has_cublas_blocks(w_codes_NK, codes_MK.device)):
+        return _scaled_mm(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+    from quantkit_kernels import byte_tile_kernel
+
+    y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
+    byte_tile_kernel.multiply(codes_MK, x_scale, w_codes_NK, w_scale, y_MN, bias_N=bias_N)
+    return y_MN
+
+
 def takes_skinny(num_rows: int, out_dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `skinny` multiplies so few rows."""
-    is_new = torch.cuda.get_device_capability(device) >= skinny.MIN_CAPABILITY
-    return 0 < num_rows <= SKINNY_ROWS and out_dtype in (torch.bfloat16, torch.float16) and is_new
+    return (
+        0 < num_rows <= SKINNY_ROWS and out_dtype in (torch.bfloat16, torch.float16) and starts_early(device)
+    )
 
 
 def few_rows(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operators import operator
 from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, few_rows, takes_skinny
 from quantkit_kernels.weight import LinearWeight
 
@@ -57,11 +58,51 @@ def multiply(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`w8a8_int8` with a prepared weight."""
-    y_MN: Tensor = w8a8_int8(codes_MK, x_scale, zero_point, *weight, bias_N, out_dtype)
-    return y_MN
+    return w8a8_int8(codes_MK, x_scale, zero_point, *weight, bias_N, out_dtype)
 
 
-@torch.library.custom_op("quantkit::w8a8_int8", mutates_args=(), device_types="cuda")
+def plain(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`w8a8_int8` in plain torch. Without VNNI the CPU's integer products may saturate: float32, few enough columns."""
+    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
+    codes_MK = aligned(codes_MK)
+    if torch.cpu._is_vnni_supported():
+        sums_MN = torch._int_mm(codes_MK, w_codes_NK.T)
+    else:
+        sums_MN = torch.zeros(len(codes_MK), len(w_codes_NK), dtype=torch.int32)
+        for start in range(0, codes_MK.shape[1], EXACT_COLS):
+            part = slice(start, start + EXACT_COLS)
+            sums_MN += (codes_MK[:, part].float() @ w_codes_NK[:, part].float().T).to(torch.int32)
+    if zero_point is not None:
+        sums_MN -= zero_point.to(torch.int32) * w_code_sum_N
+    y_MN = sums_MN.float().mul_(x_scale).mul_(w_scale_N)
+    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
+
+
+def _fake(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape[0], w_scale_N.shape[0], dtype=out_dtype)
+
+
+@operator("w8a8_int8", cpu=plain, fake=_fake)
 def w8a8_int8(
     codes_MK: Tensor,
     x_scale: Tensor,
@@ -90,49 +131,6 @@ def w8a8_int8(
         bias_N=bias_N, zero_point=zero_point, code_sum_N=w_code_sum_N,
     )  # fmt: skip
     return y_MN
-
-
-@w8a8_int8.register_fake
-def _(
-    codes_MK: Tensor,
-    x_scale: Tensor,
-    zero_point: Tensor | None,
-    w_codes_NK: Tensor,
-    w_scale_N: Tensor,
-    w_code_sum_N: Tensor,
-    w_row_sum_N: Tensor,
-    bias_N: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return codes_MK.new_empty(codes_MK.shape[0], w_scale_N.shape[0], dtype=out_dtype)
-
-
-@w8a8_int8.register_kernel("cpu")
-def plain(
-    codes_MK: Tensor,
-    x_scale: Tensor,
-    zero_point: Tensor | None,
-    w_codes_NK: Tensor,
-    w_scale_N: Tensor,
-    w_code_sum_N: Tensor,
-    w_row_sum_N: Tensor,
-    bias_N: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """`w8a8_int8` in plain torch. Without VNNI the CPU's integer products may saturate: float32, few enough columns."""
-    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
-    codes_MK = aligned(codes_MK)
-    if torch.cpu._is_vnni_supported():
-        sums_MN = torch._int_mm(codes_MK, w_codes_NK.T)
-    else:
-        sums_MN = torch.zeros(len(codes_MK), len(w_codes_NK), dtype=torch.int32)
-        for start in range(0, codes_MK.shape[1], EXACT_COLS):
-            part = slice(start, start + EXACT_COLS)
-            sums_MN += (codes_MK[:, part].float() @ w_codes_NK[:, part].float().T).to(torch.int32)
-    if zero_point is not None:
-        sums_MN -= zero_point.to(torch.int32) * w_code_sum_N
-    y_MN = sums_MN.float().mul_(x_scale).mul_(w_scale_N)
-    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
 
 
 def _check(

@@ -1,5 +1,7 @@
 """Products with quantized activations without a GPU: operators on a CPU are the definitions, and kernels compile."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -123,7 +125,15 @@ def test_weights_stay_as_they_are_on_disk():
 
 
 def compile_byte_tile(
-    capability, kind, *, maps=False, blocks=False, zero=False, early=False, shape=(128, 64, 128, 4, 3)
+    capability,
+    kind,
+    *,
+    maps=False,
+    blocks=False,
+    zero=False,
+    early=False,
+    x_left=False,
+    shape=(128, 64, 128, 8, 3),
 ):
     rows_w, rows_x, cols, num_warps, num_stages = shape
     numbers = (
@@ -144,8 +154,8 @@ def compile_byte_tile(
     if zero:
         types |= {"x_zero_point": "*i8", "w_code_sum": "*i32"}
     constants = {} if zero else {"x_zero_point": None, "w_code_sum": None}
-    constants |= {"IN_BLOCKS": blocks, "FROM_MAPS": maps, "EVEN": True, "EARLY": early, "X_LEFT": False}
-    constants |= {"BN": rows_w, "BM": rows_x, "BK": cols, "GROUP": 8}
+    constants |= {"IN_BLOCKS": blocks, "FROM_MAPS": maps, "EVEN": True, "EARLY": early, "X_LEFT": x_left}
+    constants |= {"BN": rows_w, "BM": rows_x, "BK": cols, "STAGES": num_stages, "GROUP": 8}
     multiples = tuple(name for name in numbers if name not in ("num_rows", "x_scale_step", "ahead"))
     return compile_for(
         byte_tile_kernel.byte_tile_kernel, capability, types, constants, num_warps, multiples=multiples,
@@ -153,7 +163,7 @@ def compile_byte_tile(
     )  # fmt: skip
 
 
-def compile_w4a8(capability, kind, *, group=128, maps=False, asymmetric=False, shape=(128, 64, 4, 4)):
+def compile_w4a8(capability, kind, *, group=128, maps=False, asymmetric=False, shape=(64, 64, 4, 3)):
     rows_w, rows_x, num_warps, num_stages = shape
     cols = 128 if group in (0, 128) else 64
     numbers = (
@@ -188,7 +198,7 @@ def compile_w4a8(capability, kind, *, group=128, maps=False, asymmetric=False, s
         types["w_zero_point"] = "*i8"
     else:
         constants["w_zero_point"] = None
-    constants |= {"BN": rows_w, "BM": rows_x, "BK": cols, "RASTER": 8}
+    constants |= {"BN": rows_w, "BM": rows_x, "BK": cols, "STAGES": num_stages, "RASTER": 8}
     multiples = ("num_outputs", "num_cols", "stride_x", "stride_y")
     return compile_for(
         w4a8_kernel.w4a8_kernel,
@@ -208,23 +218,37 @@ def assert_in_registers(resources, mma):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_int8_products_compile(capability):
-    for zero in (False, True):
-        assert_in_registers(
-            compile_byte_tile(capability, "i8", zero=zero, maps=capability >= HOPPER), MMA[capability]
-        )
-    assert_in_registers(compile_w4a8(capability, "i8", maps=capability >= HOPPER), MMA[capability])
+    maps = capability >= HOPPER
+    assert_in_registers(compile_byte_tile(capability, "i8", zero=True, maps=maps), MMA[capability])
+    assert_in_registers(compile_w4a8(capability, "i8", maps=maps), MMA[capability])
 
 
-@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c >= 89])
+@pytest.mark.parametrize("capability", [capability for capability in CAPABILITIES if capability >= 89])
 def test_fp8_products_compile(capability):
-    for blocks in (False, True):
-        resources = compile_byte_tile(capability, "fp8e4nv", blocks=blocks, maps=capability >= HOPPER)
-        assert_in_registers(resources, "QGMMA" if capability == HOPPER else "MMA")
-    assert_in_registers(compile_w4a8(capability, "fp8e4nv", maps=capability >= HOPPER), "MMA")
+    maps, mma = capability >= HOPPER, "QGMMA" if capability == HOPPER else "MMA"
+    assert_in_registers(compile_byte_tile(capability, "fp8e4nv", blocks=capability > 89, maps=maps), mma)
+    assert_in_registers(compile_w4a8(capability, "fp8e4nv", maps=maps), mma)
 
 
-@pytest.mark.parametrize("kind", ["i8", "fp8e4nv"])
-@pytest.mark.parametrize(("group", "asymmetric"), [(0, False), (32, False), (64, True), (128, True)])
+@pytest.mark.parametrize(("rows", "dtype"), [(17, "i8"), (64, "fp8e4nv"), (256, "i8")])
+def test_the_shapes_that_are_chosen_stay_in_registers(monkeypatch, rows, dtype):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+    )
+    monkeypatch.setattr(byte_tile_kernel, "starts_early", lambda _: True)
+    torch_dtype = torch.int8 if dtype == "i8" else torch.float8_e4m3fn
+    shape = byte_tile_kernel.shape_for(rows, 4096, torch_dtype, torch.device("cuda"))
+    resources = compile_byte_tile(
+        HOPPER, dtype, maps=True, early=True, x_left=shape.x_left,
+        shape=(shape.rows_w, shape.rows_x, shape.cols, shape.num_warps, shape.num_stages),
+    )  # fmt: skip
+    assert_in_registers(resources, "GMMA")
+    assert resources.shared <= 227 << 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "asymmetric"), [("i8", 0, False), ("fp8e4nv", 32, False), ("fp8e4nv", 64, True)]
+)
 def test_int4_becomes_8_bit_codes_without_conversions(kind, group, asymmetric):
     """The codes are made by moving bits: no instruction that converts numbers, but for the sums of groups."""
     resources = compile_w4a8(HOPPER, kind, group=group, asymmetric=asymmetric, maps=True)
