@@ -190,34 +190,47 @@ def multiply(
 def shape_for(
     num_rows: int, num_outputs: int, dtype: torch.dtype, device: torch.device, *, in_blocks: bool = False
 ) -> Shape:
-    """Of the programs that multiply so many rows; measured on an H100.
-
-    Up to 64 rows what counts is how many bytes of W are on their way: all of a multiprocessor's shared memory, and
-    every multiprocessor busy. FP8 takes 128 columns at a time, after which its sums go to float32.
-    """
+    """Of the programs that multiply so many rows; measured on an H100."""
     maps = starts_early(device)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if not maps:
+        return Shape(64, 32 if num_rows <= 32 else 64, 128, 4, 3, maps)
     if num_rows <= 64:
-        rows = 32 if num_rows <= 32 else 64
-        tiles, is_int8 = num_parts(num_outputs, 64), dtype == torch.int8
-        if not maps:
-            return Shape(64, rows, 128, 4, 3, maps)
-        if tiles > num_sms:
-            return (
-                Shape(64, 32, 256, 4, 4, maps)
-                if is_int8 and rows == 32
-                else Shape(128, rows, 128, 4, 4, maps)
-            )
-        if tiles <= num_sms // 2 and rows == 64 and not in_blocks:
-            return Shape(32, 64, 256 if is_int8 else 128, 4, 6 if is_int8 else 12, maps, x_left=True)
-        return (
-            Shape(64, rows, 256, 4, 6 if rows == 32 else 5, maps)
-            if is_int8
-            else Shape(64, rows, 128, 4, 8, maps)
-        )
-    tiles = num_parts(num_outputs, 128) * num_parts(num_rows, 128)
-    if in_blocks or tiles <= num_sms // 2:
-        return Shape(128, 64, 128, 4, 4 if maps else 3, maps)
-    if tiles <= num_sms and maps:
-        return Shape(128, 128, 128, 8, 4, maps)
-    return Shape(128, 128, 128, 4 if maps else 8, 3, maps)
+        few = _few_int8 if dtype == torch.int8 else _few_in_blocks if in_blocks else _few_fp8
+        return few(32 if num_rows <= 32 else 64, num_parts(num_outputs, 64), num_sms)
+    if dtype != torch.int8:
+        return Shape(128, 64, 128, 4, 4, maps)
+    for rows_w, rows_x, num_warps, num_stages in ((64, 64, 4, 6), (64, 128, 4, 4), (128, 128, 8, 3)):
+        if (
+            num_parts(num_outputs, rows_w) * num_parts(num_rows, rows_x) <= num_sms
+        ):  # the smallest that fit at once
+            return Shape(rows_w, rows_x, 256, num_warps, num_stages, maps)
+    return Shape(128, 128, 128, 4, 3, maps)
+
+
+# Up to 64 rows what counts is how many bytes of W are on their way: all of a multiprocessor's shared memory, and every
+# multiprocessor busy. FP8 takes 128 columns at a time, after which its sums go to float32.
+
+
+def _few_int8(rows: int, tiles: int, num_sms: int) -> Shape:
+    if tiles > num_sms:
+        return Shape(64, 32, 256, 4, 4, True) if rows == 32 else Shape(128, 64, 128, 4, 4, True)
+    if rows == 64 and tiles <= num_sms // 2:
+        return Shape(32, 64, 256, 4, 6, True, x_left=True)
+    return Shape(64, rows, 256, 4, 6 if rows == 32 else 5, True)
+
+
+def _few_fp8(rows: int, tiles: int, num_sms: int) -> Shape:
+    if tiles > num_sms:
+        return Shape(128, rows, 128, 4, 4, True)
+    if rows == 64 and tiles <= num_sms // 2:
+        return Shape(32, 64, 128, 4, 12, True, x_left=True)
+    return Shape(64, rows, 128, 4, 11 if rows == 32 else 8, True)
+
+
+def _few_in_blocks(rows: int, tiles: int, num_sms: int) -> Shape:
+    if tiles > num_sms:
+        return Shape(128, rows, 128, 4, 4, True)
+    if tiles <= num_sms // 2:
+        return Shape(64, rows, 128, 4, 8, True, programs=num_sms)
+    return Shape(64, rows, 128, 4, 4, True)

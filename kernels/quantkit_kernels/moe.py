@@ -63,10 +63,10 @@ def prepare(weights: list[LinearWeight]) -> ExpertWeight:
     return ExpertWeight(stored, scale, None, (n, k), group)
 
 
-def rows_for(num_pairs: int, num_experts: int) -> int:
-    """Rows of a tile: about what an expert gets, so that its weights are read once."""
-    each = -(-num_pairs // num_experts)
-    return min(max(1 << (each - 1).bit_length(), 16), 128)
+def rows_for(num_pairs: int, weight: ExpertWeight) -> int:
+    """Rows of a tile: about what an expert gets, so that its weights are read once; of INT4 no more than 64."""
+    each = -(-num_pairs // len(weight.stored))
+    return min(max(1 << (each - 1).bit_length(), 16), 64 if weight.stored.dtype == torch.int32 else 128)
 
 
 def multiply(

@@ -15,6 +15,7 @@ Bound: a byte per weight up to about 240 rows, then 1440 TFLOP/s of an H100.
 Shape suffixes: M rows, N out_features, K in_features.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -209,8 +210,13 @@ def _scaled_mm(
 def _has_cublas_blocks(w_codes_NK: Tensor, device: torch.device) -> bool:
     """Whether cuBLAS multiplies in blocks of 128: on Hopper, whole blocks, a multiple of four of them along K."""
     num_padded, num_cols = w_codes_NK.shape
-    is_whole = num_padded % BLOCK == 0 and num_cols % (4 * BLOCK) == 0
-    return is_whole and torch.cuda.get_device_capability(device) == (9, 0)
+    return num_padded % BLOCK == 0 and num_cols % (4 * BLOCK) == 0 and _is_hopper_with_blocks(device)
+
+
+@functools.cache
+def _is_hopper_with_blocks(device: torch.device) -> bool:
+    version = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    return version >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _check(

@@ -120,7 +120,7 @@ def bench_moe():
 
                 def layer(x=x, scales=scales, ids=ids, gates=gates, pairs=pairs, layers=layers, count=count):
                     for up, down in layers:
-                        routed = moe_routing.sort_by_expert(ids, count, moe.rows_for(pairs, count))
+                        routed = moe_routing.sort_by_expert(ids, count, moe.rows_for(pairs, up))
                         moe.multiply(x[0], scales[0], up, *routed, pairs, BF16)
                         moe_routing.combine(
                             moe.multiply(x[1], scales[1], down, *routed, pairs, BF16), gates, BF16
