@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit_kernels import skinny, w8a8_fp8
+from quantkit_kernels import strip_weight, w8a8_fp8
 from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
@@ -46,7 +46,7 @@ class ExpertWeight(NamedTuple):
 def prepare(weights: list[LinearWeight]) -> ExpertWeight:
     """Lay out and stack weights of one shape and format."""
     if weights[0].bits == 4:
-        laid = [skinny.prepare(weight) for weight in weights]
+        laid = [strip_weight.prepare(weight) for weight in weights]
         zero_points = [w.zero_point for w in laid if w.zero_point is not None]
         stacked = (
             torch.stack([w.stored for w in laid]),

@@ -7,6 +7,7 @@ Bound: the bytes of the experts that got a token; with many tokens each, multipl
 Shape suffixes: N out_features, K in_features, P pairs, G groups, M rows of a tile.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -139,13 +140,21 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_for(rows: int, group: int, w_dtype: torch.dtype, x_dtype: torch.dtype) -> Tile:
-    """Of programs with so many rows of x; measured on an H100."""
+def tile_for(rows: int, group: int, w_dtype: torch.dtype, x_dtype: torch.dtype, *, is_hopper: bool) -> Tile:
+    """Of programs with so many rows of x; measured on an H100, elsewhere what stays in registers."""
+    cols = 64 if group in (32, 64) else 128
+    if not is_hopper:
+        return Tile(64, cols, 4 if rows <= 32 else 8, 3)
     if w_dtype == torch.int32:
-        return Tile(128, 64 if group in (32, 64) else 128, 4 if rows == 64 else 8, 4)
+        return Tile(128, cols, 4 if rows == 64 else 8, 4)
     if rows <= 32:
         return Tile(64, 128, 4, 6 if x_dtype == torch.float8_e4m3fn else 4)
     return Tile(128, 128, 4 if rows == 64 and x_dtype == torch.float8_e4m3fn else 8, 4)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def launch(
@@ -164,7 +173,7 @@ def launch(
     num_pairs, num_outputs = y_PN.shape
     is_int4 = stored.dtype == torch.int32
     rows = len(slots) // len(expert_of_tile)
-    tile = tile or tile_for(rows, group, stored.dtype, x_MK.dtype)
+    tile = tile or tile_for(rows, group, stored.dtype, x_MK.dtype, is_hopper=_is_hopper(x_MK.device))
     num_groups = w_scale.shape[2] if group else 1
     w = stored.view(torch.int8) if is_int4 else stored
     _grouped(

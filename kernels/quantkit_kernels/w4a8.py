@@ -15,10 +15,10 @@ Shape suffixes: M rows, N out_features, K in_features, G groups.
 import torch
 from torch import Tensor
 
-from quantkit_kernels import skinny
 from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
-from quantkit_kernels.skinny import StripWeight
+from quantkit_kernels.skinny import skinny
+from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.w8a8_fp8 import takes_skinny
 
 
@@ -30,7 +30,7 @@ def multiply(
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`w4a8` with a weight that `skinny.prepare` laid out; with zero points of x it needs `with_row_sum`."""
+    """`w4a8` with a weight that `strip_weight.prepare` laid out; with zero points of x it needs `with_row_sum`."""
     assert weight.scale is not None, "a weight of 4 bits has scales"
     return w4a8(
         codes_MK, x_scale, zero_point, weight.stored, weight.scale, weight.zero_point, weight.row_sum, bias_N,
@@ -104,7 +104,7 @@ def w4a8(
     check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
     if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
         shape_NK = (num_outputs, codes_MK.shape[1])
-        return skinny.skinny(
+        return skinny(
             codes_MK,
             StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, shape_NK, 4, group),
             out_dtype=out_dtype,

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit_kernels import skinny
 from quantkit_kernels.capability import converts_float8, starts_early
 from quantkit_kernels.operators import operator
+from quantkit_kernels.skinny import skinny
+from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
@@ -169,9 +170,9 @@ def few_rows(
 ) -> Tensor:
     """The product by `skinny`, which reads the same codes."""
     shape = (len(w_scale_N), codes_MK.shape[1])
-    return skinny.skinny(
+    return skinny(
         codes_MK,
-        skinny.StripWeight(w_codes_NK, w_scale_N, None, w_row_sum_N, shape, 8, 0),
+        StripWeight(w_codes_NK, w_scale_N, None, w_row_sum_N, shape, 8, 0),
         out_dtype=out_dtype,
         x_scale=x_scale.contiguous(),
         x_zero_point=None if zero_point is None else zero_point.float(),

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import byte_tile_kernel, skinny, w4a8, w8a8_fp8, w8a8_int8
+from quantkit_kernels import byte_tile_kernel, strip_weight, w4a8, w8a8_fp8, w8a8_int8
 from quantkit_kernels.weight import LinearWeight
 from tests.gpu.triton_device import generator, poisoned  # noqa: F401
 
@@ -149,7 +149,7 @@ def test_fp8_options(dtype, is_static, _, with_bias):
 def test_int4_of_every_number_of_rows(m, kind, group):
     weight, w = random_weight(4096, 4096, "int4", tile=(1, group or 4096))
     codes, scale, _, x, _ = random_x(m, 4096, kind)
-    y = w4a8.multiply(codes, scale, None, skinny.prepare(weight), None, BF16)
+    y = w4a8.multiply(codes, scale, None, strip_weight.prepare(weight), None, BF16)
     check(y, x, w, sum_bits=24 if kind == "int8" else 13)
 
 
@@ -159,7 +159,7 @@ def test_int4_of_every_number_of_rows(m, kind, group):
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_int4_of_every_granularity(n, k, group, asymmetric, kind):
     weight, w = random_weight(n, k, "int4", tile=(1, group or k), asymmetric=asymmetric, scale_dtype=BF16)
-    operand, bias = skinny.prepare(weight), torch.randn(n, generator=generator(7)).to(FP16).cuda()
+    operand, bias = strip_weight.prepare(weight), torch.randn(n, generator=generator(7)).to(FP16).cuda()
     for m in FEW_ROWS:
         codes, scale, _, x, _ = random_x(m, k, kind)
         y = w4a8.multiply(codes, scale, None, operand, bias, FP16)
@@ -170,7 +170,7 @@ def test_int4_of_every_granularity(n, k, group, asymmetric, kind):
 @pytest.mark.parametrize("is_static", [False, True])
 def test_int4_with_zero_points_of_x(group, is_static):
     weight, w = random_weight(129, 392, "int4", tile=(1, group or 392))
-    operand = skinny.prepare(weight, with_row_sum=True)
+    operand = strip_weight.prepare(weight, with_row_sum=True)
     for m in FEW_ROWS:
         codes, scale, zero, x, magnitude = random_x(m, 392, "int8", is_static=is_static, with_zero=True)
         check(w4a8.multiply(codes, scale, zero, operand, None, BF16), x, w, magnitude=magnitude)
@@ -187,7 +187,7 @@ def test_what_lies_beyond_x_is_never_seen(kind, stride):
         around[:m, :200] = codes.view(torch.int8)
         around = around.view(codes.dtype)[:m, :200]
         if kind == "int4":
-            y = w4a8.multiply(around, scale, None, skinny.prepare(weight), None, BF16)
+            y = w4a8.multiply(around, scale, None, strip_weight.prepare(weight), None, BF16)
         elif kind == "int8":
             y = w8a8_int8.multiply(around, scale, None, w8a8_int8.prepare(weight), None, BF16)
         else:
@@ -238,7 +238,7 @@ def test_in_a_graph(kind):
     for m in (17, 200):
         codes, scale, _, x, _ = random_x(m, 512, "fp8" if kind == "fp8" else "int8")
         if kind == "int4":
-            operand = skinny.prepare(weight)
+            operand = strip_weight.prepare(weight)
             run = lambda c=codes, s=scale, o=operand: w4a8.multiply(c, s, None, o, None, BF16)  # noqa: E731
         elif kind == "int8":
             operand = w8a8_int8.prepare(weight)
@@ -265,6 +265,6 @@ def test_operators_have_honest_fakes():
     torch.library.opcheck(
         w8a8_fp8.w8a8_fp8, args, test_utils=checks[1:]
     )  # the others have no arithmetic in FP8
-    operand = skinny.prepare(random_weight(64, 128, "int4")[0])
+    operand = strip_weight.prepare(random_weight(64, 128, "int4")[0])
     args = (codes, scale, None, operand.stored, operand.scale, None, None, None, 64, 0, BF16)
     torch.library.opcheck(w4a8.w4a8, args, test_utils=checks)

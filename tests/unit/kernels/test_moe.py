@@ -120,7 +120,8 @@ def compile_grouped(capability, kind, x, *, group=128, asymmetric=False, rows=16
         else:
             constants[name] = None
     w_dtype = torch.int32 if is_int4 else torch.float8_e4m3fn
-    tile = moe_kernel.tile_for(rows, group, w_dtype, torch.float8_e4m3fn if is_codes else torch.bfloat16)
+    x_dtype = torch.float8_e4m3fn if is_codes else torch.bfloat16
+    tile = moe_kernel.tile_for(rows, group, w_dtype, x_dtype, is_hopper=capability == 90)
     constants |= {"BN": tile.rows_w, "BM": rows, "BK": tile.cols, "STAGES": tile.num_stages}
     return compile_for(
         moe_kernel.grouped_kernel, capability, types, constants, tile.num_warps, multiples=multiples,

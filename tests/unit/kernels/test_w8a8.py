@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantkit_kernels import skinny, w4a8, w8a8_fp8, w8a8_int8
+from quantkit_kernels import strip_weight, w4a8, w8a8_fp8, w8a8_int8
 from quantkit_kernels.weight import LinearWeight
 from tests.triton_aot import CAPABILITIES, compile_for
 
@@ -97,11 +97,13 @@ def test_fp8_in_blocks_is_its_definition():
 def test_int4_is_its_definition(group, kind, asymmetric):
     weight, w = random_weight(33, 200, "int4", tile=(1, group or 200), asymmetric=asymmetric)
     codes, scale, bias = random_codes(5, 200, kind, 4), random_scale(5), torch.randn(33)
-    y = w4a8.multiply(codes, scale, None, skinny.prepare(weight), bias, torch.float32)
+    y = w4a8.multiply(codes, scale, None, strip_weight.prepare(weight), bias, torch.float32)
     assert_close(y, codes.double() * scale.double(), w, bias)
     if kind == "int8" and not asymmetric:
         zero = torch.randint(-128, 128, scale.shape, generator=generator(6), dtype=torch.int8)
-        y = w4a8.multiply(codes, scale, zero, skinny.prepare(weight, with_row_sum=True), None, torch.bfloat16)
+        y = w4a8.multiply(
+            codes, scale, zero, strip_weight.prepare(weight, with_row_sum=True), None, torch.bfloat16
+        )
         assert_close(y, (codes.double() - zero.double()) * scale.double(), w)
 
 
