@@ -26,16 +26,30 @@ class Resources(NamedTuple):
     sass: str
 
 
-def compile_for(kernel, capability: int, types: dict[str, str], constants: dict, num_warps: int) -> Resources:
-    """Compile a kernel. types: Triton's names (`*fp32`, `i32`) of its arguments; pointers are 16-byte aligned."""
+def compile_for(
+    kernel,
+    capability: int,
+    types: dict[str, str],
+    constants: dict,
+    num_warps: int,
+    *,
+    multiples: tuple[str, ...] = (),
+    **options,
+) -> Resources:
+    """Compile a kernel. types: Triton's names (`*fp32`, `i32`) of its arguments; pointers are 16-byte aligned.
+
+    multiples: numbers that are multiples of 16. options: of Triton's compiler, `num_stages` say.
+    """
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {
-        (names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind[0] == "*" or name in multiples
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps} | options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

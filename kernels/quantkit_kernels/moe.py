@@ -1,0 +1,212 @@
+"""Products for experts: rows sorted by expert, tiles of one expert each, in one launch.
+
+    y[p, n] = Σ_k x[row(p), k] · w[expert(p), n, k]     p: a pair of token and expert; row(p) = p / S, or p
+
+    program (tile, n): W [BN, BK] of the tile's expert · x [BM, BK]ᵀ, rows of x gathered by `slots`; a tile that nobody
+    needs has expert -1 and ends at once. Rows of y are those of pairs, wherever the tile was.
+
+    weights                        activations          where the scale goes
+    INT4 in fragment order         bf16, fp16           groups of 32, 64, 128: each group's sum; per row: the end
+    FP8 e4m3 rows                  bf16, fp16           128-blocks: each block's sum; per row: the end
+    FP8 e4m3 rows                  FP8, scale per token, or per token and 128 columns with blocks
+
+Bound: the bytes of the experts that got a token; with many tokens each, multiplications.
+Shape suffixes: E experts, N out_features, K in_features, P pairs, G groups, M rows of a tile.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels import strip_weight, w8a8_fp8
+from quantkit_kernels.capability import converts_float8
+from quantkit_kernels.operators import operator
+from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
+from quantkit_kernels.weight import LinearWeight
+
+BLOCK = 128
+
+
+class ExpertWeight(NamedTuple):
+    """Weights of all experts.
+
+    stored: INT4 fragments, int32 [E, N / 16, K / 64, 32, 4], or float8_e4m3fn [E, N, K], columns padded to 16. scale:
+    [E, N / 16, G, 16] in groups of INT4, float32 [E, N / 128, K / 128] in blocks of FP8, float32 [E, N] per row.
+    zero_point: int8 like scale. group: 0: a scale per row.
+    """
+
+    stored: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    shape: tuple[int, int]
+    group: int
+
+
+def prepare(weights: list[LinearWeight]) -> ExpertWeight:
+    """Lay out and stack weights of one shape and format."""
+    if weights[0].bits == 4:
+        laid = [strip_weight.prepare(weight) for weight in weights]
+        zero_points = [w.zero_point for w in laid if w.zero_point is not None]
+        stacked = (
+            torch.stack([w.stored for w in laid]),
+            torch.stack([w.scale for w in laid if w.scale is not None]),
+        )
+        return ExpertWeight(
+            *stacked, torch.stack(zero_points) if zero_points else None, laid[0].shape, laid[0].group_size
+        )
+    rows = [w8a8_fp8.prepare(weight) for weight in weights]
+    n, k = rows[0].shape
+    group = BLOCK if rows[0].in_blocks else 0
+    scale = torch.stack([w.scale if group else w.scale[:n] for w in rows])
+    stored = torch.stack([w.codes_NK[:n].view(torch.int8) for w in rows]).view(torch.float8_e4m3fn)
+    return ExpertWeight(stored, scale, None, (n, k), group)
+
+
+def rows_for(num_pairs: int, weight: ExpertWeight) -> int:
+    """Rows of a tile: about what an expert gets, so that its weights are read once; of INT4 no more than 64."""
+    each = -(-num_pairs // len(weight.stored))
+    return min(max(1 << (each - 1).bit_length(), 16), 64 if weight.stored.dtype == torch.int32 else 128)
+
+
+def multiply(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: ExpertWeight,
+    slots: Tensor,
+    expert_of_tile: Tensor,
+    num_pairs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`moe_linear` with prepared weights."""
+    stored, scale, zero_point, (n, _), group = weight
+    return moe_linear(
+        x, x_scale, stored, scale, zero_point, slots, expert_of_tile, num_pairs, n, group, out_dtype
+    )
+
+
+def plain(
+    x_MK: Tensor,
+    x_scale: Tensor | None,
+    stored: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    slots: Tensor,
+    expert_of_tile: Tensor,
+    num_pairs: int,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`moe_linear` in plain torch: expert by expert, weights dequantized, in float32."""
+    check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
+    num_cols = x_MK.shape[1]
+    x = x_MK.float()
+    if x_scale is not None:
+        x = x * (x_scale.repeat_interleave(BLOCK, dim=1)[:, :num_cols] if group else x_scale)
+    y_PN = torch.empty(num_pairs, num_outputs, dtype=out_dtype, device=x.device)
+    pairs_of_tile = slots.view(len(expert_of_tile), -1)
+    for expert in range(len(stored)):
+        if (expert_of_tile == expert).any():
+            pairs = pairs_of_tile[expert_of_tile == expert].flatten().long()
+            pairs = pairs[pairs < num_pairs]
+            zero_point = None if w_zero_point is None else w_zero_point[expert]
+            w_NK = dequantized(stored[expert], w_scale[expert], zero_point, num_outputs, num_cols, group)
+            y_PN[pairs] = (x[pairs // (num_pairs // len(x))] @ w_NK.T).to(out_dtype)
+    return y_PN
+
+
+def _fake(
+    x_MK: Tensor,
+    x_scale: Tensor | None,
+    stored: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    slots: Tensor,
+    expert_of_tile: Tensor,
+    num_pairs: int,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_MK.new_empty(num_pairs, num_outputs, dtype=out_dtype)
+
+
+@operator("moe_linear", cpu=plain, fake=_fake)
+def moe_linear(
+    x_MK: Tensor,
+    x_scale: Tensor | None,
+    stored: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    slots: Tensor,
+    expert_of_tile: Tensor,
+    num_pairs: int,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Each pair's row times its expert's weight, [P, N] in out_dtype.
+
+    x_MK: a row per pair, or per token (P / rows pairs share it), columns contiguous; bf16 or fp16, or with FP8 weights
+    float8_e4m3fn with x_scale, float32 [rows, 1] or [rows, K / 128]. stored, w_scale, w_zero_point, group: of an
+    `ExpertWeight`. slots, expert_of_tile: of `sort_by_expert`.
+    """
+    check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
+    if stored.dtype != torch.int32 and not converts_float8(x_MK.device):
+        return plain(
+            x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, num_pairs, num_outputs, group,
+            out_dtype,
+        )  # fmt: skip
+    from quantkit_kernels import moe_kernel
+
+    y_PN = torch.empty(num_pairs, num_outputs, dtype=out_dtype, device=x_MK.device)
+    if num_pairs > 0:
+        moe_kernel.launch(x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, group, y_PN)
+    return y_PN
+
+
+def dequantized(
+    stored: Tensor, scale: Tensor, zero_point: Tensor | None, num_rows: int, num_cols: int, group: int
+) -> Tensor:
+    """One expert's weight, float32 [N, K]."""
+    if stored.dtype != torch.int32:
+        if group:
+            scale = scale.repeat_interleave(group, dim=0)[:num_rows].repeat_interleave(group, dim=1)[
+                :, :num_cols
+            ]
+        return stored[:, :num_cols].float() * (scale if group else scale[:, None])
+    w_NK = from_fragments(stored, num_rows, num_cols).float()
+    if not group:
+        return w_NK * scale[:, None]
+    of_row = torch.arange(num_rows, device=scale.device)
+    of_col = torch.arange(num_cols, device=scale.device) // group
+    at = (of_row // STRIP_ROWS)[:, None], of_col[None, :], (of_row % STRIP_ROWS)[:, None]
+    return (w_NK if zero_point is None else w_NK - zero_point[at].float()) * scale[at].float()
+
+
+def check(
+    x_MK: Tensor,
+    x_scale: Tensor | None,
+    stored: Tensor,
+    w_scale: Tensor,
+    slots: Tensor,
+    expert_of_tile: Tensor,
+    num_pairs: int,
+    num_outputs: int,
+    group: int,
+) -> None:
+    """What `moe_linear` says about its operands."""
+    num_rows, num_cols = x_MK.shape
+    is_int4, is_codes = stored.dtype == torch.int32, x_MK.dtype == torch.float8_e4m3fn
+    assert is_int4 or stored.dtype == torch.float8_e4m3fn, f"weights of {stored.dtype}"
+    assert x_MK.dtype in (torch.bfloat16, torch.float16) or (is_codes and not is_int4), f"x of {x_MK.dtype}"
+    assert (x_scale is not None) == is_codes, "FP8 activations come with scales, others without"
+    assert x_MK.stride(1) == 1 and stored.is_contiguous(), "columns have to be next to each other"
+    assert num_rows > 0 and num_pairs % num_rows == 0, f"{num_pairs} pairs for {num_rows} rows"
+    assert len(slots) % len(expert_of_tile) == 0, f"{len(slots)} slots in {len(expert_of_tile)} tiles"
+    fragments = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
+    expected = fragments if is_int4 else (num_outputs, -(-num_cols // 16) * 16)
+    assert tuple(stored.shape[1:]) == expected, f"weights {tuple(stored.shape)}, not [E, {expected}]"
+    assert group in ((0, 32, 64, 128) if is_int4 else (0, BLOCK)), f"groups of {group} columns"
+    assert w_scale.ndim == (2 if not group else 4 if is_int4 else 3), f"scales {tuple(w_scale.shape)}"

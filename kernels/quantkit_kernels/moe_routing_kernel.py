@@ -1,0 +1,95 @@
+"""`sort_by_expert` and `combine` on a GPU.
+
+Each program of the sort counts all pairs, so that it knows where its expert's tiles begin, and then places its own: no
+program waits for another, and pairs stay in order. Pairs are few: 32768 for 4096 tokens with 8 experts.
+Shape suffixes: T tokens, S experts of a token, P pairs, E experts, N features.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
+
+CHUNK = 1024
+COLUMNS = 1024
+
+
+@triton.jit(do_not_specialize=["num_pairs", "max_tiles"])
+def sort_kernel(
+    expert_ids, slots, expert_of_tile, num_pairs, max_tiles,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A program: one expert. It counts all, and places its own. EXPERTS: a power of two."""
+    expert = tl.program_id(0)
+    count_E = tl.zeros((EXPERTS,), dtype=tl.int32)
+    for start in range(0, num_pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=0).to(tl.int32)
+        count_E += tl.histogram(ids, EXPERTS, mask=pair < num_pairs)
+    index_E = tl.arange(0, EXPERTS)
+    tiles_E = tl.cdiv(count_E, ROWS)
+    first_tile = tl.sum(tl.where(index_E < expert, tiles_E, 0))
+    count = tl.sum(tl.where(index_E == expert, count_E, 0))
+    num_tiles = tl.cdiv(count, ROWS)
+    placed = first_tile * ROWS
+    for start in range(0, num_pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+        is_mine = ids == expert
+        rank = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
+        tl.store(slots + placed + rank, pair, mask=is_mine)
+        placed += tl.sum(is_mine.to(tl.int32))
+    padding = placed + tl.arange(0, ROWS)
+    tl.store(slots + padding, num_pairs, mask=padding < (first_tile + num_tiles) * ROWS)
+    for start in range(0, num_tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
+        tl.store(expert_of_tile + first_tile + tile, expert, mask=tile < num_tiles)
+    if expert == tl.num_programs(0) - 1:
+        for start in range(first_tile + num_tiles, max_tiles, CHUNK):
+            tile = start + tl.arange(0, CHUNK)
+            tl.store(expert_of_tile + tile, -1, mask=tile < max_tiles)
+
+
+@triton.jit
+def combine_kernel(
+    out,
+    y,
+    weight,
+    num_features,
+    stride_y,
+    stride_weight,
+    stride_out,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program: COLUMNS features of one token. PAIRS: experts of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sum_N = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for s in tl.static_range(PAIRS):
+        of_pair = tl.load(weight + token * stride_weight + s).to(tl.float32)
+        y_N = tl.load(y + (token * PAIRS + s) * stride_y + n, mask=n < num_features, other=0.0).to(tl.float32)
+        sum_N += y_N * of_pair
+    tl.store(out + token * stride_out + n, sum_N.to(out.dtype.element_ty), mask=n < num_features)
+
+
+_sort, _combine = Launcher(sort_kernel), Launcher(combine_kernel)
+
+
+def sort(expert_TS: Tensor, num_experts: int, slots: Tensor, expert_of_tile: Tensor) -> None:
+    """Write slots and expert_of_tile."""
+    rows = len(slots) // len(expert_of_tile)
+    arguments = (expert_TS, slots, expert_of_tile, expert_TS.numel(), len(expert_of_tile))
+    constants = (max(power_above(num_experts), 16), rows, CHUNK)
+    _sort((num_experts, 1), arguments, constants, num_warps=8, early=False)
+
+
+def combine(y_PN: Tensor, weight_TS: Tensor, out_TN: Tensor) -> None:
+    """Write out_TN."""
+    num_tokens, num_features = out_TN.shape
+    columns = min(power_above(num_features), COLUMNS)
+    strides = (y_PN.stride(0), weight_TS.stride(0), out_TN.stride(0))
+    arguments = (out_TN, y_PN, weight_TS, num_features, *strides)
+    grid = (num_tokens, num_parts(num_features, columns))
+    _combine(grid, arguments, (weight_TS.shape[1], columns), num_warps=4, early=False)

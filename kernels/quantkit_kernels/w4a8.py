@@ -1,0 +1,161 @@
+"""INT4 weights with INT8 or FP8 activations; the fewest rows go to `skinny`.
+
+    y[m, n] = (Σ_g s_w[n, g] Σ_{k in g} (w[n, k] − z_w[n, g]) · x[m, k]  −  z_x[m] · r[n]) · s_x[m] + bias[n]
+
+r is the sum of the dequantized row. The weight is a `StripWeight`, INT4 in fragment order, whatever the number of rows.
+
+    route         rows
+    skinny        to 16
+    w4a8_kernel   from there: 8-bit codes made in registers
+
+Bound: half a byte per weight up to about 120 rows, then multiplications.
+Shape suffixes: M rows, N out_features, K in_features, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels.operators import operator
+from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
+from quantkit_kernels.skinny import skinny
+from quantkit_kernels.strip_weight import StripWeight
+from quantkit_kernels.w8a8_fp8 import takes_skinny
+
+
+def multiply(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    weight: StripWeight,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`w4a8` with a weight that `strip_weight.prepare` laid out; with zero points of x it needs `with_row_sum`."""
+    assert weight.scale is not None, "a weight of 4 bits has scales"
+    return w4a8(
+        codes_MK, x_scale, zero_point, weight.stored, weight.scale, weight.zero_point, weight.row_sum, bias_N,
+        weight.shape[0], weight.group_size, out_dtype,
+    )  # fmt: skip
+
+
+def plain(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`w4a8` in plain torch: the weight dequantized, everything in float32."""
+    num_cols = codes_MK.shape[1]
+    check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
+    w_NK = from_fragments(packed, num_outputs, num_cols).float()
+    if w_zero_point is not None:
+        w_NK -= _by_column(w_zero_point, num_outputs, num_cols, group)
+    w_NK *= _by_column(w_scale, num_outputs, num_cols, group) if group else w_scale[:, None]
+    y_MN = codes_MK.float() @ w_NK.T
+    if x_zero_point is not None and w_row_sum_N is not None:
+        y_MN -= x_zero_point.float() * w_row_sum_N
+    y_MN *= x_scale
+    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
+
+
+def _fake(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
+
+
+@operator("w4a8", cpu=plain, fake=_fake)
+def w4a8(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    w_zero_point: Tensor | None,
+    w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """(x − zero point) · wᵀ (+ bias), [M, N] in out_dtype.
+
+    codes_MK: int8 or float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; x_zero_point: int8 of the same
+    shape, or None, with int8 codes. packed, w_scale, w_zero_point, w_row_sum_N: of a `StripWeight`. group: 32, 64, 128,
+    or 0 for a scale per row. bias_N: any float dtype.
+    """
+    check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
+    if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
+        shape_NK = (num_outputs, codes_MK.shape[1])
+        return skinny(
+            codes_MK,
+            StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, shape_NK, 4, group),
+            out_dtype=out_dtype,
+            x_scale=x_scale.contiguous(),
+            x_zero_point=None if x_zero_point is None else x_zero_point.float(),
+            bias_N=None if bias_N is None else bias_N.to(out_dtype),
+            dependent=True,
+        )
+    from quantkit_kernels import w4a8_kernel
+
+    y_MN = codes_MK.new_empty(len(codes_MK), num_outputs, dtype=out_dtype)
+    if len(codes_MK) > 0:
+        w4a8_kernel.launch(
+            codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, group, y_MN
+        )
+    return y_MN
+
+
+def _by_column(values: Tensor, num_rows: int, num_cols: int, group: int) -> Tensor:
+    """[N / 16, G, 16] to float32 [N, K]."""
+    values_NG = values.transpose(1, 2).flatten(0, 1)[:num_rows].float()
+    return values_NG.repeat_interleave(group, dim=1)[:, :num_cols]
+
+
+def check(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    w_row_sum_N: Tensor | None,
+    num_outputs: int,
+    group: int,
+    out_dtype: torch.dtype,
+) -> None:
+    """What `w4a8` says about its operands."""
+    num_rows, num_cols = codes_MK.shape
+    expected = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
+    assert codes_MK.dtype in (torch.int8, torch.float8_e4m3fn), f"codes of {codes_MK.dtype}"
+    assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
+    assert packed.shape == expected and packed.is_contiguous(), (
+        f"fragments {tuple(packed.shape)}, not {expected}"
+    )
+    assert group in (0, 32, 64, 128), f"groups of {group} columns"
+    assert w_scale.shape == ((expected[0], -(-num_cols // group), 16) if group else (num_outputs,)), (
+        f"scales {tuple(w_scale.shape)} for {num_outputs} rows and groups of {group}"
+    )
+    assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
+    assert x_scale.dtype == torch.float32 and x_scale.shape in ((num_rows, 1), (1,)), (
+        f"scales {x_scale.dtype} {tuple(x_scale.shape)} for {num_rows} rows"
+    )
+    assert x_zero_point is None or (x_zero_point.shape == x_scale.shape and w_row_sum_N is not None), (
+        "zero points of x come with sums of the weight's rows, as many as scales"
+    )

@@ -1,0 +1,251 @@
+"""FP8 e4m3 weights with FP8 activations.
+
+    y[m, n] = (Σ_k x[m, k] · w[n, k]) · s_x[m] · s_w[n] + bias[n]                                scales per row
+    y[m, n] = Σ_b (Σ_{k in b} x[m, k] · w[n, k]) · s_x[m, b] · s_w[n / 128, b] + bias[n]         blocks of 128
+
+Codes stay row-major, [N, K] as on disk, columns and rows padded with zeros to a multiple of 16 (what cuBLAS and tensor
+maps ask for). A scale for the whole weight is repeated for its rows; one for all tokens may be one number.
+
+    route       rows
+    skinny      to SKINNY_ROWS, scales per row
+    byte_tile   to SCALED_MM_ROWS, and where the others have no kernel
+    scaled_mm   from there: `torch._scaled_mm`, scales per row of both, or per 128 columns and per 128 × 128
+
+Bound: a byte per weight up to about 240 rows, then 1440 TFLOP/s of an H100.
+Shape suffixes: M rows, N out_features, K in_features.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quantkit_kernels.capability import converts_float8, starts_early
+from quantkit_kernels.operators import operator
+from quantkit_kernels.skinny import skinny
+from quantkit_kernels.strip_weight import StripWeight
+from quantkit_kernels.weight import LinearWeight
+
+BLOCK = 128
+ALIGNED = 16
+SKINNY_ROWS, SCALED_MM_ROWS = 16, 64
+
+
+class Fp8Weight(NamedTuple):
+    """codes_NK: float8_e4m3fn, padded. scale: float32, [N], padded with ones, or [ceil(N / 128), ceil(K / 128)]."""
+
+    codes_NK: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether 128 × 128 weights share a scale."""
+        return self.scale.ndim == 2
+
+
+def supports(weight: LinearWeight) -> bool:
+    """FP8 with scales per tensor, per row (or several rows) or per 128 × 128 block."""
+    in_blocks = weight.tile == (BLOCK, BLOCK)
+    per_row = weight.tile[1] >= weight.codes_NK.shape[1]
+    return (
+        weight.codes_NK.dtype == torch.float8_e4m3fn
+        and weight.zero_point_RG is None
+        and (in_blocks or per_row)
+    )
+
+
+def prepare(weight: LinearWeight) -> Fp8Weight:
+    """Pad where the shape asks for it; otherwise the codes are those of the checkpoint."""
+    num_rows, num_cols = weight.codes_NK.shape
+    codes = aligned(weight.codes_NK, -num_rows % ALIGNED)
+    scale = weight.scale_RG.float()
+    if weight.tile[1] < num_cols:
+        return Fp8Weight(codes, scale.contiguous(), (num_rows, num_cols))
+    of_row = torch.arange(num_rows, device=scale.device) // weight.tile[0]
+    scale = pad(scale[of_row, 0], (0, -num_rows % ALIGNED), value=1.0)
+    return Fp8Weight(codes, scale.contiguous(), (num_rows, num_cols))
+
+
+def aligned(codes: Tensor, extra_rows: int = 0) -> Tensor:
+    """Codes whose rows are contiguous, start at multiples of 16 bytes, and are padded with zeros to such a length."""
+    extra = -codes.shape[1] % ALIGNED
+    is_aligned = codes.stride(1) == 1 and codes.stride(0) % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
+    if extra == extra_rows == 0 and is_aligned:
+        return codes
+    return pad(codes.view(torch.int8), (0, extra, 0, extra_rows)).view(codes.dtype).contiguous()
+
+
+def multiply(
+    codes_MK: Tensor, x_scale: Tensor, weight: Fp8Weight, bias_N: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """`w8a8_fp8` with a prepared weight."""
+    return w8a8_fp8(codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype)
+
+
+def plain(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`w8a8_fp8` in plain torch: codes as float32, scales of blocks before the product, others after it."""
+    _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
+    num_cols = codes_MK.shape[1]
+    x_MK, w_NK = codes_MK.float(), w_codes_NK[:num_outputs, :num_cols].float()
+    if w_scale.ndim == 2:
+        x_MK = x_MK * x_scale.repeat_interleave(BLOCK, dim=1)[:, :num_cols]
+        rows = torch.arange(num_outputs, device=w_scale.device) // BLOCK
+        w_NK = w_NK * w_scale[rows].repeat_interleave(BLOCK, dim=1)[:, :num_cols]
+        y_MN = x_MK @ w_NK.T
+    else:
+        y_MN = (x_MK @ w_NK.T).mul_(x_scale).mul_(w_scale[:num_outputs])
+    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
+
+
+def _fake(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
+
+
+@operator("w8a8_fp8", cpu=plain, fake=_fake)
+def w8a8_fp8(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x · wᵀ (+ bias), [M, N] in out_dtype.
+
+    codes_MK: float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; with w_scale in blocks
+    [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: any float dtype.
+    """
+    _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
+    if not converts_float8(codes_MK.device):  # nor multiplies it
+        return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+    num_rows, in_blocks = len(codes_MK), w_scale.ndim == 2
+    if takes_skinny(num_rows, out_dtype, codes_MK.device) and not in_blocks:
+        return few_rows(codes_MK, x_scale, None, w_codes_NK, w_scale[:num_outputs], None, bias_N, out_dtype)
+    codes_MK = aligned(codes_MK)
+    if num_rows > SCALED_MM_ROWS and (not in_blocks or _has_cublas_blocks(w_codes_NK, codes_MK.device)):
+        return _scaled_mm(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+    from quantkit_kernels import byte_tile_kernel
+
+    y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
+    byte_tile_kernel.multiply(codes_MK, x_scale, w_codes_NK, w_scale, y_MN, bias_N=bias_N)
+    return y_MN
+
+
+def takes_skinny(num_rows: int, out_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `skinny` multiplies so few rows."""
+    return (
+        0 < num_rows <= SKINNY_ROWS and out_dtype in (torch.bfloat16, torch.float16) and starts_early(device)
+    )
+
+
+def few_rows(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The product by `skinny`, which reads the same codes."""
+    shape = (len(w_scale_N), codes_MK.shape[1])
+    return skinny(
+        codes_MK,
+        StripWeight(w_codes_NK, w_scale_N, None, w_row_sum_N, shape, 8, 0),
+        out_dtype=out_dtype,
+        x_scale=x_scale.contiguous(),
+        x_zero_point=None if zero_point is None else zero_point.float(),
+        bias_N=None if bias_N is None else bias_N.to(out_dtype),
+        dependent=True,
+    )
+
+
+def _scaled_mm(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    num_rows, num_padded = len(codes_MK), len(w_codes_NK)
+    if w_scale.ndim == 2:  # scales of x side by side for rows, not for columns, and rows in fours
+        extra = -num_rows % 4
+        if extra:
+            codes_MK = pad(codes_MK.view(torch.int8), (0, 0, 0, extra)).view(codes_MK.dtype)
+            x_scale = pad(x_scale, (0, 0, 0, extra))
+        scales = x_scale.T.contiguous().T, w_scale.T
+    else:
+        scales = x_scale.expand(num_rows, 1).contiguous(), w_scale[None]
+    if bias_N is not None and out_dtype != torch.float32:
+        bias_N = pad(bias_N, (0, num_padded - num_outputs)).to(out_dtype)
+    in_product = None if out_dtype == torch.float32 else bias_N
+    y_MN = torch._scaled_mm(
+        codes_MK, w_codes_NK.T, scale_a=scales[0], scale_b=scales[1], bias=in_product, out_dtype=out_dtype
+    )[:num_rows, :num_outputs]
+    return (y_MN if bias_N is None or in_product is not None else y_MN + bias_N).contiguous()
+
+
+def _has_cublas_blocks(w_codes_NK: Tensor, device: torch.device) -> bool:
+    """Whether cuBLAS multiplies in blocks of 128: on Hopper, whole blocks, a multiple of four of them along K."""
+    num_padded, num_cols = w_codes_NK.shape
+    return num_padded % BLOCK == 0 and num_cols % (4 * BLOCK) == 0 and _is_hopper_with_blocks(device)
+
+
+@functools.cache
+def _is_hopper_with_blocks(device: torch.device) -> bool:
+    version = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
+    return version >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _check(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+) -> None:
+    num_rows, num_cols = codes_MK.shape
+    num_padded, padded_cols = w_codes_NK.shape
+    assert codes_MK.dtype == w_codes_NK.dtype == torch.float8_e4m3fn, (
+        f"{codes_MK.dtype} by {w_codes_NK.dtype}"
+    )
+    assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
+    assert num_cols <= padded_cols < num_cols + ALIGNED, (
+        f"{num_cols} columns of x, {padded_cols} of the weight"
+    )
+    assert num_outputs <= num_padded < num_outputs + ALIGNED, f"{num_padded} rows of weight for {num_outputs}"
+    assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
+    assert x_scale.dtype == w_scale.dtype == torch.float32, "scales are float32"
+    if w_scale.ndim == 1:
+        assert w_scale.shape == (num_padded,) and x_scale.shape in ((num_rows, 1), (1,)), (
+            f"scales {tuple(x_scale.shape)} and {tuple(w_scale.shape)} for {num_rows} and {num_padded} rows"
+        )
+        return
+    blocks = -(-num_cols // BLOCK)
+    assert x_scale.shape == (num_rows, blocks) and w_scale.shape == (-(-num_outputs // BLOCK), blocks), (
+        f"scales {tuple(x_scale.shape)} and {tuple(w_scale.shape)} for blocks of {tuple(codes_MK.shape)}"
+    )

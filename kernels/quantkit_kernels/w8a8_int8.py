@@ -1,0 +1,159 @@
+"""INT8 weights with INT8 activations: an exact integer product, then the zero point and two scales.
+
+    y[m, n] = (Σ_k x[m, k] · w[n, k]  −  z_x[m] · Σ_k w[n, k]) · s_w[n] · s_x[m] + bias[n]
+
+Scale and zero point of x: one for each token, or one for all. Codes stay row-major, [N, K] as on disk, columns padded
+with zeros to a multiple of 16; the sums of rows are made once. `skinny` takes the fewest rows, `byte_tile` all others:
+there the sum stays in registers, where `torch._int_mm` would write it out and read it again.
+
+|Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16.
+Bound: a byte per weight up to about 240 rows, then multiplications.
+Shape suffixes: M rows, N out_features, K in_features.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels.operators import operator
+from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, few_rows, takes_skinny
+from quantkit_kernels.weight import LinearWeight
+
+MAX_COLS = 1 << 16
+EXACT_COLS = 1 << 10  # sums of so many products are exact in float32
+
+
+class Int8Weight(NamedTuple):
+    """codes_NK: int8, columns padded. scale_N: float32. code_sum_N: int32, of each row; row_sum_N: times its scale."""
+
+    codes_NK: Tensor
+    scale_N: Tensor
+    code_sum_N: Tensor
+    row_sum_N: Tensor
+
+
+def supports(weight: LinearWeight) -> bool:
+    """INT8 symmetric with scales per tensor or per row (or several rows)."""
+    num_cols = weight.codes_NK.shape[1]
+    is_int8 = weight.bits == 8 and weight.codes_NK.dtype == torch.int8 and weight.zero_point_RG is None
+    return is_int8 and weight.tile[1] >= num_cols and num_cols < MAX_COLS
+
+
+def prepare(weight: LinearWeight) -> Int8Weight:
+    """Pad columns where they ask for it, and sum the codes of each row for zero points."""
+    num_rows = len(weight.codes_NK)
+    of_row = torch.arange(num_rows, device=weight.codes_NK.device) // weight.tile[0]
+    scale = weight.scale_RG.float()[of_row, 0].contiguous()
+    code_sum = weight.codes_NK.sum(dim=1, dtype=torch.int32)
+    return Int8Weight(aligned(weight.codes_NK), scale, code_sum, code_sum * scale)
+
+
+def multiply(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    weight: Int8Weight,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`w8a8_int8` with a prepared weight."""
+    return w8a8_int8(codes_MK, x_scale, zero_point, *weight, bias_N, out_dtype)
+
+
+def plain(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`w8a8_int8` in plain torch. Without VNNI the CPU's integer products may saturate: float32, few enough columns."""
+    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
+    codes_MK = aligned(codes_MK)
+    if torch.cpu._is_vnni_supported():
+        sums_MN = torch._int_mm(codes_MK, w_codes_NK.T)
+    else:
+        sums_MN = torch.zeros(len(codes_MK), len(w_codes_NK), dtype=torch.int32)
+        for start in range(0, codes_MK.shape[1], EXACT_COLS):
+            part = slice(start, start + EXACT_COLS)
+            sums_MN += (codes_MK[:, part].float() @ w_codes_NK[:, part].float().T).to(torch.int32)
+    if zero_point is not None:
+        sums_MN -= zero_point.to(torch.int32) * w_code_sum_N
+    y_MN = sums_MN.float().mul_(x_scale).mul_(w_scale_N)
+    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(out_dtype)
+
+
+def _fake(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes_MK.new_empty(codes_MK.shape[0], w_scale_N.shape[0], dtype=out_dtype)
+
+
+@operator("w8a8_int8", cpu=plain, fake=_fake)
+def w8a8_int8(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    w_code_sum_N: Tensor,
+    w_row_sum_N: Tensor,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """(x − zero point) · wᵀ (+ bias), [M, N] in out_dtype.
+
+    codes_MK: int8, columns contiguous. x_scale: float32 [M, 1] or [1]. zero_point: int8 of the same shape, or None.
+    w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype.
+    """
+    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
+    if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
+        return few_rows(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, w_row_sum_N, bias_N, out_dtype)
+    from quantkit_kernels import byte_tile_kernel
+
+    codes_MK = aligned(codes_MK)
+    y_MN = torch.empty(len(codes_MK), len(w_scale_N), dtype=out_dtype, device=codes_MK.device)
+    byte_tile_kernel.multiply(
+        codes_MK, x_scale, w_codes_NK, w_scale_N, y_MN,
+        bias_N=bias_N, zero_point=zero_point, code_sum_N=w_code_sum_N,
+    )  # fmt: skip
+    return y_MN
+
+
+def _check(
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    zero_point: Tensor | None,
+    w_codes_NK: Tensor,
+    w_scale_N: Tensor,
+    out_dtype: torch.dtype,
+) -> None:
+    num_rows, num_cols = codes_MK.shape
+    num_outputs, padded_cols = w_codes_NK.shape
+    assert codes_MK.dtype == w_codes_NK.dtype == torch.int8, f"{codes_MK.dtype} by {w_codes_NK.dtype}"
+    assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
+    assert num_cols <= padded_cols < num_cols + ALIGNED, (
+        f"{num_cols} columns of x, {padded_cols} of the weight"
+    )
+    assert padded_cols < MAX_COLS, f"sums over {padded_cols} columns may overflow"
+    assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
+    assert x_scale.dtype == w_scale_N.dtype == torch.float32, "scales are float32"
+    assert x_scale.shape in ((num_rows, 1), (1,)) and w_scale_N.shape == (num_outputs,), (
+        f"scales {tuple(x_scale.shape)} and {tuple(w_scale_N.shape)} for {num_rows} and {num_outputs} rows"
+    )
+    assert zero_point is None or zero_point.shape == x_scale.shape, (
+        f"zero points {tuple(zero_point.shape)} for scales {tuple(x_scale.shape)}"
+    )
