@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +31,7 @@ def _ceilings(best: Ceilings, unit: float) -> str:
     per_second = _units(unit)
     words = {"read": per_second[0], "copy": per_second[0]}
     known = ((name, rate) for name, rate in rates.items() if rate is not None)
-    return ", ".join(f"{name} {unit * rate:.3g} {words.get(name, per_second[1])}" for name, rate in known)
+    return ", ".join(f"{name} {_rate(unit * rate)} {words.get(name, per_second[1])}" for name, rate in known)
 
 
 def _units(unit: float) -> tuple[str, str]:
@@ -41,7 +42,9 @@ def _table(timings: Sequence[Timing], unit: float) -> Table:
     lines = _lines(timings)
     baseline_us = {rows: _us(of) for (family, rows, _), of in lines.items() if family == timings[0].family}
     shapes = list(dict.fromkeys(timing.shape.name for timing in timings))
-    table = Table("family", "rows", "route")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("family", "rows", "route"):
+        table.add_column(column, no_wrap=True)
     for column in ("us", *(shapes if len(shapes) > 1 else ()), *_units(unit), "ceiling", "over bf16"):
         table.add_column(column, justify="right")
     family = timings[0].family
@@ -74,12 +77,20 @@ def _cells(timings: Sequence[Timing], unit: float, *, with_shapes: bool) -> list
     us = _us(timings)
     rates = (sum(t.num_bytes for t in timings) / us / 1e6, sum(t.num_operations for t in timings) / us / 1e6)
     return [
-        f"{us:.1f}",
-        *([f"{timing.us:.1f}" for timing in timings] if with_shapes else []),
-        *(f"{unit * rate:.3g}" for rate in rates),
+        _digits(us),
+        *([_digits(timing.us) for timing in timings] if with_shapes else []),
+        *(_rate(unit * rate) for rate in rates),
         f"{sum(t.least_us for t in timings) / us:.0%}",
     ]
 
 
 def _us(timings: Sequence[Timing]) -> float:
     return sum(timing.us for timing in timings)
+
+
+def _digits(us: float) -> str:
+    return f"{us:.1f}" if us < 1000 else f"{us:.0f}"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
