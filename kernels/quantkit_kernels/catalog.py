@@ -70,7 +70,11 @@ FLOATS = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuFamily:
-    """The weights and inputs of a family, which is `attribute` of `module`. Of each, the first is what is measured."""
+    """The weights and inputs of a family, which is `attribute` of `module`; every route takes all of them.
+
+    Routes are called run(x, operand); where x is codes with x_scale, float32 [M, 1], or [M, ceil(K / 128)] for weights
+    in blocks, and with out_dtype. Of each field the first value is what is measured.
+    """
 
     name: str
     module: str
@@ -112,7 +116,16 @@ GPU_FAMILIES = (
         module="w8a8_fp8",
         bits=8,
         codes=(torch.float8_e4m3fn,),
-        tiles=(CHANNEL, TENSOR, BLOCK),
+        tiles=(CHANNEL, TENSOR),
+        inputs=(torch.float8_e4m3fn,),
+    ),
+    GpuFamily(
+        name="w8a8_fp8_block",
+        module="w8a8_fp8",
+        attribute="BLOCK_FAMILY",
+        bits=8,
+        codes=(torch.float8_e4m3fn,),
+        tiles=(BLOCK,),
         inputs=(torch.float8_e4m3fn,),
     ),
     GpuFamily(

@@ -1,6 +1,7 @@
 """What this machine does at most: bytes from memory, and multiplications. Everything else is a fraction of that.
 
-On an H100 80GB: 3.1 TB/s read, 790 TFLOP/s in bf16, 900 TOP/s in INT8.
+On an H100 80GB: 3.1 TB/s read, 3.0 copied, 780 TFLOP/s in bf16, 1420 in FP8, 900 TOP/s in INT8. That of INT8 is what
+`torch._int_mm` reaches, which can be beaten.
 """
 
 from typing import NamedTuple

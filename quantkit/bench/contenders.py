@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.catalog import (
+    BLOCK,
     CHANNEL,
     GPU_FAMILIES,
     TENSOR,
@@ -39,7 +40,7 @@ FORMATS_ON_CPU = {  # as in the families of a GPU: bits, codes, tile, input
 class Contender:
     """Routes that read one operand. make(n, k): a random one. missing: routes not on this device, each with the reason.
 
-    weight_bytes: of one weight.
+    weight_bytes: of one weight. in_blocks: x has a scale for each 128 columns.
     """
 
     family: str
@@ -47,6 +48,7 @@ class Contender:
     make: Callable[[int, int], Any]
     weight_bytes: float
     input_dtype: torch.dtype = torch.bfloat16
+    in_blocks: bool = False
     missing: tuple[tuple[str, str], ...] = ()
 
 
@@ -74,11 +76,16 @@ def contenders(name: str, device: torch.device) -> list[Contender]:
     return _of_cpu(name)
 
 
-def random_input(dtype: torch.dtype, m: int, k: int, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """x [M, K], and what goes with codes: a scale for each row, and the dtype of the output."""
+def random_input(
+    dtype: torch.dtype, m: int, k: int, device: torch.device, *, in_blocks: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """x [M, K], and what goes with codes: scales for each row, or in_blocks its 128 columns, and the output's dtype."""
     if dtype.is_floating_point and dtype.itemsize == 2:
         return torch.randn(m, k, dtype=dtype, device=device), {}
-    more = {"x_scale": torch.rand(m, 1, device=device) + 0.1, "out_dtype": torch.bfloat16}
+    more = {
+        "x_scale": torch.rand(m, -(-k // 128) if in_blocks else 1, device=device) + 0.1,
+        "out_dtype": torch.bfloat16,
+    }
     return _random_codes(dtype, 8, m, k, device), more
 
 
@@ -112,6 +119,7 @@ def _of_gpu(entry: GpuFamily, family: Family, device: torch.device) -> Contender
         make=make,
         weight_bytes=family.weight_bytes,
         input_dtype=entry.inputs[0],
+        in_blocks=entry.tiles[0] == BLOCK,
         missing=tuple((route.name, _needs(route)) for route in family.routes if route not in routes),
     )
 

@@ -128,7 +128,9 @@ def _measure(
     for num_rows, route in itertools.product(rows, contender.routes):
         if route.max_rows is not None and num_rows > route.max_rows:
             continue
-        x, more = random_input(contender.input_dtype, num_rows, shape.k, device)
+        x, more = random_input(
+            contender.input_dtype, num_rows, shape.k, device, in_blocks=contender.in_blocks
+        )
         us = time_chain([partial(route.run, x, operand, **more) for operand in operands], device)
         num_bytes = weight_bytes + x.nbytes + OUTPUT_BYTES * num_rows * shape.n
         num_operations = 2 * num_rows * shape.n * shape.k

@@ -1,4 +1,4 @@
-"""Every route of every family in the catalog: called in one way, it computes the product; and what dispatch chooses."""
+"""Every route of every family in the catalog, in every format: called in one way, it computes the product."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
 from quantkit.bench.contenders import random_input, random_weight
-from quantkit_kernels.catalog import GPU_FAMILIES
+from quantkit_kernels.catalog import BLOCK, GPU_FAMILIES
 from quantkit_kernels.dispatch import choose
 from tests.gpu.triton_device import poisoned  # noqa: F401
 
@@ -16,36 +16,49 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
 ]
 ROWS = (1, 17, 33, 257)
-SHAPES = ((256, 512), (1000, 640))
+N, K = 1000, 640
+FORMATS = [
+    (entry, codes, tile, with_zero)
+    for entry in GPU_FAMILIES
+    for codes in entry.codes
+    for tile in entry.tiles
+    for with_zero in (False, True)
+    if not with_zero or (entry.has_zero_points and codes == torch.int8 and tile == entry.tiles[0])
+]
 
 
-def random_operand(entry, family, n, k):
-    """Of the format that the bench measures, and float64 [N, K] of it."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    if entry.bits == 16:
-        w = torch.randn(n, k, dtype=entry.codes[0], device=device)
+def random_operand(family, bits, codes, tile, with_zero):
+    """A prepared weight [N, K], and float64 of it."""
+    if bits == 16:
+        w = torch.randn(N, K, dtype=codes, device="cuda")
         return family.prepare(w), w.double()
-    weight = random_weight(entry.bits, entry.codes[0], entry.tiles[0], n, k, device)
+    weight = random_weight(bits, codes, tile, N, K, torch.device("cuda"))
     rows, cols = weight.tile
-    scale = weight.scale_RG.double().repeat_interleave(rows, 0).repeat_interleave(cols, 1)
-    return family.prepare(weight), weight.codes_NK.double() * scale[:n, :k]
+    if with_zero:
+        zero_point = torch.randint(-8, 8, weight.scale_RG.shape, dtype=torch.int8, device="cuda")
+        weight = weight._replace(zero_point_RG=zero_point)
+    by_weight = torch.arange(N)[:, None] // rows, torch.arange(K)[None, :] // cols
+    offset = 0 if weight.zero_point_RG is None else weight.zero_point_RG.double()[by_weight]
+    return family.prepare(weight), (weight.codes_NK.double() - offset) * weight.scale_RG.double()[by_weight]
 
 
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("entry", GPU_FAMILIES, ids=lambda entry: entry.name)
-def test_routes(entry, n, k):
+@pytest.mark.parametrize(("entry", "codes", "tile", "with_zero"), FORMATS)
+def test_routes(entry, codes, tile, with_zero):
     """Within one rounding of the output, one of each weight, and sums of 14 bits, as FP8 tensor cores keep them."""
     torch.manual_seed(0)
     family, device = entry.load(), torch.device("cuda", torch.cuda.current_device())
-    operand, w = random_operand(entry, family, n, k)
+    operand, w = random_operand(family, entry.bits, codes, tile, with_zero)
+    x_dtype = codes if entry.bits == 16 else entry.inputs[0]
     for num_rows in ROWS:
         routes = family.usable(num_rows, torch.cuda.get_device_capability(device))
-        assert choose(family, num_rows, n, k, device) in routes
-        assert choose(family, num_rows, n, k, device, batch_invariant=True) in routes
-        x, more = random_input(entry.inputs[0], num_rows, k, device)
-        exact = x.double() * more["x_scale"].double() if more else x.double()
+        assert choose(family, num_rows, N, K, device) in routes
+        assert choose(family, num_rows, N, K, device, batch_invariant=True) in routes
+        x, more = random_input(x_dtype, num_rows, K, device, in_blocks=tile == BLOCK)
+        exact = x.double()
+        if more:
+            exact *= more["x_scale"].double().repeat_interleave(128 if tile == BLOCK else K, dim=1)[:, :K]
         expected, magnitude = exact @ w.T, exact.abs() @ w.abs().T
-        sum_bits = 14 if entry.inputs[0] == torch.float8_e4m3fn else 24
+        sum_bits = 14 if x_dtype == torch.float8_e4m3fn else 24
         for route in routes:
             y = route.run(x, operand, **more)
             eps = torch.finfo(y.dtype).eps

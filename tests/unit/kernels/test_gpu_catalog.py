@@ -39,7 +39,7 @@ def quantized(bits=4, codes=INT8, tile=(1, 128), has_zero_points=False):
         (quantized(), FP8, "w4a8_fp8"),
         (quantized(8, FP8, CHANNEL), BF16, "w8a16"),
         (quantized(8, INT8, (1, 64)), BF16, "w8a16"),
-        (quantized(8, FP8, BLOCK), FP8, "w8a8_fp8"),
+        (quantized(8, FP8, BLOCK), FP8, "w8a8_fp8_block"),
         (quantized(8, INT8, TENSOR), INT8, "w8a8_int8"),
         (quantized(16, BF16, TENSOR), BF16, "dense16"),
     ],
