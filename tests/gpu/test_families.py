@@ -18,7 +18,7 @@ pytestmark = [
 ROWS = (1, 17, 33, 257)
 N, K = 1000, 640
 FORMATS = [
-    (entry, codes, tile, with_zero)
+    pytest.param(entry, codes, tile, with_zero, id=f"{entry.name}-{codes}-{tile}{'-zero' * with_zero}")
     for entry in GPU_FAMILIES
     for codes in entry.codes
     for tile in entry.tiles
