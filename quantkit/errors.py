@@ -58,3 +58,7 @@ class EvaluationError(QuantkitError):
 
 class GenerationError(QuantkitError):
     """A prompt that the model cannot take, or sampling settings that make no sense."""
+
+
+class BenchError(QuantkitError):
+    """A benchmark that cannot be run as asked, or a dispatch table that it cannot update."""

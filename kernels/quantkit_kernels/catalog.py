@@ -1,17 +1,23 @@
-"""Which kernel multiplies which weight: two tables, read from the top, first match wins.
+"""Which kernel multiplies which weight, by tables.
 
-The choice is made once, when a layer is built; a layer may hold one kernel for few rows (decode) and one for
-many (prefill).
+On a CPU: two tables, read from the top, first match wins. The choice is made once, when a layer is built; a layer may
+hold one kernel for few rows (decode) and one for many (prefill).
+
+On a GPU: one table of families. A family takes weights of some formats, on devices from some compute capability on, at
+any number of rows; `dispatch` says by which of its routes.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels import dequantize, int4pack, int8_int8, int8pack
+from quantkit_kernels.family import Family
 from quantkit_kernels.weight import LinearWeight
 
 
@@ -52,3 +58,185 @@ def choose_float(weight: LinearWeight, dtype: torch.dtype) -> tuple[Kernel, ...]
 def choose_int8(weight: LinearWeight, dtype: torch.dtype) -> Kernel | None:
     """The kernel that takes int8 codes as input, or None where there is none for this weight."""
     return next((kernel for kernel in INT8_INPUT if kernel.supports(weight, dtype)), None)
+
+
+Tile = tuple[int | None, int | None]  # rows and columns that share a scale; None: all of them
+GROUPS: tuple[Tile, ...] = ((1, 128), (1, 64), (1, 32))
+CHANNEL: Tile = (1, None)
+TENSOR: Tile = (None, None)
+BLOCK: Tile = (128, 128)
+FLOATS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFamily:
+    """The weights and inputs of a family, which is `attribute` of `module`; every route takes all of them.
+
+    Routes are called run(x, operand); where x is codes with x_scale, float32 [M, 1], or [M, ceil(K / 128)] for weights
+    in blocks, and with out_dtype. Of each field the first value is what is measured.
+    """
+
+    name: str
+    module: str
+    attribute: str = "FAMILY"
+    bits: int
+    codes: tuple[torch.dtype, ...]
+    tiles: tuple[Tile, ...]
+    inputs: tuple[torch.dtype, ...]
+    has_zero_points: bool = False
+
+    def load(self) -> Family:
+        """Its routes; imports the kernels."""
+        family = getattr(importlib.import_module(f"quantkit_kernels.{self.module}"), self.attribute)
+        assert isinstance(family, Family), f"{self.module}.{self.attribute} is no family"
+        return family
+
+
+GPU_FAMILIES = (
+    GpuFamily(
+        name="w4a16",
+        module="w4a16",
+        bits=4,
+        codes=(torch.int8,),
+        tiles=(*GROUPS, CHANNEL, TENSOR),
+        inputs=FLOATS,
+        has_zero_points=True,
+    ),
+    GpuFamily(
+        name="w8a16",
+        module="w8a16",
+        bits=8,
+        codes=(torch.float8_e4m3fn, torch.int8),
+        tiles=(CHANNEL, TENSOR, *GROUPS, BLOCK),
+        inputs=FLOATS,
+        has_zero_points=True,
+    ),
+    GpuFamily(
+        name="w8a8_fp8",
+        module="w8a8_fp8",
+        bits=8,
+        codes=(torch.float8_e4m3fn,),
+        tiles=(CHANNEL, TENSOR),
+        inputs=(torch.float8_e4m3fn,),
+    ),
+    GpuFamily(
+        name="w8a8_fp8_block",
+        module="w8a8_fp8",
+        attribute="BLOCK_FAMILY",
+        bits=8,
+        codes=(torch.float8_e4m3fn,),
+        tiles=(BLOCK,),
+        inputs=(torch.float8_e4m3fn,),
+    ),
+    GpuFamily(
+        name="w8a8_int8",
+        module="w8a8_int8",
+        bits=8,
+        codes=(torch.int8,),
+        tiles=(CHANNEL, TENSOR),
+        inputs=(torch.int8,),
+    ),
+    GpuFamily(
+        name="w4a8_fp8",
+        module="w4a8",
+        attribute="FP8_INPUT",
+        bits=4,
+        codes=(torch.int8,),
+        tiles=(*GROUPS, CHANNEL, TENSOR),
+        inputs=(torch.float8_e4m3fn,),
+    ),
+    GpuFamily(
+        name="w4a8_int8",
+        module="w4a8",
+        attribute="INT8_INPUT",
+        bits=4,
+        codes=(torch.int8,),
+        tiles=(*GROUPS, CHANNEL, TENSOR),
+        inputs=(torch.int8,),
+    ),
+    GpuFamily(name="dense16", module="dense16", bits=16, codes=FLOATS, tiles=(TENSOR,), inputs=FLOATS),
+)
+
+
+class WeightFormat(NamedTuple):
+    """What of a weight decides which family takes it."""
+
+    bits: int
+    codes: torch.dtype
+    tile: Tile
+    has_zero_points: bool
+
+
+class UnsupportedError(LookupError):
+    """No family takes a weight with an input on a device. nearest: the family that comes closest, or None."""
+
+    def __init__(self, reason: str, nearest: str | None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.nearest = nearest
+
+
+def format_of(weight: LinearWeight) -> WeightFormat:
+    """Of a quantized weight. Several rows that share one scale are as good as one scale for all."""
+    rows, cols = weight.tile
+    is_whole = cols >= weight.codes_NK.shape[1]
+    tile = (rows, cols) if not is_whole else CHANNEL if rows == 1 else TENSOR
+    return WeightFormat(weight.bits, weight.codes_NK.dtype, tile, weight.zero_point_RG is not None)
+
+
+@functools.cache
+def gpu_families() -> dict[str, Family]:
+    """Every family by its name; imports their kernels."""
+    return {entry.name: entry.load() for entry in GPU_FAMILIES}
+
+
+def find_gpu(
+    weight: WeightFormat, input_dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[GpuFamily, Family]:
+    """The family for a weight and the dtype of x (or of its codes) on devices of this capability.
+
+    Raises UnsupportedError, which says what the nearest family takes instead.
+    """
+    differences = {entry: _differences(entry, weight, input_dtype) for entry in GPU_FAMILIES}
+    nearest = min(differences, key=lambda entry: sum(distance for distance, _ in differences[entry]))
+    if differences[nearest]:
+        words = "; ".join(text for _, text in differences[nearest])
+        raise UnsupportedError(f"{nearest.name} takes {words}", nearest.name)
+    family = nearest.load()
+    if not family.usable(1, capability):
+        least = min(route.min_capability for route in family.routes)
+        raise UnsupportedError(
+            f"{nearest.name} takes devices of compute capability {least[0]}.{least[1]}", None
+        )
+    return nearest, family
+
+
+def _differences(entry: GpuFamily, weight: WeightFormat, input_dtype: torch.dtype) -> list[tuple[int, str]]:
+    """What a family takes that this is not: how far that is away, and words."""
+    checks = (
+        (8, weight.bits == entry.bits, f"weights of {entry.bits} bits, not {weight.bits}"),
+        (4, weight.codes in entry.codes, f"codes in {_names(entry.codes)}, not {_name(weight.codes)}"),
+        (2, input_dtype in entry.inputs, f"inputs in {_names(entry.inputs)}, not {_name(input_dtype)}"),
+        (1, weight.tile in entry.tiles, f"scales per {_tiles(entry.tiles)}, not {_tile(weight.tile)}"),
+        (1, entry.has_zero_points or not weight.has_zero_points, "no zero points"),
+    )
+    return [(distance, text) for distance, is_same, text in checks if not is_same]
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(map(_name, dtypes))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tiles(tiles: tuple[Tile, ...]) -> str:
+    return ", ".join(map(_tile, tiles))
+
+
+def _tile(tile: Tile) -> str:
+    rows, cols = tile
+    if cols is None:
+        return "channel" if rows == 1 else "tensor"
+    return f"group of {cols}" if rows == 1 else f"block of {rows} x {cols}"

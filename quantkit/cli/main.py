@@ -10,6 +10,7 @@ from typing import cast
 
 import typer
 
+from quantkit.cli.bench import bench
 from quantkit.cli.eval import eval_models
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
@@ -56,6 +57,7 @@ app.command("verify")(verify)
 app.command("eval")(eval_models)
 app.command("generate")(generate)
 app.command("recipes")(recipes)
+app.add_typer(bench)
 
 
 def main() -> None:
