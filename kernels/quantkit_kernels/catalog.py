@@ -95,7 +95,8 @@ class GpuFamily:
 GPU_FAMILIES = (
     GpuFamily(
         name="w4a16",
-        module="w4a16",
+        module="weight_only",
+        attribute="W4A16",
         bits=4,
         codes=(torch.int8,),
         tiles=(*GROUPS, CHANNEL, TENSOR),
@@ -104,7 +105,8 @@ GPU_FAMILIES = (
     ),
     GpuFamily(
         name="w8a16",
-        module="w8a16",
+        module="weight_only",
+        attribute="W8A16",
         bits=8,
         codes=(torch.float8_e4m3fn, torch.int8),
         tiles=(CHANNEL, TENSOR, *GROUPS, BLOCK),
@@ -154,7 +156,15 @@ GPU_FAMILIES = (
         tiles=(*GROUPS, CHANNEL, TENSOR),
         inputs=(torch.int8,),
     ),
-    GpuFamily(name="dense16", module="dense16", bits=16, codes=FLOATS, tiles=(TENSOR,), inputs=FLOATS),
+    GpuFamily(
+        name="dense16",
+        module="weight_only",
+        attribute="DENSE16",
+        bits=16,
+        codes=FLOATS,
+        tiles=(TENSOR,),
+        inputs=FLOATS,
+    ),
 )
 
 

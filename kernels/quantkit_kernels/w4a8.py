@@ -4,9 +4,9 @@
 
 r is the sum of the dequantized row. The weight is a `StripWeight`, INT4 in fragment order, whatever the number of rows.
 
-    route         rows
-    skinny        to 16
-    w4a8_kernel   from there: 8-bit codes made in registers
+    route    rows, as `dispatch` has measured
+    skinny   the fewest
+    tile     from there: 8-bit codes made in registers (`w4a8_kernel`)
 
 Bound: half a byte per weight up to about 120 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features, G groups.
@@ -15,11 +15,12 @@ Shape suffixes: M rows, N out_features, K in_features, G groups.
 import torch
 from torch import Tensor
 
+from quantkit_kernels.dispatch import choose
+from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
-from quantkit_kernels.skinny import skinny
-from quantkit_kernels.strip_weight import StripWeight
-from quantkit_kernels.w8a8_fp8 import takes_skinny
+from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
+from quantkit_kernels.strip_weight import StripWeight, prepare
 
 
 def multiply(
@@ -102,25 +103,66 @@ def w4a8(
     or 0 for a scale per row. bias_N: any float dtype.
     """
     check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
-    if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
-        shape_NK = (num_outputs, codes_MK.shape[1])
-        return skinny(
-            codes_MK,
-            StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, shape_NK, 4, group),
-            out_dtype=out_dtype,
-            x_scale=x_scale.contiguous(),
-            x_zero_point=None if x_zero_point is None else x_zero_point.float(),
-            bias_N=None if bias_N is None else bias_N.to(out_dtype),
-            dependent=True,
-        )
+    num_rows, num_cols = codes_MK.shape
+    if num_rows == 0:
+        return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
+    family = INT8_INPUT if codes_MK.dtype == torch.int8 else FP8_INPUT
+    route = choose(family, num_rows, num_outputs, num_cols, codes_MK.device)
+    run = _tile if route.run is _skinny and out_dtype == torch.float32 else route.run
+    weight = StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, (num_outputs, num_cols), 4, group)
+    return run(codes_MK, weight, x_scale=x_scale, zero_point=x_zero_point, bias_N=bias_N, out_dtype=out_dtype)
+
+
+def _skinny(
+    codes_MK: Tensor,
+    weight: StripWeight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    return skinny(
+        codes_MK,
+        weight,
+        out_dtype=out_dtype,
+        x_scale=x_scale.contiguous(),
+        x_zero_point=None if zero_point is None else zero_point.float(),
+        bias_N=None if bias_N is None else bias_N.to(out_dtype),
+        dependent=True,
+    )
+
+
+def _tile(
+    codes_MK: Tensor,
+    weight: StripWeight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    bias_N: Tensor | None = None,
+) -> Tensor:
     from quantkit_kernels import w4a8_kernel
 
-    y_MN = codes_MK.new_empty(len(codes_MK), num_outputs, dtype=out_dtype)
-    if len(codes_MK) > 0:
-        w4a8_kernel.launch(
-            codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, group, y_MN
-        )
+    assert weight.scale is not None, "a weight of 4 bits has scales"
+    y_MN = codes_MK.new_empty(len(codes_MK), weight.shape[0], dtype=out_dtype)
+    w4a8_kernel.launch(
+        codes_MK, x_scale, zero_point, weight.stored, weight.scale, weight.zero_point, weight.row_sum, bias_N,
+        weight.group_size, y_MN,
+    )  # fmt: skip
     return y_MN
+
+
+ROUTES = (
+    Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
+    Route(name="tile", run=_tile),
+)
+INT8_INPUT = Family(
+    name="w4a8_int8", routes=ROUTES, prepare=prepare, weight_bytes=0.5, input_dtype=torch.int8
+)
+FP8_INPUT = Family(
+    name="w4a8_fp8", routes=ROUTES, prepare=prepare, weight_bytes=0.5, input_dtype=torch.float8_e4m3fn
+)
 
 
 def _by_column(values: Tensor, num_rows: int, num_cols: int, group: int) -> Tensor:

@@ -6,10 +6,10 @@
 Codes stay row-major, [N, K] as on disk, columns and rows padded with zeros to a multiple of 16 (what cuBLAS and tensor
 maps ask for). A scale for the whole weight is repeated for its rows; one for all tokens may be one number.
 
-    route       rows
-    skinny      to SKINNY_ROWS, scales per row
-    byte_tile   to SCALED_MM_ROWS, and where the others have no kernel
-    scaled_mm   from there: `torch._scaled_mm`, scales per row of both, or per 128 columns and per 128 × 128
+    route       rows, as `dispatch` has measured
+    skinny      the fewest, scales per row
+    tile        tens, and where the others have no kernel
+    scaled_mm   more: `torch._scaled_mm`, scales per row of both, or per 128 columns and per 128 × 128
 
 Bound: a byte per weight up to about 240 rows, then 1440 TFLOP/s of an H100.
 Shape suffixes: M rows, N out_features, K in_features.
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit_kernels.capability import converts_float8, starts_early
+from quantkit_kernels.capability import converts_float8
+from quantkit_kernels.dispatch import choose
+from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
-from quantkit_kernels.skinny import skinny
+from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
 ALIGNED = 16
-SKINNY_ROWS, SCALED_MM_ROWS = 16, 64
 
 
 class Fp8Weight(NamedTuple):
@@ -138,24 +139,77 @@ def w8a8_fp8(
     _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
     if not converts_float8(codes_MK.device):  # nor multiplies it
         return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
-    num_rows, in_blocks = len(codes_MK), w_scale.ndim == 2
-    if takes_skinny(num_rows, out_dtype, codes_MK.device) and not in_blocks:
-        return few_rows(codes_MK, x_scale, None, w_codes_NK, w_scale[:num_outputs], None, bias_N, out_dtype)
-    codes_MK = aligned(codes_MK)
-    if num_rows > SCALED_MM_ROWS and (not in_blocks or _has_cublas_blocks(w_codes_NK, codes_MK.device)):
-        return _scaled_mm(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+    num_rows, num_cols = codes_MK.shape
+    if num_rows == 0:
+        return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
+    family = FAMILY if w_scale.ndim == 1 else BLOCK_FAMILY
+    route = choose(family, num_rows, num_outputs, num_cols, codes_MK.device)
+    run = _tile if route.run is _skinny and out_dtype == torch.float32 else route.run
+    weight = Fp8Weight(w_codes_NK, w_scale, (num_outputs, num_cols))
+    return run(codes_MK, weight, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype)
+
+
+def _skinny(
+    codes_MK: Tensor,
+    weight: Fp8Weight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    scale_N = weight.scale[: weight.shape[0]]
+    return few_rows(codes_MK, x_scale, None, weight.codes_NK, scale_N, None, bias_N, out_dtype)
+
+
+def _tile(
+    codes_MK: Tensor,
+    weight: Fp8Weight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    bias_N: Tensor | None = None,
+) -> Tensor:
     from quantkit_kernels import byte_tile_kernel
 
-    y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
-    byte_tile_kernel.multiply(codes_MK, x_scale, w_codes_NK, w_scale, y_MN, bias_N=bias_N)
+    y_MN = torch.empty(len(codes_MK), weight.shape[0], dtype=out_dtype, device=codes_MK.device)
+    byte_tile_kernel.multiply(aligned(codes_MK), x_scale, weight.codes_NK, weight.scale, y_MN, bias_N=bias_N)
     return y_MN
 
 
-def takes_skinny(num_rows: int, out_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `skinny` multiplies so few rows."""
-    return (
-        0 < num_rows <= SKINNY_ROWS and out_dtype in (torch.bfloat16, torch.float16) and starts_early(device)
-    )
+def _scaled(
+    codes_MK: Tensor,
+    weight: Fp8Weight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    if weight.in_blocks and not _has_cublas_blocks(weight.codes_NK, codes_MK.device):
+        return _tile(codes_MK, weight, x_scale=x_scale, out_dtype=out_dtype, bias_N=bias_N)
+    codes_MK = aligned(codes_MK)
+    return _scaled_mm(codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype)
+
+
+TILE = Route(name="tile", run=_tile, min_capability=(8, 9))
+SCALED_MM = Route(name="scaled_mm", run=_scaled, min_capability=(8, 9))
+FAMILY = Family(
+    name="w8a8_fp8",
+    routes=(
+        Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
+        TILE,
+        SCALED_MM,
+    ),
+    prepare=prepare,
+    weight_bytes=1,
+    input_dtype=torch.float8_e4m3fn,
+)
+BLOCK_FAMILY = Family(
+    name="w8a8_fp8_block",
+    routes=(TILE, SCALED_MM),
+    prepare=prepare,
+    weight_bytes=1,
+    input_dtype=torch.float8_e4m3fn,
+)
 
 
 def few_rows(

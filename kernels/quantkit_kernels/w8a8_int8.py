@@ -3,8 +3,8 @@
     y[m, n] = (Σ_k x[m, k] · w[n, k]  −  z_x[m] · Σ_k w[n, k]) · s_w[n] · s_x[m] + bias[n]
 
 Scale and zero point of x: one for each token, or one for all. Codes stay row-major, [N, K] as on disk, columns padded
-with zeros to a multiple of 16; the sums of rows are made once. `skinny` takes the fewest rows, `byte_tile` all others:
-there the sum stays in registers, where `torch._int_mm` would write it out and read it again.
+with zeros to a multiple of 16; the sums of rows are made once. `skinny` takes the fewest rows, `tile` all others: there
+the sum stays in registers, where `torch._int_mm` would write it out and read it again.
 
 |Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16.
 Bound: a byte per weight up to about 240 rows, then multiplications.
@@ -16,8 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit_kernels.dispatch import choose
+from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
-from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, few_rows, takes_skinny
+from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
+from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, few_rows
 from quantkit_kernels.weight import LinearWeight
 
 MAX_COLS = 1 << 16
@@ -120,17 +123,57 @@ def w8a8_int8(
     w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype.
     """
     _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
-    if takes_skinny(len(codes_MK), out_dtype, codes_MK.device):
-        return few_rows(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, w_row_sum_N, bias_N, out_dtype)
+    num_rows, num_cols = codes_MK.shape
+    if num_rows == 0:
+        return codes_MK.new_empty(0, len(w_scale_N), dtype=out_dtype)
+    route = choose(FAMILY, num_rows, len(w_scale_N), num_cols, codes_MK.device)
+    run = _tile if route.run is _skinny and out_dtype == torch.float32 else route.run
+    weight = Int8Weight(w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N)
+    return run(codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype)
+
+
+def _skinny(
+    codes_MK: Tensor,
+    weight: Int8Weight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    codes_NK, scale_N, _, row_sum_N = weight
+    return few_rows(codes_MK, x_scale, zero_point, codes_NK, scale_N, row_sum_N, bias_N, out_dtype)
+
+
+def _tile(
+    codes_MK: Tensor,
+    weight: Int8Weight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    bias_N: Tensor | None = None,
+) -> Tensor:
     from quantkit_kernels import byte_tile_kernel
 
-    codes_MK = aligned(codes_MK)
-    y_MN = torch.empty(len(codes_MK), len(w_scale_N), dtype=out_dtype, device=codes_MK.device)
+    y_MN = torch.empty(len(codes_MK), len(weight.scale_N), dtype=out_dtype, device=codes_MK.device)
     byte_tile_kernel.multiply(
-        codes_MK, x_scale, w_codes_NK, w_scale_N, y_MN,
-        bias_N=bias_N, zero_point=zero_point, code_sum_N=w_code_sum_N,
+        aligned(codes_MK), x_scale, weight.codes_NK, weight.scale_N, y_MN,
+        bias_N=bias_N, zero_point=zero_point, code_sum_N=weight.code_sum_N,
     )  # fmt: skip
     return y_MN
+
+
+FAMILY = Family(
+    name="w8a8_int8",
+    routes=(
+        Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
+        Route(name="tile", run=_tile),
+    ),
+    prepare=prepare,
+    weight_bytes=1,
+    input_dtype=torch.int8,
+)
 
 
 def _check(

@@ -1,0 +1,124 @@
+"""y = x · wᵀ (+ bias) with x in 16 bits and w in INT4, INT8, FP8 or 16 bits: W4A16, W8A16, and no quantization at all.
+
+    M ≤ 32              skinny    weights streamed once, bound by their bytes               compute capability ≥ 9.0
+    tens to hundreds    tile      4- and 8-bit weights on wgmma, from registers             9.0
+    the rest            sliced    a slice of w in 16 bits, small enough for the L2, cuBLAS  any
+
+All read one `StripWeight`. On a CPU the weight is made dense: that is the definition of the operator, not how a CPU
+serves (the catalog has kernels for that).
+
+Shape suffixes: M rows, N out_features, K in_features.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkit_kernels.dispatch import choose
+from quantkit_kernels.family import Family, Route
+from quantkit_kernels.operators import operator
+from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
+from quantkit_kernels.sliced import sliced
+from quantkit_kernels.strip_weight import StripWeight, dense, prepare, prepare_dense
+from quantkit_kernels.tile import CAPABILITY, tile
+
+
+def cublas(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -> Tensor:
+    """The product with a 16-bit weight as torch has it."""
+    return linear(x_MK, weight.stored[:, : weight.shape[1]], bias_N)
+
+
+SKINNY = Route(
+    name="skinny", run=partial(skinny, dependent=True), max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY
+)
+TILE = Route(
+    name="tile", run=partial(tile, dependent=True), min_capability=CAPABILITY, max_capability=CAPABILITY
+)
+SLICED = Route(name="sliced", run=sliced)
+W4A16 = Family(name="w4a16", routes=(SKINNY, TILE, SLICED), prepare=prepare, weight_bytes=0.5)
+W8A16 = Family(name="w8a16", routes=(SKINNY, TILE, SLICED), prepare=prepare, weight_bytes=1)
+DENSE16 = Family(
+    name="dense16", routes=(SKINNY, Route(name="cublas", run=cublas)), prepare=prepare_dense, weight_bytes=2
+)
+OF_BITS = {4: W4A16, 8: W8A16, 16: DENSE16}
+
+
+def multiply(
+    x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
+    """`weight_only` with a prepared weight."""
+    stored, scale, zero_point, _, (num_outputs, _), bits, group_size = weight
+    return weight_only(
+        x_MK, stored, scale, zero_point, bias_N, num_outputs, bits, group_size, batch_invariant
+    )
+
+
+def _cpu(
+    x_MK: Tensor,
+    stored: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    bits: int,
+    group_size: int,
+    batch_invariant: bool,
+) -> Tensor:
+    _check(x_MK, stored, bias_N, num_outputs, bits)
+    shape = (num_outputs, x_MK.shape[1])
+    weight = StripWeight(stored, scale, zero_point, None, shape, bits, group_size)
+    return linear(x_MK, dense(weight, x_MK.dtype), bias_N)
+
+
+def _fake(
+    x_MK: Tensor,
+    stored: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    *_: object,
+) -> Tensor:
+    return x_MK.new_empty(x_MK.shape[0], num_outputs)
+
+
+@operator("weight_only", cpu=_cpu, fake=_fake)
+def weight_only(
+    x_MK: Tensor,
+    stored: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias_N: Tensor | None,
+    num_outputs: int,
+    bits: int,
+    group_size: int,
+    batch_invariant: bool,
+) -> Tensor:
+    """x · wᵀ (+ bias), [M, N] in the dtype of x: bf16 or fp16 (on a CPU also fp32).
+
+    stored … group_size: of a `StripWeight`. bias_N: in the dtype of x. batch_invariant: a row's result does not depend
+    on how many others there are.
+    """
+    _check(x_MK, stored, bias_N, num_outputs, bits)
+    num_rows, num_cols = x_MK.shape
+    if num_rows == 0:
+        return x_MK.new_empty(0, num_outputs)
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    weight = StripWeight(stored, scale, zero_point, None, (num_outputs, num_cols), bits, group_size)
+    route = choose(
+        OF_BITS[bits], num_rows, num_outputs, num_cols, x_MK.device, batch_invariant=batch_invariant
+    )
+    return route.run(x_MK, weight, bias_N=bias_N)
+
+
+def _check(x_MK: Tensor, stored: Tensor, bias_N: Tensor | None, num_outputs: int, bits: int) -> None:
+    assert x_MK.ndim == 2, f"x of shape {tuple(x_MK.shape)}"
+    assert bits in OF_BITS, f"weights of {bits} bits"
+    assert x_MK.dtype in (torch.bfloat16, torch.float16, torch.float32), f"x in {x_MK.dtype}"
+    assert bits < 16 or stored.dtype == x_MK.dtype, f"x in {x_MK.dtype}, weights in {stored.dtype}"
+    assert bias_N is None or bias_N.shape == (num_outputs,), "one bias for each output"
+    assert bias_N is None or bias_N.dtype == x_MK.dtype, f"bias in {bias_N.dtype}, x in {x_MK.dtype}"
+    assert stored.device == x_MK.device, f"x on {x_MK.device}, weights on {stored.device}"
