@@ -265,6 +265,7 @@ def test_operators_have_honest_fakes():
     torch.library.opcheck(
         w8a8_fp8.w8a8_fp8, args, test_utils=checks[1:]
     )  # the others have no arithmetic in FP8
+    codes, scale, _, _, _ = random_x(20, 128, "int8")
     operand = strip_weight.prepare(random_weight(64, 128, "int4")[0])
     args = (codes, scale, None, operand.stored, operand.scale, None, None, None, 64, 0, BF16)
     torch.library.opcheck(w4a8.w4a8, args, test_utils=checks)

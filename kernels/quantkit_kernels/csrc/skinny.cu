@@ -56,6 +56,7 @@ constexpr int UNROLL = __CUDA_ARCH__ == 900 || TILES * STRIPS < 4 ? 2 : 1;
 constexpr int SUM_PITCH = 10;  // floats of a row of 8 sums
 constexpr int SUM_FLOATS = TILES * 16 * SUM_PITCH;  // of a warp and a strip
 constexpr int BUFFERS = STRIPS * TILES > 2 ? 1 : 2;  // of sums
+static_assert(!ZERO || W_BITS == 4 || (W_BITS == 8 && !IS_INTEGER), "zero points of what");
 static_assert(BLOCKS % 2 == 0, "a warp takes pairs of blocks: 128 columns, the largest group");
 
 #if X_KIND == INT
@@ -212,18 +213,30 @@ inline Half to_half(const Raw& raw) {
 
 // ---- one half block: 32 columns of the strip ----
 
-// zero: of rows g and g + 8, in the form that `multiply_half` subtracts
+// Zero points of rows g and g + 8, in the form that `multiply_half` subtracts.
 struct Zeros {
   u32 low, high;
 };
 
+// An integer of up to eight bits and a sign, exact, twice.
+inline u32 pair_of_integer(int value) {
+  u32 d;
+  float f = static_cast<float>(value);
+  if constexpr (IS_BF16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(d) : "f"(f));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(d) : "f"(f));
+  return d;
+}
+
 inline Zeros zeros_at(const u8* zeros, int group, int g) {
-  if constexpr (!IS_PACKED) return {};
-  int low = 8, high = 8;
+  int low = 0, high = 0;
   if constexpr (ZERO) {
-    low += static_cast<signed char>(zeros[group * 16 + g]);
-    high += static_cast<signed char>(zeros[group * 16 + g + 8]);
+    low = static_cast<signed char>(zeros[group * 16 + g]);
+    high = static_cast<signed char>(zeros[group * 16 + g + 8]);
   }
+  if constexpr (!IS_PACKED) return ZERO ? Zeros{pair_of_integer(low), pair_of_integer(high)} : Zeros{};
+  low += 8, high += 8;
   if constexpr (IS_INTEGER) return {low * 0x01010101u, high * 0x01010101u};
   constexpr u32 magic = IS_BF16 ? 0x43004300 : 0x64006400;
   return {magic + low * 0x00010001u, magic + high * 0x00010001u};
@@ -252,6 +265,9 @@ inline void multiply_half(Sum (&sums)[TILES][4], const u32 (&low)[W_BITS / 2], c
       } else if constexpr (W_BITS == 8) {
         a[0] = pair_of_8(low[i], 0), a[1] = pair_of_8(high[i], 0);
         a[2] = pair_of_8(low[i], 2), a[3] = pair_of_8(high[i], 2);
+        if constexpr (ZERO)  // at most 255 apart: exact
+#pragma unroll
+          for (int r = 0; r < 4; r++) a[r] = sub2(a[r], r % 2 ? zero.high : zero.low);
       } else {
         a[0] = low[2 * i], a[1] = high[2 * i], a[2] = low[2 * i + 1], a[3] = high[2 * i + 1];
       }
