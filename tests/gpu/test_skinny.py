@@ -105,7 +105,7 @@ def test_8_bit_weights(n, k, group, rows, kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [0, 32, 128])
 def test_int8_weights_with_zero_points(group, dtype):
-    weight, w = random_weight(100, 576, kind="int8", group=group, scale_dtype=torch.float32)
+    weight, _ = random_weight(100, 576, kind="int8", group=group, scale_dtype=torch.float32)
     zero = torch.randint(-128, 128, weight.scale_RG.shape, generator=generator(7), dtype=torch.int8).cuda()
     weight = weight._replace(zero_point_RG=zero)
     x = random_x(5, 576, dtype)
