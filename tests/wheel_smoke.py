@@ -35,7 +35,8 @@ def main() -> None:
             f"the installed copy is not the one imported: {location}"
         )
         assert "int4-all" in run(quantkit, "recipes", cwd=folder), "the wheel does not find its recipes"
-        run(python, "-c", "import quantkit_kernels", cwd=folder)
+        tables = "import quantkit_kernels.dispatch as d; print(*d.SHIPPED.glob('*.json'))"
+        assert run(python, "-c", tables, cwd=folder).strip(), "the wheel has no table of routes"
         run(quantkit, "--help", cwd=folder)
         started = time.perf_counter()
         run(quantkit, "--help", cwd=folder)

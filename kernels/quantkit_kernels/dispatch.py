@@ -5,10 +5,6 @@
     shape        of the weights in the table the nearest: least |log2 N/N'| + |log2 K/K'|
     rows         the first step that takes so many; a route that the device lacks leaves its rows to the next
 
-A table keyed on rows makes a token's result depend on how many others are in its batch. batch_invariant takes one route
-for every number of rows: the first in the family that takes any. Slower for few rows; and the route itself has to sum
-in an order that rows do not change.
-
 Nothing is measured here, and nothing waits for the device. After the first call for a weight's shape a choice is a look
 into a dict and a bisection.
 """
@@ -51,20 +47,16 @@ class Ladder(NamedTuple):
         return self.routes[bisect_left(self.limits, num_rows)]
 
 
-_ladders: dict[tuple[str, int, int, int, bool], Ladder] = {}  # for the process, by `choose`
+_ladders: dict[tuple[str, int, int, int], Ladder] = {}  # for the process, by `choose`
 
 
-def choose(
-    family: Family, num_rows: int, n: int, k: int, device: torch.device, *, batch_invariant: bool = False
-) -> Route:
+def choose(family: Family, num_rows: int, n: int, k: int, device: torch.device) -> Route:
     """The route for x [num_rows, k] and a weight [n, k] on a CUDA device."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (family.name, n, k, index, batch_invariant)
+    key = (family.name, n, k, index)
     ladder = _ladders.get(key)
     if ladder is None:
-        facts = device_of(index)
-        ladder = one_route(family, facts) if batch_invariant else ladder_of(family, n, k, facts, tables())
-        _ladders[key] = ladder
+        ladder = _ladders[key] = ladder_of(family, n, k, device_of(index), tables())
     return ladder.at(num_rows)
 
 
@@ -95,12 +87,6 @@ def ladder_of(family: Family, n: int, k: int, device: Device, tables: Iterable[T
         return _ladder(_by_rule(family, device), family, device, "rule")
     shapes = table.families[family.name]
     return _ladder(shapes[nearest_shape((n, k), shapes)], family, device, table.device)
-
-
-def one_route(family: Family, device: Device) -> Ladder:
-    """Of the routes that take any number of rows, the first."""
-    route = next(route for route in family.usable(1, device.capability) if route.max_rows is None)
-    return Ladder((), (route,), "batch-invariant")
 
 
 def nearest_table(family: str, device: Device, tables: Iterable[Table]) -> Table | None:

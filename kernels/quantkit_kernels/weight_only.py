@@ -10,11 +10,12 @@ serves (the catalog has kernels for that).
 Shape suffixes: M rows, N out_features, K in_features.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
@@ -42,6 +43,7 @@ W8A16 = Family(name="w8a16", routes=(SKINNY, TILE, SLICED), prepare=prepare, wei
 DENSE16 = Family(
     name="dense16", routes=(SKINNY, Route(name="cublas", run=cublas)), prepare=prepare_dense, weight_bytes=2
 )
+FIXED_ROWS = 32  # of a product that no batch changes
 OF_BITS = {4: W4A16, 8: W8A16, 16: DENSE16}
 
 
@@ -108,10 +110,22 @@ def weight_only(
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
     weight = StripWeight(stored, scale, zero_point, None, (num_outputs, num_cols), bits, group_size)
-    route = choose(
-        OF_BITS[bits], num_rows, num_outputs, num_cols, x_MK.device, batch_invariant=batch_invariant
-    )
-    return route.run(x_MK, weight, bias_N=bias_N)
+    family, device = OF_BITS[bits], x_MK.device
+    if not batch_invariant:
+        return choose(family, num_rows, num_outputs, num_cols, device).run(x_MK, weight, bias_N=bias_N)
+    run = choose(family, FIXED_ROWS, num_outputs, num_cols, device).run
+    parts = [_in_fixed_rows(run, part_MK, weight, bias_N) for part_MK in torch.split(x_MK, FIXED_ROWS)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _in_fixed_rows(
+    run: Callable[..., Tensor], x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None
+) -> Tensor:
+    """The product of at most FIXED_ROWS rows, computed as one of that many."""
+    num_rows = len(x_MK)
+    if num_rows < FIXED_ROWS:
+        x_MK = pad(x_MK, (0, 0, 0, FIXED_ROWS - num_rows))
+    return run(x_MK, weight, bias_N=bias_N)[:num_rows]
 
 
 def _check(x_MK: Tensor, stored: Tensor, bias_N: Tensor | None, num_outputs: int, bits: int) -> None:

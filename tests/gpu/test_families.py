@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
 from quantkit.bench.contenders import random_input, random_weight
+from quantkit_kernels import weight_only
 from quantkit_kernels.catalog import BLOCK, GPU_FAMILIES
 from quantkit_kernels.dispatch import choose
 from tests.gpu.triton_device import poisoned  # noqa: F401
@@ -52,7 +53,6 @@ def test_routes(entry, codes, tile, with_zero):
     for num_rows in ROWS:
         routes = family.usable(num_rows, torch.cuda.get_device_capability(device))
         assert choose(family, num_rows, N, K, device) in routes
-        assert choose(family, num_rows, N, K, device, batch_invariant=True) in routes
         x, more = random_input(x_dtype, num_rows, K, device, in_blocks=tile == BLOCK)
         exact = x.double()
         if more:
@@ -65,3 +65,20 @@ def test_routes(entry, codes, tile, with_zero):
             bound = eps * expected.abs() + (eps / 2 + 2.0 ** (3 - sum_bits)) * magnitude
             worst = ((y.double() - expected).abs() / bound).max()
             assert worst <= 1, f"{route.name} of {num_rows} rows: {worst:.2f} of the bound"
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_row_by_itself_is_the_row_of_a_batch(bits):
+    """To the bit, with weights of every kind, where the mode asks for it."""
+    torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    family = weight_only.OF_BITS[bits]
+    if bits == 16:
+        operand = family.prepare(torch.randn(1000, 640, dtype=torch.bfloat16, device=device))
+    else:
+        operand = family.prepare(random_weight(bits, torch.int8, (1, 128), 1000, 640, device))
+    x = torch.randn(300, 640, dtype=torch.bfloat16, device=device)
+    together = weight_only.multiply(x, operand, batch_invariant=True)
+    for rows in (slice(0, 1), slice(7, 8), slice(40, 57), slice(299, 300), slice(0, 100)):
+        alone = weight_only.multiply(x[rows], operand, batch_invariant=True)
+        assert torch.equal(alone, together[rows])

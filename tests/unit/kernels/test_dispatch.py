@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantkit_kernels import dispatch
 from quantkit_kernels.catalog import GPU_FAMILIES, gpu_families
-from quantkit_kernels.dispatch import Device, ladder_of, nearest_shape, nearest_table, one_route
+from quantkit_kernels.dispatch import Device, ladder_of, nearest_shape, nearest_table
 from quantkit_kernels.dispatch_table import Table, TableError, read_table
 from tests.unit.kernels.families import DENSE, FAMILIES, FAMILY, SKINNY, TILE
 
@@ -92,11 +92,6 @@ def test_without_a_table_each_route_goes_as_far_as_it_can():
     assert ladder_of(FAMILY, 4096, 4096, Device("NVIDIA A100", (8, 0), 108), []).routes == (DENSE,)
 
 
-def test_batch_invariant_is_one_route():
-    assert one_route(FAMILY, H100).routes == (TILE,)
-    assert one_route(FAMILY, Device("NVIDIA A100", (8, 0), 108)).routes == (DENSE,)
-
-
 @given(
     limits=st.sets(st.integers(1, 300), max_size=5),
     names=st.lists(st.sampled_from(["tile", "dense"]), min_size=6, max_size=6),
@@ -137,7 +132,6 @@ def test_choose_reads_the_tables_once(one_device):
     assert dispatch.choose(FAMILY, 8, 4096, 4096, device) is SKINNY
     (one_device / "shipped" / "h100.json").write_text("")
     assert dispatch.choose(FAMILY, 9, 4096, 4096, device) is TILE
-    assert dispatch.choose(FAMILY, 8, 4096, 4096, device, batch_invariant=True) is TILE
 
 
 def test_a_table_of_this_machine_stands_in_for_the_one_shipped(one_device):
