@@ -8,7 +8,7 @@
     x [BM, BK]ᵀ ┘
 
 INT8 sums are exact in int32. The tensor core's own sum of FP8 products keeps 14 bits: every 128 columns it goes to
-float32. Work is shared out by `stream`.
+float32. Work is shared out by `stream_kernel`.
 
 Bound: a byte per weight up to about 240 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features.

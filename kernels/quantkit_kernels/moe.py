@@ -2,8 +2,7 @@
 
     y[p, n] = Σ_k x[row(p), k] · w[expert(p), n, k]     p: a pair of token and expert; row(p) = p / S, or p
 
-    program (tile, n): W [BN, BK] of the tile's expert · x [BM, BK]ᵀ, rows of x gathered by `slots`; a tile that nobody
-    needs has expert -1 and ends at once. Rows of y are those of pairs, wherever the tile was.
+Rows of y are those of pairs, wherever the tile was; `moe_routing` sorts them and adds them up again.
 
     weights                        activations          where the scale goes
     INT4 in fragment order         bf16, fp16           groups of 32, 64, 128: each group's sum; per row: the end
@@ -48,13 +47,10 @@ def prepare(weights: list[LinearWeight]) -> ExpertWeight:
     if weights[0].bits == 4:
         laid = [strip_weight.prepare(weight) for weight in weights]
         zero_points = [w.zero_point for w in laid if w.zero_point is not None]
-        stacked = (
-            torch.stack([w.stored for w in laid]),
-            torch.stack([w.scale for w in laid if w.scale is not None]),
-        )
-        return ExpertWeight(
-            *stacked, torch.stack(zero_points) if zero_points else None, laid[0].shape, laid[0].group_size
-        )
+        stored = torch.stack([w.stored for w in laid])
+        scale = torch.stack([w.scale for w in laid if w.scale is not None])
+        zero_point = torch.stack(zero_points) if zero_points else None
+        return ExpertWeight(stored, scale, zero_point, laid[0].shape, laid[0].group_size)
     rows = [w8a8_fp8.prepare(weight) for weight in weights]
     n, k = rows[0].shape
     group = BLOCK if rows[0].in_blocks else 0

@@ -181,7 +181,7 @@ def test_operators_have_honest_fakes():
     ids = random_ids(20, 2, 8)
     torch.library.opcheck(moe_routing.sort_by_expert, (ids, 8, 16), test_utils=checks)
     x, routed = torch.randn(20, 128, device="cuda").to(BF16), moe_routing.sort_by_expert(ids, 8, 16)
-    args = (x, None, weight.stored, weight.scale, None, *routed, 40, 64, 128, BF16)
+    args = (x, None, weight.stored, weight.scale, None, *routed, 40, 64, weight.group, BF16)
     torch.library.opcheck(moe.moe_linear, args, test_utils=checks)
     y, gates = torch.randn(40, 64, device="cuda"), torch.rand(20, 2, device="cuda")
     torch.library.opcheck(moe_routing.combine, (y, gates, BF16), test_utils=checks)

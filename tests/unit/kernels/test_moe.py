@@ -97,6 +97,27 @@ def test_experts_are_weighted_in_float32():
     assert torch.allclose(out.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_group_of_all_columns_is_a_scale_per_row():
+    weight, w = random_experts(32, 128, "int4", group=128)
+    assert weight.group == 0
+    check_products(weight, w, torch.randn(9, 128, generator=generator(3)).half())
+    ids = random_ids(9, 2)
+    routed = moe_routing.sort_by_expert(ids, NUM_EXPERTS, 16)
+    args = (
+        torch.randn(9, 128).half(),
+        None,
+        weight.stored,
+        weight.scale,
+        None,
+        *routed,
+        18,
+        32,
+        weight.group,
+        torch.half,
+    )
+    torch.library.opcheck(moe.moe_linear, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_what_is_wrong_is_named():
     weight, _ = random_experts(32, 64, "int4", group=32)
     routed = moe_routing.sort_by_expert(random_ids(3, 2), NUM_EXPERTS, 16)

@@ -70,6 +70,15 @@ def test_int8_is_its_definition(dtype, is_static):
     assert_close(y, (codes.double() - zero.double()) * scale.double(), w)
 
 
+def test_int8_sums_are_exact_with_and_without_vnni(monkeypatch):
+    codes = torch.full((3, 3000), 127, dtype=torch.int8)
+    weight = LinearWeight(torch.full((4, 3000), -128, dtype=torch.int8), torch.ones(4, 1), None, (1, 3000), 8)
+    for has_vnni in {torch.cpu._is_vnni_supported(), False}:
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has_vnni=has_vnni: has_vnni)
+        y = w8a8_int8.multiply(codes, torch.ones(1), None, w8a8_int8.prepare(weight), None, torch.float32)
+        assert torch.equal(y, torch.full((3, 4), -127.0 * 128 * 3000))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_static", [False, True])
 def test_fp8_is_its_definition(dtype, is_static):
