@@ -165,6 +165,7 @@ def multiply(
     kind = torch.int32 if codes_MK.dtype == torch.int8 else torch.float32
     size = 2 * programs * shape.rows_w * shape.rows_x if is_cut else 1
     partial = torch.empty(size, dtype=kind, device=codes_MK.device)
+    tickets = tickets_of(codes_MK.device) if is_cut else partial.view(torch.int32)
     x, w = codes_MK, w_codes_NK
     if shape.maps:
         x = TensorDescriptor(codes_MK, codes_MK.shape, codes_MK.stride(), [shape.rows_x, shape.cols])
@@ -176,7 +177,7 @@ def multiply(
         (programs, 1),
         (
             y_MN, x, w, w_codes_NK, x_scale, zero_point, w_scale, code_sum_N, bias_N, partial,
-            tickets_of(codes_MK.device), num_rows, num_outputs, num_cols, codes_MK.stride(0), w_codes_NK.stride(0),
+            tickets, num_rows, num_outputs, num_cols, codes_MK.stride(0), w_codes_NK.stride(0),
             y_MN.stride(0), x_scale_step, AHEAD,
         ),
         (

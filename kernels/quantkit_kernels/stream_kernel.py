@@ -8,7 +8,7 @@ is left, less than a tile each, is one line of units cut into equal shares:
 
 Who has a part of a tile leaves it in `partial` and draws a ticket; who draws the last adds the parts up by index of
 program, whichever came first. So the cuts and the order of summation depend on the shapes alone, and every run gives
-the same bits. `tickets` holds zeros between launches.
+the same bits. `tickets` holds zeros between launches; where no tile is cut (`is_cut`) nobody reads it.
 """
 
 import torch
@@ -82,7 +82,13 @@ def raster(tile, tiles_n, tiles_m, GROUP: tl.constexpr):
 
 
 def tickets_of(device: torch.device) -> Tensor:
-    """Zeros for the current stream of a device; kernels of one stream follow one another."""
+    """Zeros for the current stream of a device; kernels of one stream follow one another.
+
+    Into a graph that is being captured go zeros of the launch's own, written whenever it is replayed: kept, they would
+    be written by the one graph that was captured first, and other graphs may run before it, or without it.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
     key = (device.index or 0, torch._C._cuda_getCurrentRawStream(device.index or 0))
     if key not in _TICKETS:
         _TICKETS[key] = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)

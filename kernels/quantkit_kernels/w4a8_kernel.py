@@ -178,17 +178,19 @@ def launch(
     num_cols, stride_x = x.shape[1], x.stride(0)
     tiles = num_parts(num_outputs, shape.rows_w) * num_parts(num_rows, shape.rows_x)
     programs = min(shape.programs or tiles, tiles * num_parts(num_cols, shape.cols))
-    size = 2 * programs * shape.rows_w * shape.rows_x if tiles % programs else 1
+    is_cut = tiles % programs != 0
+    size = 2 * programs * shape.rows_w * shape.rows_x if is_cut else 1
     partial = torch.empty(
         size, dtype=torch.int32 if is_int8 and not group else torch.float32, device=x.device
     )
+    tickets = tickets_of(codes_MK.device) if is_cut else partial.view(torch.int32)
     if shape.maps:
         x = TensorDescriptor(x, x.shape, x.stride(), [shape.rows_x, 32 if group == 32 else shape.cols])
     _w4a8(
         (programs, 1),
         (
             y_MN, x, packed.view(torch.int8), x_scale.contiguous(), x_zero_point, w_scale, w_zero_point, w_row_sum_N,
-            bias_N, partial, tickets_of(codes_MK.device), num_rows, num_outputs, num_cols, packed.shape[1],
+            bias_N, partial, tickets, num_rows, num_outputs, num_cols, packed.shape[1],
             w_scale.shape[1] if group else 1, stride_x, y_MN.stride(0), 1 if x_scale.numel() > 1 else 0, AHEAD,
         ),
         (

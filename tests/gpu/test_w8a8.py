@@ -254,6 +254,32 @@ def test_in_a_graph(kind):
         check(y, x, w, sum_bits=13)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_second_graph_that_is_captured_may_run_first(kind):
+    """Its tiles are cut: tickets that only the first graph set to zero would hold anything."""
+    m, n, k = 100, 520, 4160
+    weight, w = random_weight(n, k, kind)
+    codes, scale, _, x, _ = random_x(m, k, kind)
+    shape = byte_tile_kernel.Shape(64, 64, 128, 4, 4, False, False, 7)
+
+    def run():
+        y = torch.full((m, n), torch.nan, dtype=BF16, device="cuda")
+        byte_tile_kernel.multiply(codes, scale, weight.codes_NK, weight.scale_RG[:, 0], y, shape)
+        return y
+
+    run()
+    torch.full(
+        (256 << 20,), -1, dtype=torch.int32, device="cuda"
+    )  # what graphs find in memory that nobody wrote
+    graphs, results, pool = [torch.cuda.CUDAGraph() for _ in range(2)], [], torch.cuda.graph_pool_handle()
+    for graph in graphs:
+        with torch.cuda.graph(graph, pool=pool):
+            results.append(run())
+    for i in (1, 0, 1):
+        graphs[i].replay()
+        check(results[i], x, w, sum_bits=13)
+
+
 def test_operators_have_honest_fakes():
     checks = ("test_schema", "test_faketensor")
     codes, scale, zero, _, _ = random_x(20, 128, "int8", with_zero=True)
