@@ -40,6 +40,7 @@ from quantkit_kernels.attention_tile import (
     stored,
     zeros,
 )
+from quantkit_kernels.operators import on_its_device
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 MAX_Q_LEN = 16
@@ -237,6 +238,7 @@ def _(q_TQD: Tensor, *fields: Any) -> Tensor:
     return paged_kv.attend_flat(q_TQD, *fields[:-1])  # nothing is split
 
 
+@on_its_device
 def launch(
     q_TQD: Tensor,
     pool: KVPool,

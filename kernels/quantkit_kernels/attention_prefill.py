@@ -28,6 +28,7 @@ from quantkit_kernels.attention_tile import (
     stored,
     zeros,
 )
+from quantkit_kernels.operators import on_its_device
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 
@@ -155,6 +156,7 @@ def _(q_TQD: Tensor, *fields: Any) -> Tensor:
     return paged_kv.attend_flat(q_TQD, *fields)
 
 
+@on_its_device
 def launch(
     q_TQD: Tensor,
     pool: KVPool,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.operators import on_its_device
 from quantkit_kernels.rounding import E4M3_MAX, e4m3_bits, round_e4m3, round_even
 
 MAX_COLUMNS = 128
@@ -148,6 +149,7 @@ def _(
     )
 
 
+@on_its_device
 def launch(
     w_BCN: Tensor,
     carried_BCN: Tensor,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.operators import on_its_device
+
 TOKENS, ROWS, COLUMNS, NUM_WARPS = 512, 8, 256, 4
 
 
@@ -78,6 +80,7 @@ def moments(x_TK: Tensor) -> Moments:
     return Moments(*column_moments(x_TK))
 
 
+@on_its_device
 def launch(x_TK: Tensor) -> Tensor:
     """`column_moments` without the operator around it."""
     num_tokens, num_features = x_TK.shape

@@ -10,6 +10,7 @@ and is specialised by -D definitions. What is compiled depends on the text of `c
 and the compiler, and on nothing else; the file's name on disk is a hash of these.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -47,6 +48,7 @@ class _Config(ctypes.Structure):
 
 
 CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+INVALID_CONTEXT = 201  # CUresult
 
 
 class CudaKernel:
@@ -60,7 +62,7 @@ class CudaKernel:
         self._function = function
         self._address = ctypes.c_void_p(int(function))
         self._device = device
-        self._params = struct.Struct("@" + params)
+        self._params = struct.Struct(f"@{params}0P")  # 0P: it ends with a whole word, as the compiler's does
         self._launch = ctypes.PyDLL("libcuda.so.1").cuLaunchKernelEx
         self._shared_bytes = 48 << 10
         self._configs: dict[tuple[Any, ...], tuple[_Config, Any]] = {}
@@ -80,19 +82,21 @@ class CudaKernel:
         cluster: blocks along x that share their shared memory. dependent: may start before the kernel in front of it
         has ended, and waits by itself (`griddepcontrol.wait`).
         """
-        key = (grid, threads, shared_bytes, cluster, dependent)
+        # what `torch.cuda.current_stream` wraps: a step in no graph launches hundreds of kernels
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        key = (grid, threads, shared_bytes, cluster, dependent, stream)  # written once: threads share it
         known = self._configs.get(key)
         if known is None:
             self._allow_shared(shared_bytes)
             known = self._configs[key] = _launch_config(*key)
-        config = known[0]
-        # what `torch.cuda.current_stream` wraps: a step in no graph launches hundreds of kernels
-        config.stream = torch._C._cuda_getCurrentRawStream(self._device)
         packed = ctypes.create_string_buffer(
             self._params.pack(*args)
         )  # the driver copies it before it returns
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
-        status = self._launch(ctypes.byref(config), self._address, pointers, None)
+        status = self._launch(ctypes.byref(known[0]), self._address, pointers, None)
+        if status == INVALID_CONTEXT:  # a thread's first: torch gave it memory without asking CUDA
+            _ensure_context(self._device)
+            status = self._launch(ctypes.byref(known[0]), self._address, pointers, None)
         if status != 0:
             raise RuntimeError(f"CUDA: error {status} when a kernel was launched with {key}")
 
@@ -100,6 +104,7 @@ class CudaKernel:
         from cuda.bindings import driver
 
         if shared_bytes > self._shared_bytes:
+            _ensure_context(self._device)
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
             self._shared_bytes = shared_bytes
@@ -122,7 +127,7 @@ def _load(file: str, entry: str, params: str, defines: Defines, device: int) -> 
     from cuda.bindings import driver
 
     cubin = cached_cubin(file, entry, defines, torch.cuda.get_device_capability(device))
-    torch.cuda.current_stream(device)  # torch's context is current from here on
+    _ensure_context(device)
     module = _check(driver.cuModuleLoadData(cubin))
     return CudaKernel(module, _check(driver.cuModuleGetFunction(module, entry.encode())), params, device)
 
@@ -136,11 +141,17 @@ def cached_cubin(file: str, entry: str, defines: Defines, capability: tuple[int,
     if path.exists():
         return path.read_bytes()
     cubin = compile_cubin(file, entry, defines, capability)
+    with contextlib.suppress(OSError):  # a folder that cannot be written: compiled again by the next process
+        _keep(cubin, path)
+    return cubin
+
+
+def _keep(cubin: bytes, path: Path) -> None:
+    """Whole or not at all, whoever else compiles it now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
         temporary.write(cubin)
-    Path(temporary.name).replace(path)  # whole or not at all, whoever else compiles it now
-    return cubin
+    Path(temporary.name).replace(path)
 
 
 def cache_folder() -> Path:
@@ -193,7 +204,7 @@ def _nvrtc() -> Any:
 
 
 def _launch_config(
-    grid: tuple[int, ...], threads: int, shared_bytes: int, cluster: int, dependent: bool
+    grid: tuple[int, ...], threads: int, shared_bytes: int, cluster: int, dependent: bool, stream: int
 ) -> tuple[_Config, Any]:
     """The driver's configuration, and the attributes that it points to."""
     attributes = []
@@ -203,9 +214,24 @@ def _launch_config(
         attributes.append(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
     kept = (_Attribute * max(1, len(attributes)))(*attributes)
     config = _Config(
-        (*grid, 1, 1)[:3], (threads, 1, 1), shared_bytes, None, ctypes.addressof(kept), len(attributes)
+        (*grid, 1, 1)[:3], (threads, 1, 1), shared_bytes, stream, ctypes.addressof(kept), len(attributes)
     )
     return config, kept
+
+
+def _ensure_context(device: int) -> None:
+    """A thread that has none gets torch's context of the device."""
+    from cuda.bindings import driver
+
+    if int(_check(driver.cuCtxGetCurrent())) == 0:
+        _check(driver.cuCtxSetCurrent(_context(device)))
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    from cuda.bindings import driver
+
+    return _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device))))
 
 
 def _check(result: tuple[Any, ...]) -> Any:

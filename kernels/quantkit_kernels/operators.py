@@ -5,6 +5,7 @@ of a function that takes 4, 90 where an argument is written, against 11 for an o
 alone. A step of a model that is in no CUDA graph calls hundreds.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -14,19 +15,34 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+def on_its_device(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorator: the device of the first argument, a tensor, is the current one, as launches and their caches ask."""
+
+    @functools.wraps(function)
+    def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        tensor = cast(torch.Tensor, arguments[0])
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return function(*arguments, **named)
+        with torch.cuda.device(tensor.device):
+            return function(*arguments, **named)
+
+    return run
+
+
 def operator(
     name: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorator: the function becomes what `quantkit::name` does with CUDA tensors; its annotations are the schema.
 
-    cpu, fake: for CPU tensors, and for tensors without data. mutates: names of the arguments that are written. No
-    gradients, and no result may share memory with an argument.
+    cpu, fake: for CPU tensors, and for tensors without data. mutates: names of the arguments that are written. The
+    first argument is a tensor, whose device is the current one meanwhile. No gradients, and no result may share memory
+    with an argument.
     """
 
     def define(cuda: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         full_name = f"quantkit::{name}"
         torch.library.define(full_name, torch.library.infer_schema(cuda, mutates_args=mutates))
-        torch.library.impl(full_name, "cuda", cuda)
+        torch.library.impl(full_name, "cuda", on_its_device(cuda))
         torch.library.impl(full_name, "cpu", cpu)
         torch.library.register_fake(full_name, fake)
         overloads = getattr(torch.ops.quantkit, name)

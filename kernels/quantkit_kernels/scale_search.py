@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.operators import on_its_device
 from quantkit_kernels.rounding import E4M3_MAX, power_below, round_bfloat16, round_e4m3, round_even
 
 Grid = Literal["symmetric", "either sign", "asymmetric", "e4m3"]
@@ -188,6 +189,7 @@ def _(
     return tiles_TS.new_empty(num_tiles, dtype=scale_dtype), tiles_TS.new_empty(num_tiles, dtype=torch.int8)
 
 
+@on_its_device
 def launch(
     tiles_TS: Tensor,
     importance_PS: Tensor | None,

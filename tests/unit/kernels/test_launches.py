@@ -1,0 +1,100 @@
+"""What stands between an operator and the driver, without a GPU: where a kernel is launched, and with what."""
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from quantkit_kernels.operators import on_its_device
+
+pytest.importorskip(
+    "cuda.bindings", reason="cuda-bindings is not installed: it comes with CUDA builds of torch"
+)
+
+from quantkit_kernels import nvrtc
+
+
+class Driver:
+    """Keeps what it is launched with. status: of the launches to come."""
+
+    def __init__(self):
+        self.launches, self.status = [], []
+
+    def cuLaunchKernelEx(self, config, _address, _pointers, _extra):
+        self.launches.append(config._obj)
+        return self.status.pop(0) if self.status else 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(nvrtc.ctypes, "PyDLL", lambda _: driver)
+    of_thread = {}
+    current_stream = lambda _: of_thread.setdefault(threading.get_ident(), 64 + len(of_thread))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current_stream, raising=False)
+    return driver
+
+
+def test_threads_do_not_write_to_each_others_launches(driver):
+    kernel = nvrtc.CudaKernel(None, 1, "P", 0)
+    kernel.launch((1,), 32, (0,))
+    other = threading.Thread(target=kernel.launch, args=((1,), 32, (0,)))
+    other.start()
+    other.join()
+    kernel.launch((1,), 32, (0,))
+    assert [config.stream for config in driver.launches] == [64, 65, 64]
+
+
+def test_a_thread_that_has_not_used_cuda_gets_a_context(driver, monkeypatch):
+    given = []
+    monkeypatch.setattr(nvrtc, "_ensure_context", given.append)
+    driver.status = [nvrtc.INVALID_CONTEXT]
+    nvrtc.CudaKernel(None, 1, "P", 3).launch((1,), 32, (0,))
+    assert given == [3] and len(driver.launches) == 2
+
+
+@pytest.mark.parametrize("params", ["6P7i", "2P3i", "9P10i"])
+def test_parameters_are_as_long_as_the_compilers_struct(driver, params):
+    assert nvrtc.CudaKernel(None, 1, params, 0)._params.size % 8 == 0
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "kernels").write_text("no folder")
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda *_: b"machine code")
+    assert nvrtc.cached_cubin("tile_x.cu", "tile_x", (), (9, 0)) == b"machine code"
+
+
+def test_the_device_of_the_tensors_is_current_meanwhile(monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(there):
+        current.append(there)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    run = on_its_device(lambda tensor, *, more: (current[-1], more))
+    for index in (0, 1):
+        tensor = SimpleNamespace(is_cuda=True, device=index, get_device=lambda index=index: index)
+        assert run(tensor, more=5) == (index, 5)
+    assert current == [0]
+
+
+def test_every_graph_writes_the_tickets_that_it_reads(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
+    from quantkit_kernels import stream_kernel
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
+    monkeypatch.setattr(stream_kernel, "_TICKETS", {})
+    is_capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
+    cpu = torch.device("cpu")
+    first, second = stream_kernel.tickets_of(cpu), stream_kernel.tickets_of(cpu)
+    assert first.data_ptr() != second.data_ptr() and not stream_kernel._TICKETS
+    is_capturing[0] = False
+    assert stream_kernel.tickets_of(cpu) is stream_kernel.tickets_of(cpu)
