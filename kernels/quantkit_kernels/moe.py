@@ -61,7 +61,7 @@ def prepare(weights: list[LinearWeight]) -> ExpertWeight:
 
 def rows_for(num_pairs: int, weight: ExpertWeight) -> int:
     """Rows of a tile: about what an expert gets, so that its weights are read once; of INT4 no more than 64."""
-    each = -(-num_pairs // len(weight.stored))
+    each = max(-(-num_pairs // len(weight.stored)), 1)
     return min(max(1 << (each - 1).bit_length(), 16), 64 if weight.stored.dtype == torch.int32 else 128)
 
 
@@ -95,6 +95,8 @@ def plain(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`moe_linear` in plain torch: expert by expert, weights dequantized, in float32."""
+    if num_pairs == 0:
+        return x_MK.new_empty(0, num_outputs, dtype=out_dtype)
     check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
     num_cols = x_MK.shape[1]
     x = x_MK.float()
@@ -148,6 +150,8 @@ def moe_linear(
     float8_e4m3fn with x_scale, float32 [rows, 1] or [rows, K / 128]. stored, w_scale, w_zero_point, group: of an
     `ExpertWeight`. slots, expert_of_tile: of `sort_by_expert`.
     """
+    if num_pairs == 0:
+        return x_MK.new_empty(0, num_outputs, dtype=out_dtype)
     check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
     if stored.dtype != torch.int32 and not converts_float8(x_MK.device):
         return plain(
@@ -157,8 +161,7 @@ def moe_linear(
     from quantkit_kernels import moe_kernel
 
     y_PN = torch.empty(num_pairs, num_outputs, dtype=out_dtype, device=x_MK.device)
-    if num_pairs > 0:
-        moe_kernel.launch(x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, group, y_PN)
+    moe_kernel.launch(x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, group, y_PN)
     return y_PN
 
 

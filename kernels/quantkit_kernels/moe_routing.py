@@ -45,7 +45,7 @@ def plain_combine(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Te
     """`combine` in plain torch."""
     check_combine(y_PN, weight_TS)
     num_tokens, num_pairs = weight_TS.shape
-    y_TSN = y_PN.view(num_tokens, num_pairs, -1).float()
+    y_TSN = y_PN.view(num_tokens, num_pairs, y_PN.shape[1]).float()
     out_TN = torch.zeros(num_tokens, y_PN.shape[1], device=y_PN.device)
     for s in range(num_pairs):
         out_TN += y_TSN[:, s] * weight_TS[:, s, None].float()
@@ -82,7 +82,8 @@ def sort_by_expert(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tens
     from quantkit_kernels import moe_routing_kernel
 
     slots, expert_of_tile = empty_tiles(expert_TS, num_experts, rows)
-    moe_routing_kernel.sort(expert_TS, num_experts, slots, expert_of_tile)
+    if len(expert_of_tile) > 0:
+        moe_routing_kernel.sort(expert_TS, num_experts, slots, expert_of_tile)
     return slots, expert_of_tile
 
 

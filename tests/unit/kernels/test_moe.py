@@ -53,6 +53,15 @@ def test_every_pair_has_one_slot_in_a_tile_of_its_expert():
         assert torch.equal(expert_of_slot[used], ids.flatten()[slots[used].long()].to(torch.int32))
 
 
+def test_no_token_is_no_work():
+    weight, _ = random_experts(33, 200, "int4")
+    slots, expert_of_tile = moe_routing.sort_by_expert(random_ids(0, 2), NUM_EXPERTS, moe.rows_for(0, weight))
+    x = torch.empty(0, 200, dtype=torch.bfloat16)
+    y = moe.multiply(x, None, weight, slots, expert_of_tile, 0, torch.bfloat16)
+    assert y.shape == (0, 33)
+    assert moe_routing.combine(y, torch.empty(0, 2), torch.bfloat16).shape == (0, 33)
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("group", [0, 32, 64, 128])
 def test_int4_is_its_definition(group, asymmetric):
