@@ -10,7 +10,7 @@ pytest.importorskip(
 pytest.importorskip("triton", reason="triton is not installed: its disassembler reads the machine code")
 
 from quantkit_kernels import nvrtc
-from quantkit_kernels.sliced import ROW_STEP, SLICE_BYTES, rows_of_slice
+from quantkit_kernels.sliced import MAX_GRID_ROWS, ROW_STEP, SLICE_BYTES, rows_of_slice
 from tests.triton_aot import CAPABILITIES, CUOBJDUMP
 
 FORMATS = [(4, 0, 128, 0, 0), (4, 0, 32, 1, 2), (8, 1, 0, 0, 2), (8, 0, 64, 1, 1)]
@@ -36,3 +36,4 @@ def test_a_slice_is_whole_tiles_and_fits_if_one_tile_does(k):
     rows = rows_of_slice(k)
     assert rows % ROW_STEP == 0
     assert rows == ROW_STEP or rows * k * 2 <= SLICE_BYTES
+    assert rows <= MAX_GRID_ROWS
