@@ -5,7 +5,7 @@ Shape suffixes: M rows, N out_features, K in_features, G groups.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def skinny(
     """x · wᵀ (+ bias), [M, N] in `out_dtype`; M ≤ 32.
 
     x_MK: bf16 or fp16, or codes (int8, float8_e4m3fn) with x_scale and x_zero_point, float32 [M] or [1]. dependent:
-    start while the kernel in front still runs.
+    start while the kernel in front still runs; the weight is read then, so that no kernel in front may write it.
     """
     num_rows, num_cols = x_MK.shape
     n, k = weight.shape
@@ -137,13 +137,13 @@ def _kind_of(x_MK: Tensor, weight: StripWeight, out_dtype: torch.dtype) -> Kind:
 
 @functools.cache
 def _plan(kind: Kind, num_strips: int, device: int) -> Plan:
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    shape = _shape(kind)
+    properties: Any = torch.cuda.get_device_properties(device)  # Any: torch's stub does not have all of them
+    num_sms = properties.multi_processor_count
+    shape = _fitting(kind, properties.shared_memory_per_block_optin)
     if num_strips <= num_sms:
         shape = shape._replace(strips=1)
-    stages, stage_bytes = _stages(kind, shape)
+    shared_bytes, stages = _shared_bytes(kind, shape), _stages(kind, shape)[0]
     kernel = nvrtc.load("skinny.cu", "skinny", PARAMS, defines_of(kind, shape, stages))
-    shared_bytes = stages * (stage_bytes + 16) + _sum_bytes(shape, kind.tiles)
     return Plan(kernel, (min(-(-num_strips // shape.strips), num_sms),), shared_bytes)
 
 
@@ -155,6 +155,20 @@ def _shape(kind: Kind) -> Shape:
     if kind.x_dtype.itemsize == 1 or kind.tiles == 1:
         return Shape(2, 32, 136 << 10)
     return Shape(1, 32, 68 << 10)
+
+
+def _fitting(kind: Kind, max_bytes: int) -> Shape:
+    """The shape, or where a block may not have so much shared memory (99 KB from 12.0 on) the next smaller one."""
+    shape = _shape(kind)
+    smaller = Shape(shape.strips, 16, 60 << 10)
+    shapes = (shape, smaller, smaller._replace(strips=1))
+    return next((each for each in shapes if _shared_bytes(kind, each) <= max_bytes), shapes[-1])
+
+
+def _shared_bytes(kind: Kind, shape: Shape) -> int:
+    """The ring, two barriers for each of its stages, and the sums."""
+    stages, stage_bytes = _stages(kind, shape)
+    return stages * (stage_bytes + 16) + _sum_bytes(shape, kind.tiles)
 
 
 def _stages(kind: Kind, shape: Shape) -> tuple[int, int]:

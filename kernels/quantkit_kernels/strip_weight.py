@@ -83,7 +83,8 @@ def _row_sums(weight: LinearWeight) -> Tensor:
 def _aligned_rows(values_NK: Tensor) -> Tensor:
     per_16_bytes = 16 // values_NK.element_size()
     extra = -values_NK.shape[1] % per_16_bytes
-    if extra == 0 and values_NK.stride(1) == 1 and values_NK.stride(0) % per_16_bytes == 0:
+    is_aligned = values_NK.stride(0) % per_16_bytes == 0 and values_NK.data_ptr() % 16 == 0
+    if extra == 0 and values_NK.stride(1) == 1 and is_aligned:
         return values_NK
     raw = values_NK.view(torch.int8) if values_NK.element_size() == 1 else values_NK
     return pad(raw, (0, extra)).view(values_NK.dtype).contiguous()

@@ -1,7 +1,8 @@
 """Products of tens to hundreds of rows with weights of 4 or 8 bits: the host's side of `csrc/tile.cu`, which draws it.
 
 x is first put into the order that the tensor cores read (`csrc/tile_x.cu`), rows rounded up to the tile; the product
-starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized one would be.
+starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized one would be;
+a scale of a group is rounded to the dtype of x before that, where it is not exact in it (float32 in bf16: by 2^-9).
 
 Bound: the bytes of the weight up to about 70 rows of x, then the tensor cores. Compute capability 9.0 alone (`wgmma`).
 Shape suffixes: M rows, N out_features, K in_features, G groups.
@@ -99,7 +100,8 @@ def tile(
 ) -> Tensor:
     """x · wᵀ (+ bias), [M, N], in the dtype of x: bf16 or fp16. Any M, N and K.
 
-    dependent: start while the kernel in front still runs. tiling: instead of `tiling_of`.
+    dependent: start while the kernel in front still runs; it may not write the weight, which is read early in any case.
+    tiling: instead of `tiling_of`.
     """
     num_rows, num_cols = x_MK.shape
     n, k = weight.shape

@@ -34,7 +34,7 @@ struct Params {
   const float* x_zero;   // likewise: zero points of x, or null
   const float* w_sum;    // [N]: sum of each row of the dequantized w; read with x_zero
   int num_rows, n, k, x_stride, y_stride, x_scale_step;
-  int w_stride;  // bytes of a row of w (row-major formats); a multiple of 16
+  int w_stride;  // bytes from a row of w to the next (row-major formats); a multiple of 16, as the length of a row is
   int num_strips, num_blocks, num_groups;
 };
 
@@ -57,7 +57,9 @@ constexpr int SUM_PITCH = 10;  // floats of a row of 8 sums
 constexpr int SUM_FLOATS = TILES * 16 * SUM_PITCH;  // of a warp and a strip
 constexpr int BUFFERS = STRIPS * TILES > 2 ? 1 : 2;  // of sums
 static_assert(!ZERO || W_BITS == 4 || (W_BITS == 8 && !IS_INTEGER), "zero points of what");
-static_assert(BLOCKS % 2 == 0, "a warp takes pairs of blocks: 128 columns, the largest group");
+static_assert(!ZERO || GROUP, "zero points come in groups");
+// a warp takes pairs of blocks: 128 columns, the largest group; x is loaded ahead as if all stages were one run of pairs
+static_assert(BLOCKS % (2 * WARPS) == 0, "the same pairs of each stage are a warp's");
 
 #if X_KIND == INT
 using Sum = int;
@@ -327,7 +329,7 @@ inline void fetch_strip(const Params& p, u32 to, u32 full, int strip, int first,
     groups = min(STAGE_GROUPS, p.num_groups - group);
   }
   const int rows = min(16, p.n - strip * 16);
-  const int row_bytes = min(ROW_BYTES, p.w_stride - first * 64 * W_BITS / 8);
+  const int row_bytes = min(ROW_BYTES, (p.k * W_BITS / 8 + 15) / 16 * 16 - first * 64 * W_BITS / 8);
   const u32 bytes = IS_PACKED ? blocks * 512 : rows * row_bytes;
   if (lane == 0) {
     barrier_add_expected(full, bytes + groups * 16 * (SCALE_SIZE + ZERO));

@@ -1,5 +1,6 @@
 """The kernel for few rows, compiled without a GPU, and the layouts that it reads."""
 
+import itertools
 import re
 import subprocess
 
@@ -116,6 +117,32 @@ def test_weights_go_from_shared_memory_to_the_tensor_core_in_registers(weight, t
     assert "HMMA.16816.F32.BF16" in sass
     assert "UBLKCP" in sass, "weights come by bulk copies"
     assert not re.search(r"\b(LDL|STL)\b", sass), "registers spilled"
+
+
+def test_every_kind_fits_where_a_block_has_99_kb():
+    pytest.importorskip("triton", reason="triton is not installed: the kernels ask for it")
+    from quantkit_kernels.skinny import Kind, _fitting, _shape, _shared_bytes
+
+    usual = {"x_dtype": torch.bfloat16, "out_dtype": torch.bfloat16, "is_vector": True}
+    for weight in (INT4, INT8, FP8, BF16, INT4 | {"group_size": 32}, INT8 | {"group_size": 32}):
+        for tiles, has_zero in itertools.product((1, 2, 4), (False, True)):
+            has_zero &= weight["group_size"] > 0
+            for x_dtype in (torch.bfloat16, torch.int8):
+                how = {"scale_dtype": torch.float32, "has_zero_point": has_zero, "tiles": tiles}
+                kind = Kind(**usual | how | weight | {"x_dtype": x_dtype})
+                assert _shared_bytes(kind, _fitting(kind, 101376)) <= 101376
+                assert _fitting(kind, 232448) == _shape(kind)
+
+
+def test_rows_of_8_bits_that_bulk_copies_cannot_read_are_copied():
+    codes = torch.randint(-128, 128, (40, 96), dtype=torch.int8)
+    assert prepare(LinearWeight(codes[:, :64], torch.ones(40, 1), None, (1, 64), 8)).stored.stride() == (
+        96,
+        1,
+    )
+    moved = codes[:, 8:72]
+    stored = prepare(LinearWeight(moved, torch.ones(40, 1), None, (1, 64), 8)).stored
+    assert torch.equal(stored, moved) and stored.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("weight", [INT4, INT8], ids=["int4", "int8"])
