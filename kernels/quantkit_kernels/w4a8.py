@@ -21,6 +21,7 @@ from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.strip_weight import StripWeight, prepare
+from quantkit_kernels.w8a8_fp8 import check_bias
 
 
 def multiply(
@@ -54,7 +55,10 @@ def plain(
 ) -> Tensor:
     """`w4a8` in plain torch: the weight dequantized, everything in float32."""
     num_cols = codes_MK.shape[1]
-    check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
+    check(
+        codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, num_outputs, group,
+        out_dtype,
+    )  # fmt: skip
     w_NK = from_fragments(packed, num_outputs, num_cols).float()
     if w_zero_point is not None:
         w_NK -= _by_column(w_zero_point, num_outputs, num_cols, group)
@@ -102,7 +106,10 @@ def w4a8(
     shape, or None, with int8 codes. packed, w_scale, w_zero_point, w_row_sum_N: of a `StripWeight`. group: 32, 64, 128,
     or 0 for a scale per row. bias_N: any float dtype.
     """
-    check(codes_MK, x_scale, x_zero_point, packed, w_scale, w_row_sum_N, num_outputs, group, out_dtype)
+    check(
+        codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, num_outputs, group,
+        out_dtype,
+    )  # fmt: skip
     num_rows, num_cols = codes_MK.shape
     if num_rows == 0:
         return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
@@ -177,7 +184,9 @@ def check(
     x_zero_point: Tensor | None,
     packed: Tensor,
     w_scale: Tensor,
+    w_zero_point: Tensor | None,
     w_row_sum_N: Tensor | None,
+    bias_N: Tensor | None,
     num_outputs: int,
     group: int,
     out_dtype: torch.dtype,
@@ -194,10 +203,16 @@ def check(
     assert w_scale.shape == ((expected[0], -(-num_cols // group), 16) if group else (num_outputs,)), (
         f"scales {tuple(w_scale.shape)} for {num_outputs} rows and groups of {group}"
     )
+    assert w_zero_point is None or (group and w_zero_point.shape == w_scale.shape), (
+        "zero points are in groups"
+    )
+    check_bias(bias_N, num_outputs)
     assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
     assert x_scale.dtype == torch.float32 and x_scale.shape in ((num_rows, 1), (1,)), (
         f"scales {x_scale.dtype} {tuple(x_scale.shape)} for {num_rows} rows"
     )
-    assert x_zero_point is None or (x_zero_point.shape == x_scale.shape and w_row_sum_N is not None), (
-        "zero points of x come with sums of the weight's rows, as many as scales"
-    )
+    if x_zero_point is not None:
+        assert x_zero_point.shape == x_scale.shape and w_row_sum_N is not None, (
+            "zero points of x come with sums of the weight's rows, as many as scales"
+        )
+        assert x_zero_point.dtype == torch.int8, f"zero points of x in {x_zero_point.dtype}"

@@ -96,7 +96,7 @@ def plain(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`w8a8_fp8` in plain torch: codes as float32, scales of blocks before the product, others after it."""
-    _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
+    _check(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     num_cols = codes_MK.shape[1]
     x_MK, w_NK = codes_MK.float(), w_codes_NK[:num_outputs, :num_cols].float()
     if w_scale.ndim == 2:
@@ -136,7 +136,7 @@ def w8a8_fp8(
     codes_MK: float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; with w_scale in blocks
     [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: any float dtype.
     """
-    _check(codes_MK, x_scale, w_codes_NK, w_scale, num_outputs, out_dtype)
+    _check(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     if not converts_float8(codes_MK.device):  # nor multiplies it
         return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     num_rows, num_cols = codes_MK.shape
@@ -274,11 +274,20 @@ def _is_hopper_with_blocks(device: torch.device) -> bool:
     return version >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def check_bias(bias_N: Tensor | None, num_outputs: int) -> None:
+    """What operators with quantized inputs say about a bias."""
+    if bias_N is not None:
+        assert bias_N.shape == (num_outputs,) and bias_N.is_contiguous(), (
+            f"bias {tuple(bias_N.shape)} by {bias_N.stride()} for {num_outputs} outputs"
+        )
+
+
 def _check(
     codes_MK: Tensor,
     x_scale: Tensor,
     w_codes_NK: Tensor,
     w_scale: Tensor,
+    bias_N: Tensor | None,
     num_outputs: int,
     out_dtype: torch.dtype,
 ) -> None:
@@ -294,6 +303,7 @@ def _check(
     assert num_outputs <= num_padded < num_outputs + ALIGNED, f"{num_padded} rows of weight for {num_outputs}"
     assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
     assert x_scale.dtype == w_scale.dtype == torch.float32, "scales are float32"
+    check_bias(bias_N, num_outputs)
     if w_scale.ndim == 1:
         assert w_scale.shape == (num_padded,) and x_scale.shape in ((num_rows, 1), (1,)), (
             f"scales {tuple(x_scale.shape)} and {tuple(w_scale.shape)} for {num_rows} and {num_padded} rows"

@@ -1,4 +1,4 @@
-"""INT8 weights with INT8 activations: an exact integer product, then the zero point and two scales.
+"""INT8 weights with INT8 activations: an integer product, then the zero point and two scales.
 
     y[m, n] = (Σ_k x[m, k] · w[n, k]  −  z_x[m] · Σ_k w[n, k]) · s_w[n] · s_x[m] + bias[n]
 
@@ -6,7 +6,8 @@ Scale and zero point of x: one for each token, or one for all. Codes stay row-ma
 with zeros to a multiple of 16; the sums of rows are made once. `skinny` takes the fewest rows, `tile` all others: there
 the sum stays in registers, where `torch._int_mm` would write it out and read it again.
 
-|Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16.
+|Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16. `tile` takes the zero point off that, exactly; in
+`skinny` each warp's sum, of an eighth of the columns, becomes float32 before.
 Bound: a byte per weight up to about 240 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features.
 """
@@ -20,7 +21,7 @@ from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
-from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, few_rows
+from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, check_bias, few_rows
 from quantkit_kernels.weight import LinearWeight
 
 MAX_COLS = 1 << 16
@@ -76,7 +77,7 @@ def plain(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`w8a8_int8` in plain torch. Without VNNI the CPU's integer products may saturate: float32, few enough columns."""
-    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
+    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, bias_N, out_dtype)
     codes_MK = aligned(codes_MK)
     if torch.cpu._is_vnni_supported():
         sums_MN = torch._int_mm(codes_MK, w_codes_NK.T)
@@ -122,7 +123,7 @@ def w8a8_int8(
     codes_MK: int8, columns contiguous. x_scale: float32 [M, 1] or [1]. zero_point: int8 of the same shape, or None.
     w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype.
     """
-    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, out_dtype)
+    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, bias_N, out_dtype)
     num_rows, num_cols = codes_MK.shape
     if num_rows == 0:
         return codes_MK.new_empty(0, len(w_scale_N), dtype=out_dtype)
@@ -182,6 +183,7 @@ def _check(
     zero_point: Tensor | None,
     w_codes_NK: Tensor,
     w_scale_N: Tensor,
+    bias_N: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
     num_rows, num_cols = codes_MK.shape
@@ -197,6 +199,6 @@ def _check(
     assert x_scale.shape in ((num_rows, 1), (1,)) and w_scale_N.shape == (num_outputs,), (
         f"scales {tuple(x_scale.shape)} and {tuple(w_scale_N.shape)} for {num_rows} and {num_outputs} rows"
     )
-    assert zero_point is None or zero_point.shape == x_scale.shape, (
-        f"zero points {tuple(zero_point.shape)} for scales {tuple(x_scale.shape)}"
-    )
+    is_right = zero_point is None or (zero_point.shape == x_scale.shape and zero_point.dtype == torch.int8)
+    assert is_right, "zero points are int8, as many as scales"
+    check_bias(bias_N, num_outputs)

@@ -20,6 +20,7 @@ from torch.nn.functional import linear, pad
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
+from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.sliced import sliced
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare, prepare_dense
@@ -68,9 +69,8 @@ def _cpu(
     group_size: int,
     batch_invariant: bool,
 ) -> Tensor:
-    _check(x_MK, stored, bias_N, num_outputs, bits)
-    shape = (num_outputs, x_MK.shape[1])
-    weight = StripWeight(stored, scale, zero_point, None, shape, bits, group_size)
+    weight = StripWeight(stored, scale, zero_point, None, (num_outputs, x_MK.shape[-1]), bits, group_size)
+    _check(x_MK, weight, bias_N)
     return linear(x_MK, dense(weight, x_MK.dtype), bias_N)
 
 
@@ -103,13 +103,13 @@ def weight_only(
     stored … group_size: of a `StripWeight`. bias_N: in the dtype of x. batch_invariant: a row's result does not depend
     on how many others there are.
     """
-    _check(x_MK, stored, bias_N, num_outputs, bits)
+    weight = StripWeight(stored, scale, zero_point, None, (num_outputs, x_MK.shape[-1]), bits, group_size)
+    _check(x_MK, weight, bias_N)
     num_rows, num_cols = x_MK.shape
     if num_rows == 0:
         return x_MK.new_empty(0, num_outputs)
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
-    weight = StripWeight(stored, scale, zero_point, None, (num_outputs, num_cols), bits, group_size)
     family, device = OF_BITS[bits], x_MK.device
     if not batch_invariant:
         return choose(family, num_rows, num_outputs, num_cols, device).run(x_MK, weight, bias_N=bias_N)
@@ -125,14 +125,27 @@ def _in_fixed_rows(
     num_rows = len(x_MK)
     if num_rows < FIXED_ROWS:
         x_MK = pad(x_MK, (0, 0, 0, FIXED_ROWS - num_rows))
+    x_MK = x_MK.contiguous()  # as after padding: cuBLAS chooses by strides too
     return run(x_MK, weight, bias_N=bias_N)[:num_rows]
 
 
-def _check(x_MK: Tensor, stored: Tensor, bias_N: Tensor | None, num_outputs: int, bits: int) -> None:
+def _check(x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None) -> None:
+    """What `weight_only` says about its operands; weight.shape is [N, columns of x]."""
+    stored, bits, (n, k) = weight.stored, weight.bits, weight.shape
     assert x_MK.ndim == 2, f"x of shape {tuple(x_MK.shape)}"
     assert bits in OF_BITS, f"weights of {bits} bits"
     assert x_MK.dtype in (torch.bfloat16, torch.float16, torch.float32), f"x in {x_MK.dtype}"
     assert bits < 16 or stored.dtype == x_MK.dtype, f"x in {x_MK.dtype}, weights in {stored.dtype}"
-    assert bias_N is None or bias_N.shape == (num_outputs,), "one bias for each output"
+    assert bias_N is None or bias_N.shape == (n,), "one bias for each output"
+    assert bias_N is None or bias_N.is_contiguous(), "biases have to be next to each other"
     assert bias_N is None or bias_N.dtype == x_MK.dtype, f"bias in {bias_N.dtype}, x in {x_MK.dtype}"
     assert stored.device == x_MK.device, f"x on {x_MK.device}, weights on {stored.device}"
+    strips, groups = -(-n // STRIP_ROWS), -(-k // weight.group_size) if weight.group_size else 0
+    if bits == 4:
+        assert stored.shape == (strips, -(-k // BLOCK_COLUMNS), 32, 4), f"{tuple(stored.shape)} for {n} x {k}"
+    else:
+        is_right = stored.shape[0] == n and k <= stored.shape[1] < k + 16 // stored.element_size()
+        assert is_right, f"weights {tuple(stored.shape)} for {n} x {k}"
+    for values in (weight.scale, weight.zero_point):
+        expected = (strips, groups, 16) if groups else (n,)
+        assert values is None or values.shape == expected, f"scales {tuple(values.shape)}, not {expected}"

@@ -126,6 +126,11 @@ def test_what_is_wrong_is_named():
         w8a8_int8.multiply(codes, scale[:4], None, operand, None, torch.bfloat16)
     with pytest.raises(AssertionError, match=r"float8_e4m3fn by torch\.int8"):
         w8a8_int8.multiply(codes.view(torch.float8_e4m3fn), scale, None, operand, None, torch.bfloat16)
+    with pytest.raises(AssertionError, match="zero points are int8"):
+        w8a8_int8.multiply(codes, scale, scale, operand, None, torch.bfloat16)
+    for bias in (torch.zeros(16), torch.zeros(64)[::2]):
+        with pytest.raises(AssertionError, match="for 32 outputs"):
+            w8a8_int8.multiply(codes, scale, None, operand, bias, torch.bfloat16)
 
 
 def test_weights_stay_as_they_are_on_disk():

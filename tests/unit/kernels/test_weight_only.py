@@ -47,6 +47,20 @@ def test_operands_that_do_not_fit_are_named():
         multiply(torch.randn(2, 100), operand._replace(bits=2))
 
 
+def test_columns_of_x_are_those_of_the_weight():
+    for operand in (
+        prepare(random_weight(4)),
+        prepare(random_weight(8)),
+        prepare_dense(torch.randn(40, 100)),
+    ):
+        for num_cols in (36, 200):
+            with pytest.raises(AssertionError, match=f"for 40 x {num_cols}"):
+                multiply(torch.randn(2, num_cols), operand)
+    operand = prepare(random_weight(8))
+    with pytest.raises(AssertionError, match="scales"):
+        multiply(torch.randn(2, 100), operand._replace(group_size=64))
+
+
 @pytest.mark.parametrize("family", OF_BITS.values(), ids=lambda family: family.name)
 def test_every_device_has_a_route_for_every_number_of_rows(family):
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
