@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 from quantkit_kernels import attention_decode, attention_prefill
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build, exact_and_bound
-from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, needs_gpu, needs_kernels, poisoned  # noqa: F401
+from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, needs_gpu, needs_kernels, poisoned, side_by_side  # noqa: F401
 
 pytestmark = [
     *needs_kernels,
@@ -189,7 +189,7 @@ def test_repeated_runs_graphs_and_loose_limits(stored):
         for _ in range(10):
             assert torch.equal(first, operator(*arguments))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with side_by_side(), torch.cuda.graph(graph):
             captured = operator(*arguments)
         captured.fill_(torch.nan)
         graph.replay()

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 
 from quantkit_kernels import moe, moe_routing
 from quantkit_kernels.weight import LinearWeight
-from tests.gpu.triton_device import generator, poisoned  # noqa: F401
+from tests.gpu.triton_device import generator, poisoned, side_by_side  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
@@ -163,7 +163,7 @@ def test_one_graph_for_every_routing():
 
     layer()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with side_by_side(), torch.cuda.graph(graph):
         y, out = layer()
     row_P = torch.arange(ids.numel(), device="cuda") // per_token
     for seed, few in ((11, False), (12, True), (13, False)):

@@ -9,7 +9,7 @@ from quantkit_kernels.repack import from_fragments, to_fragments
 from quantkit_kernels.skinny import skinny
 from quantkit_kernels.strip_weight import prepare, prepare_dense
 from quantkit_kernels.weight import LinearWeight
-from tests.gpu.triton_device import generator, poisoned  # noqa: F401
+from tests.gpu.triton_device import generator, poisoned, side_by_side  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
@@ -188,7 +188,7 @@ def test_in_a_graph_with_dependent_launch():
     for operand in (a, b):
         skinny(x, operand)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with side_by_side(), torch.cuda.graph(graph):
         middle = skinny(x, a, dependent=True)
         y = skinny(middle, b, dependent=True)
     for seed in range(5):

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 from quantkit_kernels.strip_weight import prepare
 from quantkit_kernels.tile import CAPABILITY, Tiling, tile
 from tests.gpu.test_skinny import random_weight, random_x
-from tests.gpu.triton_device import generator, poisoned  # noqa: F401
+from tests.gpu.triton_device import generator, poisoned, side_by_side  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,7 +128,7 @@ def test_in_a_graph_with_dependent_launch():
     for operand in (a, b):
         tile(x, operand)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with side_by_side(), torch.cuda.graph(graph):
         middle = tile(x, a, dependent=True)
         y = tile(middle, b, dependent=True)
     for seed in range(5):

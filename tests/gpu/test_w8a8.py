@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 
 from quantkit_kernels import byte_tile_kernel, strip_weight, w4a8, w8a8_fp8, w8a8_int8
 from quantkit_kernels.weight import LinearWeight
-from tests.gpu.triton_device import generator, poisoned  # noqa: F401
+from tests.gpu.triton_device import generator, poisoned, side_by_side  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
@@ -248,7 +248,7 @@ def test_in_a_graph(kind):
             run = lambda c=codes, s=scale, o=operand: w8a8_fp8.multiply(c, s, o, None, BF16)  # noqa: E731
         run()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with side_by_side(), torch.cuda.graph(graph):
             y = run()
         graph.replay()
         check(y, x, w, sum_bits=13)

@@ -1,5 +1,6 @@
 """Where the tests of Triton kernels run: on the GPU, or, float32 only, in Triton's interpreter on the CPU."""
 
+import contextlib
 import os
 
 import pytest
@@ -27,6 +28,14 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def side_by_side():
+    """Memory as it is while launches follow one another: it takes a kernel to poison it, which nothing may overtake."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def generator(seed: int) -> torch.Generator:
