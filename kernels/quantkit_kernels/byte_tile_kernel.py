@@ -14,7 +14,7 @@ Bound: a byte per weight up to about 240 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,7 @@ from quantkit_kernels.triton_launch import Launcher, num_parts
 
 BLOCK = tl.constexpr(128)
 RASTER = 8
+HOPPER_SHARED = 227 << 10  # bytes of a block; from compute capability 12.0 on there are 99 KB
 AHEAD = 512  # bytes of each row of W that are fetched while the kernel in front still makes x
 
 
@@ -193,8 +194,9 @@ def shape_for(
 ) -> Shape:
     """Of the programs that multiply so many rows; measured on an H100."""
     maps = starts_early(device)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if not maps:
+    properties: Any = torch.cuda.get_device_properties(device)  # Any: torch's stub does not have all of them
+    num_sms = properties.multi_processor_count
+    if not maps or properties.shared_memory_per_block_optin < HOPPER_SHARED:
         return Shape(64, 32 if num_rows <= 32 else 64, 128, 4, 3, maps)
     if num_rows <= 64:
         few = _few_int8 if dtype == torch.int8 else _few_in_blocks if in_blocks else _few_fp8

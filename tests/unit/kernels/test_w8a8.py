@@ -246,20 +246,34 @@ def test_fp8_products_compile(capability):
     assert_in_registers(compile_w4a8(capability, "fp8e4nv", maps=maps), mma)
 
 
+@pytest.mark.parametrize(("capability", "shared_kb"), [(HOPPER, 227), (120, 99)])
 @pytest.mark.parametrize(("rows", "dtype"), [(17, "i8"), (64, "fp8e4nv"), (256, "i8")])
-def test_the_shapes_that_are_chosen_stay_in_registers(monkeypatch, rows, dtype):
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
-    )
+def test_the_shapes_that_are_chosen_stay_in_registers_and_fit(
+    monkeypatch, rows, dtype, capability, shared_kb
+):
+    device = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=shared_kb << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(byte_tile_kernel, "starts_early", lambda _: True)
     torch_dtype = torch.int8 if dtype == "i8" else torch.float8_e4m3fn
     shape = byte_tile_kernel.shape_for(rows, 4096, torch_dtype, torch.device("cuda"))
     resources = compile_byte_tile(
-        HOPPER, dtype, maps=True, early=True, x_left=shape.x_left,
+        capability, dtype, maps=True, early=True, x_left=shape.x_left,
         shape=(shape.rows_w, shape.rows_x, shape.cols, shape.num_warps, shape.num_stages),
     )  # fmt: skip
-    assert_in_registers(resources, "GMMA")
-    assert resources.shared <= 227 << 10
+    assert_in_registers(resources, "GMMA" if capability == HOPPER else "MMA")
+    assert resources.shared <= shared_kb << 10
+
+
+@pytest.mark.parametrize("kind", ["i8", "fp8e4nv"])
+@pytest.mark.parametrize("group", [0, 32, 128])
+def test_int4_fits_where_a_block_has_99_kb(kind, group, monkeypatch):
+    monkeypatch.setattr(w4a8_kernel, "starts_early", lambda _: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=170)
+    )
+    shape = w4a8_kernel.shape_for(128, 4096, group, torch.device("cuda"))
+    how = (shape.rows_w, shape.rows_x, shape.num_warps, shape.num_stages)
+    assert compile_w4a8(120, kind, group=group, maps=True, shape=how).shared <= 99 << 10
 
 
 @pytest.mark.parametrize(
