@@ -21,7 +21,8 @@ from torch import Tensor
 from quantkit_kernels import strip_weight, w8a8_fp8
 from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.operators import operator
-from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
+from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
+from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
@@ -169,19 +170,12 @@ def dequantized(
     stored: Tensor, scale: Tensor, zero_point: Tensor | None, num_rows: int, num_cols: int, group: int
 ) -> Tensor:
     """One expert's weight, float32 [N, K]."""
-    if stored.dtype != torch.int32:
-        if group:
-            scale = scale.repeat_interleave(group, dim=0)[:num_rows].repeat_interleave(group, dim=1)[
-                :, :num_cols
-            ]
-        return stored[:, :num_cols].float() * (scale if group else scale[:, None])
-    w_NK = from_fragments(stored, num_rows, num_cols).float()
-    if not group:
-        return w_NK * scale[:, None]
-    of_row = torch.arange(num_rows, device=scale.device)
-    of_col = torch.arange(num_cols, device=scale.device) // group
-    at = (of_row // STRIP_ROWS)[:, None], of_col[None, :], (of_row % STRIP_ROWS)[:, None]
-    return (w_NK if zero_point is None else w_NK - zero_point[at].float()) * scale[at].float()
+    if stored.dtype == torch.int32 or not group:
+        bits = 4 if stored.dtype == torch.int32 else 8
+        weight = StripWeight(stored, scale, zero_point, None, (num_rows, num_cols), bits, group)
+        return strip_weight.dense(weight, torch.float32)
+    of_row = scale.repeat_interleave(group, dim=0)[:num_rows]
+    return stored[:, :num_cols].float() * of_row.repeat_interleave(group, dim=1)[:, :num_cols]
 
 
 def check(

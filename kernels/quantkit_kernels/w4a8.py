@@ -18,9 +18,9 @@ from torch import Tensor
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
-from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS, from_fragments
+from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
-from quantkit_kernels.strip_weight import StripWeight, prepare
+from quantkit_kernels.strip_weight import StripWeight, dense, prepare
 from quantkit_kernels.w8a8_fp8 import check_bias
 
 
@@ -59,10 +59,8 @@ def plain(
         codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, num_outputs, group,
         out_dtype,
     )  # fmt: skip
-    w_NK = from_fragments(packed, num_outputs, num_cols).float()
-    if w_zero_point is not None:
-        w_NK -= _by_column(w_zero_point, num_outputs, num_cols, group)
-    w_NK *= _by_column(w_scale, num_outputs, num_cols, group) if group else w_scale[:, None]
+    weight = StripWeight(packed, w_scale, w_zero_point, None, (num_outputs, num_cols), 4, group)
+    w_NK = dense(weight, torch.float32)
     y_MN = codes_MK.float() @ w_NK.T
     if x_zero_point is not None and w_row_sum_N is not None:
         y_MN -= x_zero_point.float() * w_row_sum_N
@@ -170,12 +168,6 @@ INT8_INPUT = Family(
 FP8_INPUT = Family(
     name="w4a8_fp8", routes=ROUTES, prepare=prepare, weight_bytes=0.5, input_dtype=torch.float8_e4m3fn
 )
-
-
-def _by_column(values: Tensor, num_rows: int, num_cols: int, group: int) -> Tensor:
-    """[N / 16, G, 16] to float32 [N, K]."""
-    values_NG = values.transpose(1, 2).flatten(0, 1)[:num_rows].float()
-    return values_NG.repeat_interleave(group, dim=1)[:, :num_cols]
 
 
 def check(
