@@ -19,9 +19,9 @@ from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
-from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
+from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare
-from quantkit_kernels.w8a8_fp8 import check_bias
+from quantkit_kernels.w8a8_fp8 import check_bias, few_rows
 
 
 def multiply(
@@ -113,9 +113,10 @@ def w4a8(
         return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
     family = INT8_INPUT if codes_MK.dtype == torch.int8 else FP8_INPUT
     route = choose(family, num_rows, num_outputs, num_cols, codes_MK.device)
-    run = _tile if route.run is _skinny and out_dtype == torch.float32 else route.run
     weight = StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, (num_outputs, num_cols), 4, group)
-    return run(codes_MK, weight, x_scale=x_scale, zero_point=x_zero_point, bias_N=bias_N, out_dtype=out_dtype)
+    return route.run(
+        codes_MK, weight, x_scale=x_scale, zero_point=x_zero_point, bias_N=bias_N, out_dtype=out_dtype
+    )
 
 
 def _skinny(
@@ -127,14 +128,12 @@ def _skinny(
     zero_point: Tensor | None = None,
     bias_N: Tensor | None = None,
 ) -> Tensor:
-    return skinny(
-        codes_MK,
-        weight,
-        out_dtype=out_dtype,
-        x_scale=x_scale.contiguous(),
-        x_zero_point=None if zero_point is None else zero_point.float(),
-        bias_N=None if bias_N is None else bias_N.to(out_dtype),
-        dependent=True,
+    if out_dtype == torch.float32:  # skinny writes 16 bits
+        return _tile(
+            codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
+        )
+    return few_rows(
+        codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
     )
 
 

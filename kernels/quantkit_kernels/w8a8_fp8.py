@@ -144,9 +144,8 @@ def w8a8_fp8(
         return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
     family = FAMILY if w_scale.ndim == 1 else BLOCK_FAMILY
     route = choose(family, num_rows, num_outputs, num_cols, codes_MK.device)
-    run = _tile if route.run is _skinny and out_dtype == torch.float32 else route.run
     weight = Fp8Weight(w_codes_NK, w_scale, (num_outputs, num_cols))
-    return run(codes_MK, weight, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype)
+    return route.run(codes_MK, weight, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype)
 
 
 def _skinny(
@@ -157,8 +156,11 @@ def _skinny(
     out_dtype: torch.dtype,
     bias_N: Tensor | None = None,
 ) -> Tensor:
-    scale_N = weight.scale[: weight.shape[0]]
-    return few_rows(codes_MK, x_scale, None, weight.codes_NK, scale_N, None, bias_N, out_dtype)
+    if out_dtype == torch.float32:  # skinny writes 16 bits
+        return _tile(codes_MK, weight, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype)
+    codes_NK, scale, (num_outputs, num_cols) = weight
+    rows = StripWeight(codes_NK, scale[:num_outputs], None, None, (num_outputs, num_cols), 8, 0)
+    return few_rows(codes_MK, rows, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype)
 
 
 def _tile(
@@ -214,19 +216,17 @@ BLOCK_FAMILY = Family(
 
 def few_rows(
     codes_MK: Tensor,
+    weight: StripWeight,
+    *,
     x_scale: Tensor,
-    zero_point: Tensor | None,
-    w_codes_NK: Tensor,
-    w_scale_N: Tensor,
-    w_row_sum_N: Tensor | None,
-    bias_N: Tensor | None,
     out_dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    bias_N: Tensor | None = None,
 ) -> Tensor:
-    """The product by `skinny`, which reads the same codes."""
-    shape = (len(w_scale_N), codes_MK.shape[1])
+    """The product of codes by `skinny`, which reads the codes of 8-bit weights as they are."""
     return skinny(
         codes_MK,
-        StripWeight(w_codes_NK, w_scale_N, None, w_row_sum_N, shape, 8, 0),
+        weight,
         out_dtype=out_dtype,
         x_scale=x_scale.contiguous(),
         x_zero_point=None if zero_point is None else zero_point.float(),

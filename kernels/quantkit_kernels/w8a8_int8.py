@@ -21,6 +21,7 @@ from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
+from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, check_bias, few_rows
 from quantkit_kernels.weight import LinearWeight
 
@@ -128,9 +129,10 @@ def w8a8_int8(
     if num_rows == 0:
         return codes_MK.new_empty(0, len(w_scale_N), dtype=out_dtype)
     route = choose(FAMILY, num_rows, len(w_scale_N), num_cols, codes_MK.device)
-    run = _tile if route.run is _skinny and out_dtype == torch.float32 else route.run
     weight = Int8Weight(w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N)
-    return run(codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype)
+    return route.run(
+        codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
+    )
 
 
 def _skinny(
@@ -142,8 +144,15 @@ def _skinny(
     zero_point: Tensor | None = None,
     bias_N: Tensor | None = None,
 ) -> Tensor:
-    codes_NK, scale_N, _, row_sum_N = weight
-    return few_rows(codes_MK, x_scale, zero_point, codes_NK, scale_N, row_sum_N, bias_N, out_dtype)
+    if out_dtype == torch.float32:  # skinny writes 16 bits
+        return _tile(
+            codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
+        )
+    shape = (len(weight.scale_N), codes_MK.shape[1])
+    rows = StripWeight(weight.codes_NK, weight.scale_N, None, weight.row_sum_N, shape, 8, 0)
+    return few_rows(
+        codes_MK, rows, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
+    )
 
 
 def _tile(
