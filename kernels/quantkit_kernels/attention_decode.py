@@ -32,15 +32,14 @@ from quantkit_kernels.attention_tile import (
     NOTHING,
     WARPGROUP_ROWS,
     attend,
-    capability,
     constants,
     interleave,
     load_queries,
-    num_processors,
     stored,
     zeros,
 )
-from quantkit_kernels.operators import on_its_device
+from quantkit_kernels.capability import num_multiprocessors, starts_early
+from quantkit_kernels.operators import on_its_device, operator
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 MAX_Q_LEN = 16
@@ -201,11 +200,19 @@ def paged_decode(
     split_tokens: 0 cuts contexts so as to fill the device; otherwise parts of that many tokens, which makes a
     sequence's result independent of what else is in the batch.
     """
-    out_TQD: Tensor = decode(q_TQD, *pool, *pages, *masking, split_tokens)
-    return out_TQD
+    fields: tuple[Any, ...] = (*pool, *pages, *masking, split_tokens)
+    return decode(q_TQD, *fields)
 
 
-@torch.library.custom_op("quantkit::paged_decode", mutates_args=(), device_types="cuda")
+def _cpu(q_TQD: Tensor, *fields: Any) -> Tensor:
+    return paged_kv.attend_flat(q_TQD, *fields[:-1])  # nothing is split
+
+
+def _fake(q_TQD: Tensor, *_: object) -> Tensor:
+    return q_TQD.new_empty(q_TQD.shape)
+
+
+@operator("paged_decode", cpu=_cpu, fake=_fake)
 def decode(
     q_TQD: Tensor,
     k_PHSD: Tensor,
@@ -226,16 +233,6 @@ def decode(
     pool = KVPool(k_PHSD, v_PHSD, k_scale, v_scale)
     pages = Pages(block_table_BL, lengths_B, cu_seqlens_q, max_q_len, max_context)
     return launch(q_TQD, pool, pages, Masking(softmax_scale, window, soft_cap), split_tokens)
-
-
-@decode.register_fake
-def _(q_TQD: Tensor, *_: object) -> Tensor:
-    return q_TQD.new_empty(q_TQD.shape)
-
-
-@decode.register_kernel("cpu")
-def _(q_TQD: Tensor, *fields: Any) -> Tensor:
-    return paged_kv.attend_flat(q_TQD, *fields[:-1])  # nothing is split
 
 
 @on_its_device
@@ -260,7 +257,9 @@ def launch(
     row_tiles = triton.cdiv(num_rows, rows)
     k, v, words, planes = stored(pool, as_words=rows < WARPGROUP_ROWS.value)
     assert split_tokens % tile == 0, f"parts of {split_tokens} tokens are not whole tiles of {tile}"
-    num_splits, tiles_of_split = cut(batch, num_heads, pages.max_context, num_processors(q_TQD.device), tile)
+    num_splits, tiles_of_split = cut(
+        batch, num_heads, pages.max_context, num_multiprocessors(q_TQD.device), tile
+    )
     if split_tokens:
         num_splits, tiles_of_split = triton.cdiv(pages.max_context, split_tokens), split_tokens // tile
     elif splits is not None:
@@ -272,7 +271,7 @@ def launch(
         rows_and_splits = (batch, pages.max_q_len, num_queries, num_splits)
         partial = torch.empty(*rows_and_splits, head_dim, dtype=torch.float32, device=q_TQD.device)
         lse = torch.empty(rows_and_splits, dtype=torch.float32, device=q_TQD.device)
-    overlaps = q_TQD.is_cuda and capability(q_TQD.device) >= (9, 0)
+    overlaps = starts_early(q_TQD.device)
     how = {"num_warps": num_warps} | ({"launch_pdl": True} if overlaps else {})
     decode_kernel[(num_heads, num_splits * row_tiles, batch)](
         q_TQD, k, v, k if pool.k_scale is None else pool.k_scale, v if pool.v_scale is None else pool.v_scale,

@@ -28,7 +28,7 @@ from quantkit_kernels.attention_tile import (
     stored,
     zeros,
 )
-from quantkit_kernels.operators import on_its_device
+from quantkit_kernels.operators import on_its_device, operator
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 
@@ -120,11 +120,19 @@ def program_shape(head_dim: int, *, is_8_bit: bool, per_token: bool) -> tuple[in
 
 def paged_prefill(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:
     """Attention of any number of new tokens per sequence: [T, Q, D] in the dtype of q."""
-    out_TQD: Tensor = prefill(q_TQD, *pool, *pages, *masking)
-    return out_TQD
+    fields: tuple[Any, ...] = (*pool, *pages, *masking)
+    return prefill(q_TQD, *fields)
 
 
-@torch.library.custom_op("quantkit::paged_prefill", mutates_args=(), device_types="cuda")
+def _cpu(q_TQD: Tensor, *fields: Any) -> Tensor:
+    return paged_kv.attend_flat(q_TQD, *fields)
+
+
+def _fake(q_TQD: Tensor, *_: object) -> Tensor:
+    return q_TQD.new_empty(q_TQD.shape)
+
+
+@operator("paged_prefill", cpu=_cpu, fake=_fake)
 def prefill(
     q_TQD: Tensor,
     k_PHSD: Tensor,
@@ -144,16 +152,6 @@ def prefill(
     pool = KVPool(k_PHSD, v_PHSD, k_scale, v_scale)
     pages = Pages(block_table_BL, lengths_B, cu_seqlens_q, max_q_len, max_context)
     return launch(q_TQD, pool, pages, Masking(softmax_scale, window, soft_cap))
-
-
-@prefill.register_fake
-def _(q_TQD: Tensor, *_: object) -> Tensor:
-    return q_TQD.new_empty(q_TQD.shape)
-
-
-@prefill.register_kernel("cpu")
-def _(q_TQD: Tensor, *fields: Any) -> Tensor:
-    return paged_kv.attend_flat(q_TQD, *fields)
 
 
 @on_its_device

@@ -15,13 +15,12 @@ to the scores in float32. The scale of a key multiplies scores; that of a value 
 running maximum of score + exponent of the value scale, so that p · scale ≤ 1 whatever the scales are.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.paged_kv import KVPool, Masking
 
 WARPGROUP_ROWS = tl.constexpr(
@@ -325,19 +324,6 @@ def constants(
     form = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}.get(dtype, "16-bit")
     per_token = pool.k_scale is not None and pool.k_scale.dim() == 3
     normalise = q_TQD.dtype == torch.bfloat16 and dtype != torch.bfloat16
-    converts = q_TQD.is_cuda and (form != "e4m3" or capability(q_TQD.device) >= (8, 9))
+    converts = q_TQD.is_cuda and (form != "e4m3" or converts_float8(q_TQD.device))
     has_scale = pool.k_scale is not None
     return form, has_scale, per_token, normalise, masking.window > 0, masking.soft_cap > 0, converts
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return major, minor
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

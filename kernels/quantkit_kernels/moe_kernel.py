@@ -7,7 +7,6 @@ Bound: the bytes of the experts that got a token; with many tokens each, multipl
 Shape suffixes: N out_features, K in_features, P pairs, G groups, M rows of a tile.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit_kernels import fragments_kernel as fragments
+from quantkit_kernels.capability import HOPPER, capability
 from quantkit_kernels.triton_launch import Launcher, num_parts
 
 
@@ -152,11 +152,6 @@ def tile_for(rows: int, group: int, w_dtype: torch.dtype, x_dtype: torch.dtype, 
     return Tile(128, 128, 4 if rows == 64 and x_dtype == torch.float8_e4m3fn else 8, 4)
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def launch(
     x_MK: Tensor,
     x_scale: Tensor | None,
@@ -173,7 +168,9 @@ def launch(
     num_pairs, num_outputs = y_PN.shape
     is_int4 = stored.dtype == torch.int32
     rows = len(slots) // len(expert_of_tile)
-    tile = tile or tile_for(rows, group, stored.dtype, x_MK.dtype, is_hopper=_is_hopper(x_MK.device))
+    tile = tile or tile_for(
+        rows, group, stored.dtype, x_MK.dtype, is_hopper=capability(x_MK.device) == HOPPER
+    )
     num_groups = w_scale.shape[2] if group else 1
     w = stored.view(torch.int8) if is_int4 else stored
     _grouped(

@@ -117,6 +117,11 @@ class CudaKernel:
         return int(_check(found))
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """As a pointer among the fields of `launch`; null for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def load(file: str, entry: str, params: str, defines: Defines = ()) -> CudaKernel:
     """The kernel on the current device, compiled unless a file on disk has it. Cached for the process."""
     return _load(file, entry, params, defines, torch.cuda.current_device())

@@ -54,17 +54,16 @@ def skinny(
     y_MN = torch.empty(num_rows, n, dtype=out_dtype, device=x_MK.device)
     num_strips = -(-n // STRIP_ROWS)
     plan = _plan(_kind_of(x_MK, weight, out_dtype), num_strips, x_MK.get_device())
-    num_groups = weight.scale.shape[1] if weight.group_size and weight.scale is not None else 0
     args = (
         y_MN.data_ptr(),
         x_MK.data_ptr(),
         weight.stored.data_ptr(),
-        _address(weight.scale),
-        _address(weight.zero_point),
-        _address(bias_N),
-        _address(x_scale),
-        _address(x_zero_point),
-        0 if x_zero_point is None else _address(weight.row_sum),
+        nvrtc.address(weight.scale),
+        nvrtc.address(weight.zero_point),
+        nvrtc.address(bias_N),
+        nvrtc.address(x_scale),
+        nvrtc.address(x_zero_point),
+        0 if x_zero_point is None else nvrtc.address(weight.row_sum),
         num_rows,
         n,
         k,
@@ -74,14 +73,10 @@ def skinny(
         weight.stored.stride(0) * weight.stored.element_size() if weight.bits > 4 else 0,
         num_strips,
         -(-k // BLOCK_COLUMNS),
-        num_groups,
+        weight.num_groups,
     )
     plan.kernel.launch(plan.grid, THREADS, args, shared_bytes=plan.shared_bytes, dependent=dependent)
     return y_MN
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class Kind(NamedTuple):

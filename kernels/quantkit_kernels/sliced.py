@@ -12,14 +12,13 @@ from torch import Tensor
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.repack import BLOCK_COLUMNS
-from quantkit_kernels.strip_weight import StripWeight
+from quantkit_kernels.strip_weight import SCALE_KINDS, StripWeight
 
 SLICE_BYTES = 36 << 20  # of 50 MB: at 2048 rows and 14336 columns a tenth faster than 24
 ROW_STEP = 256  # rows of a slice: a multiple, so that cuBLAS has whole tiles
 MAX_GRID_ROWS = 65535
 PARAMS = "4P5i"
 THREADS = 256
-SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def sliced(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -> Tensor:
@@ -62,8 +61,7 @@ def dequantize_rows(weight: StripWeight, first_row: int, out_NK: Tensor) -> None
     )
     kernel = nvrtc.load("dequantize.cu", "dequantize", PARAMS, defines)
     tensors = (out_NK, weight.stored, weight.scale, weight.zero_point)
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    num_groups = weight.scale.shape[1] if weight.group_size else 0
+    pointers = [nvrtc.address(tensor) for tensor in tensors]
     row = [weight.stored.stride(0), weight.stored.shape[1]] if weight.bits == 8 else [0, columns]
-    args = (*pointers, first_row, columns // BLOCK_COLUMNS, num_groups, *row)
+    args = (*pointers, first_row, columns // BLOCK_COLUMNS, weight.num_groups, *row)
     kernel.launch((-(-columns // (8 * THREADS)), rows), THREADS, args)

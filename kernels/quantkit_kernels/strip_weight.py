@@ -17,6 +17,11 @@ from quantkit_kernels.repack import from_fragments, from_strips, to_fragments, t
 from quantkit_kernels.weight import LinearWeight
 
 GROUPS = (32, 64, 128)
+SCALE_KINDS = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+}  # of groups, in the CUDA C++ of tile and sliced
 
 
 class StripWeight(NamedTuple):
@@ -34,6 +39,11 @@ class StripWeight(NamedTuple):
     shape: tuple[int, int]
     bits: int
     group_size: int  # 0: one scale per row
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of a row; 0 where the row has one scale, or none."""
+        return self.scale.shape[1] if self.group_size and self.scale is not None else 0
 
 
 def exact_dtype(scale: Tensor) -> torch.dtype:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import nvrtc
+from quantkit_kernels.capability import num_multiprocessors
 from quantkit_kernels.repack import BLOCK_COLUMNS
-from quantkit_kernels.strip_weight import StripWeight
+from quantkit_kernels.strip_weight import SCALE_KINDS, StripWeight
 
 CAPABILITY = (9, 0)
 WARPGROUPS, THREADS = 2, 3 * 128
@@ -25,7 +26,6 @@ SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks on a multiprocess
 MAX_W_STAGES = 8
 MAX_SPLIT, MIN_STAGES = 6, 4  # blocks that share K, and what each is to have of it
 PARAMS, X_PARAMS = "6P7i", "2P3i"
-SCALE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class Tiling(NamedTuple):
@@ -67,17 +67,17 @@ SPLIT_US = 0.6 / 64  # for each more block that shares K, and row of the tile
 
 
 @functools.cache
-def tiling_of(num_rows: int, n: int, k: int, num_multiprocessors: int) -> Tiling:
+def tiling_of(num_rows: int, n: int, k: int, multiprocessors: int) -> Tiling:
     """The fastest by what its kind takes: rows of x in one tile if they fit, else in tiles of 128 or more."""
     smallest = min((kind.m_tile for kind in KINDS if num_rows <= kind.m_tile <= ONE_TILE), default=0)
     kinds = [kind for kind in KINDS if kind.m_tile == smallest or (not smallest and kind.m_tile >= ONE_TILE)]
-    return min(_best_split(kind, num_rows, n, k, num_multiprocessors) for kind in kinds)[1]
+    return min(_best_split(kind, num_rows, n, k, multiprocessors) for kind in kinds)[1]
 
 
-def _best_split(kind: Kind, num_rows: int, n: int, k: int, num_multiprocessors: int) -> tuple[float, Tiling]:
+def _best_split(kind: Kind, num_rows: int, n: int, k: int, multiprocessors: int) -> tuple[float, Tiling]:
     """The number of blocks that are best to share K, and the time it takes."""
     tiles, stages = -(-num_rows // kind.m_tile) * -(-n // (128 * kind.halves)), -(-k // STAGE_COLUMNS)
-    slots = num_multiprocessors * kind.resident
+    slots = multiprocessors * kind.resident
     found = []
     for split in range(1, MAX_SPLIT + 1):
         # clusters of three and more do not find as many free neighbours as there are multiprocessors
@@ -117,12 +117,6 @@ def tile(
     return multiply(ordered, num_rows, weight, tiling, bias_N=bias_N)
 
 
-@functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def order(x_MK: Tensor, m_tile: int, *, dependent: bool = False) -> Tensor:
     """x in the order of `csrc/tile_x.cu`, flat."""
     num_rows, k = x_MK.shape
@@ -145,9 +139,9 @@ def multiply(
     num_m_tiles = -(-num_rows // tiling.m_tile)
     num_tiles = num_m_tiles * -(-n // (64 * WARPGROUPS * tiling.halves))
     tensors = (y_MN, ordered, weight.stored, weight.scale, weight.zero_point, bias_N)
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    pointers = [nvrtc.address(tensor) for tensor in tensors]
     row = [weight.stored.stride(0), weight.stored.shape[1]] if weight.bits == 8 else [0, 0]
-    args = (*pointers, num_rows, n, -(-k // BLOCK_COLUMNS), _num_groups(weight), num_m_tiles, *row)
+    args = (*pointers, num_rows, n, -(-k // BLOCK_COLUMNS), weight.num_groups, num_m_tiles, *row)
     shared_bytes = shared_bytes_of(weight, tiling)
     kernel.launch(
         (num_tiles * tiling.split,),
@@ -158,10 +152,6 @@ def multiply(
         dependent=True,
     )
     return y_MN
-
-
-def _num_groups(weight: StripWeight) -> int:
-    return weight.scale.shape[1] if weight.group_size and weight.scale is not None else 0
 
 
 def _group_rows(weight: StripWeight) -> int:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantkit_kernels import fragments_kernel as fragments
 from quantkit_kernels.byte_tile_kernel import RASTER, Shape, prefetch
-from quantkit_kernels.capability import starts_early
+from quantkit_kernels.capability import num_multiprocessors, starts_early
 from quantkit_kernels.stream_kernel import add_up, item_of, raster, share_of, tickets_of
 from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 from quantkit_kernels.w8a8_fp8 import aligned
@@ -203,7 +203,7 @@ def launch(
 def shape_for(num_rows: int, num_outputs: int, group: int, device: torch.device) -> Shape:
     """Of the programs that multiply so many rows."""
     maps = starts_early(device)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    num_sms = num_multiprocessors(device)
     rows = min(max(power_above(num_rows), 32), 128)
     tiles = num_parts(num_outputs, 64) * num_parts(num_rows, rows)
     programs = 2 * num_sms if tiles < num_sms else 0

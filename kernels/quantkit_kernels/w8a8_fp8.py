@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit_kernels.capability import converts_float8
+from quantkit_kernels.capability import HOPPER, capability, converts_float8
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
@@ -271,7 +271,7 @@ def _has_cublas_blocks(w_codes_NK: Tensor, device: torch.device) -> bool:
 @functools.cache
 def _is_hopper_with_blocks(device: torch.device) -> bool:
     version = tuple(int(part) for part in (torch.version.cuda or "0").split(".")[:2])
-    return version >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
+    return version >= (12, 9) and capability(device) == HOPPER
 
 
 def check_bias(bias_N: Tensor | None, num_outputs: int) -> None:
