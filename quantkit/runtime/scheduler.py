@@ -17,6 +17,7 @@ service promises:
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from heapq import merge
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from quantkit.errors import GenerationError
 from quantkit.runtime.block_manager import BlockManager
 from quantkit.runtime.prefix_cache import PrefixCache
 from quantkit.runtime.sequence import FinishReason, Sequence
-from quantkit.runtime.step_plan import Scheduled, StepPlan, chunk_size, schedule_tokens
+from quantkit.runtime.step_plan import Scheduled, StepPlan, schedule_tokens
 
 _order = attrgetter("order")
 
@@ -52,7 +53,7 @@ class Stats(NamedTuple):
 class Scheduler:
     """Owns the waiting and the running sequences, their blocks and rows.
 
-    A step is `schedule`, `launched` and, any number of steps later but in the same order, `processed`.
+    A step is `schedule`, `launched` at once and, any number of steps later but in the same order, `processed`.
     """
 
     def __init__(
@@ -111,21 +112,19 @@ class Scheduler:
         """The next step; None if nothing can run before tokens in flight have arrived, or at all."""
         num_preemptions = self._num_preemptions
         decode, prompts = self._next_tokens()
-        left = self._max_num_batched_tokens - len(decode)
-        chunks = self._next_chunks(prompts, left)
-        if self._num_preemptions == num_preemptions:  # else the pool is too small for those that run already
-            left -= sum(row.num_new for row in chunks)
-            chunks += self._admit(left, prompts)
+        waiting: list[Sequence] = []
+        if self._free_rows and self._num_preemptions == num_preemptions:  # else even what runs lacks room
+            waiting = self._waiting[: self._max_num_seqs]
+        chunks = self._next_chunks(prompts, waiting, self._max_num_batched_tokens - len(decode))
         return StepPlan.of(decode, chunks) if decode or chunks else None
 
     def launched(self, plan: StepPlan) -> None:
         """The device will compute the plan: what it fills may be shared, by steps launched later."""
         for sequence, _, start, num_new, samples, _ in plan.rows:
+            assert sequence.num_computed == start, "a plan is launched once, before anything else happens"
+            sequence.num_computed = start + num_new
             sequence.num_in_flight += samples
-            if sequence.finish is None:
-                assert sequence.num_computed == start, "each token is computed once"
-                sequence.num_computed = start + num_new
-                self._prefixes.publish(sequence)
+            self._prefixes.publish(sequence)
 
     def processed(self, plan: StepPlan, token_ids: Iterable[int]) -> list[Update]:
         """Take the plan's tokens, one for each row that samples; those of sequences that have ended are dropped."""
@@ -175,39 +174,30 @@ class Scheduler:
                 decode.append(schedule_tokens(sequence, 1))
         return decode, prompts
 
-    def _next_chunks(self, prompts: list[Sequence], left: int) -> list[Scheduled]:
-        """More of the prompts that run; their blocks are theirs already."""
+    def _next_chunks(self, prompts: list[Sequence], waiting: list[Sequence], left: int) -> list[Scheduled]:
+        """More of the prompts that run and of those that can begin now, the most important first."""
         chunks = []
-        for sequence in prompts:
-            num_new = chunk_size(sequence.num_tokens - sequence.num_computed, left)
-            if not num_new:
+        computing = self._prefixes.computing(prompts)
+        is_full = False
+        for sequence in merge(prompts, waiting, key=_order):
+            if left < 2:  # a row of one token samples; one of several tokens would not
                 break
-            chunks.append(schedule_tokens(sequence, num_new))
-            left -= num_new
+            if sequence.row is None:
+                if is_full:
+                    continue
+                shared, is_awaited = self._prefixes.find(sequence, computing)
+                if is_awaited:
+                    continue
+                is_full = not self._start(sequence, shared)
+                if is_full:
+                    continue
+                computing.setdefault(self._prefixes.next_hash(sequence), sequence.order)
+            chunks.append(schedule_tokens(sequence, min(sequence.num_tokens - sequence.num_computed, left)))
+            left -= chunks[-1].num_new
         return chunks
 
-    def _admit(self, left: int, prompts: list[Sequence]) -> list[Scheduled]:
-        """Begin with waiting sequences, in their order, while there are rows, budget and blocks."""
-        if not self._free_rows or not self._waiting:
-            return []
-        admitted = []
-        computing = self._prefixes.computing(prompts)
-        for sequence in self._waiting[: self._max_num_seqs]:
-            if not self._free_rows or sequence.num_in_flight:  # preempted: its token in flight comes first
-                break
-            shared, is_awaited = self._prefixes.find(sequence, computing)
-            if is_awaited:
-                continue
-            num_new = chunk_size(len(sequence.token_ids) - len(shared) * self._blocks.block_size, left)
-            if not num_new or not self._start(sequence, shared):
-                break
-            admitted.append(schedule_tokens(sequence, num_new))
-            left -= num_new
-            computing.setdefault(self._prefixes.next_hash(sequence), sequence.order)
-        return admitted
-
     def _start(self, sequence: Sequence, shared: list[int]) -> bool:
-        """Give it a row and blocks for all tokens that are known; False, and nothing done, if there are not enough.
+        """Give it a row and blocks for all tokens that are known; False, and nothing done, if that cannot be yet.
 
         As many blocks remain as sequences run, so that these can grow and do not preempt the new one at once.
 
@@ -215,6 +205,8 @@ class Scheduler:
         does no harm: steps run in the order of launches, and the new owner, all of whose tokens the host knows, reads
         nothing from the row before a step of its own has written there.
         """
+        if not self._free_rows or sequence.num_in_flight:  # preempted: its token in flight comes first
+            return False
         num_new = self._blocks.num_needed(len(sequence.token_ids)) - len(shared)
         blocks = self._blocks.take(shared, num_new, leave=len(self._running))
         if blocks is None:

@@ -45,9 +45,3 @@ def schedule_tokens(sequence: Sequence, num_new: int) -> Scheduled:
     start = sequence.num_computed
     samples = start + num_new == sequence.num_tokens
     return Scheduled(sequence, sequence.row, start, num_new, samples, sequence.generation)
-
-
-def chunk_size(num_left: int, budget: int) -> int:
-    """How many tokens of a prompt to compute: never one alone that is not the last, for rows of one token sample."""
-    num_new = min(num_left, budget)
-    return 0 if num_new == 1 < num_left else num_new
