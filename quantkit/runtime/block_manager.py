@@ -77,9 +77,9 @@ class BlockManager:
         return self._published.get(block_hash)
 
     def take(self, shared: list[int], num_new: int, *, leave: int = 0) -> list[int] | None:
-        """Become a user of `shared` (found just now) and of `num_new` fresh blocks; None, and nothing done, if
+        """Use `shared`, found just now, and `num_new` fresh ones; the list of both.
 
-        fewer than `leave` would then be available.
+        None, and nothing taken, if fewer than `leave` would still be available.
         """
         num_revived = sum(1 for block in shared if not self._num_users[block])
         if num_revived + num_new + leave > self.num_available:

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from quantkit.runtime.block_manager import BlockManager
 from quantkit.runtime.sequence import Sequence
 
-Computing = dict[
-    bytes | None, tuple[int, int, int]
-]  # hash of a block: `order` of the sequence that computes it now
+# hash of a block: `order` of the sequence that computes it now
+Computing = dict[bytes | None, tuple[int, int, int]]
 
 
 class PrefixCache:

@@ -11,8 +11,9 @@ service promises:
   first. The budget exceeds `max_num_seqs` by a block at least: decoding never keeps the first prompt from moving on.
 - Nobody overtakes a sequence that waits for blocks or a row, so it gets them when others end. It is overtaken while a
   more important one computes the very block that it needs next: it waits to find that block in the cache.
-- A running sequence that needs a block takes it, if nobody else has one left, from the least important that runs. The
+- A running sequence that needs a block takes it, if none is left, from the newest of the least important that run. The
   most important one can take all; every sequence let in fits alone; so it ends, and then the next one does.
+- A waiting sequence takes nothing from those that run, however important it is.
 """
 
 from bisect import bisect_left, insort
@@ -21,8 +22,8 @@ from heapq import merge
 from operator import attrgetter
 from typing import NamedTuple
 
-from quantkit.errors import GenerationError
 from quantkit.runtime.block_manager import BlockManager
+from quantkit.runtime.limits import Limits
 from quantkit.runtime.prefix_cache import PrefixCache
 from quantkit.runtime.sequence import FinishReason, Sequence
 from quantkit.runtime.step_plan import Scheduled, StepPlan, schedule_tokens
@@ -59,12 +60,15 @@ class Scheduler:
     def __init__(
         self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
     ) -> None:
-        _check_budget(max_num_seqs, max_num_batched_tokens, blocks.block_size)
+        assert max_num_seqs >= 1, "somebody has to run"
+        self._limits = Limits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+        )
+        self._limits.check_budget(blocks.block_size)
         self._blocks = blocks
         self._prefixes = PrefixCache(blocks)
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
         self._waiting: list[Sequence] = []  # both lists: the most important first
         self._running: list[Sequence] = []
         self._free_rows = list(reversed(range(max_num_seqs)))
@@ -104,18 +108,15 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait for its turn. Raises GenerationError if its turn could never come."""
-        self._check_fits(sequence)
-        sequence.limit = min(sequence.limit, self._max_model_len)
+        self._limits.check(sequence, self._blocks)
+        sequence.limit = min(sequence.limit, self._limits.max_model_len)
         self._enqueue(sequence)
 
     def schedule(self) -> StepPlan | None:
         """The next step; None if nothing can run before tokens in flight have arrived, or at all."""
-        num_preemptions = self._num_preemptions
         decode, prompts = self._next_tokens()
-        waiting: list[Sequence] = []
-        if self._free_rows and self._num_preemptions == num_preemptions:  # else even what runs lacks room
-            waiting = self._waiting[: self._max_num_seqs]
-        chunks = self._next_chunks(prompts, waiting, self._max_num_batched_tokens - len(decode))
+        waiting = self._waiting[: self._limits.max_num_seqs] if self._free_rows else []
+        chunks = self._next_chunks(prompts, waiting, self._limits.max_num_batched_tokens - len(decode))
         return StepPlan.of(decode, chunks) if decode or chunks else None
 
     def launched(self, plan: StepPlan) -> None:
@@ -144,29 +145,12 @@ class Scheduler:
         if sequence.finish is None:
             self._end(sequence, reason)
 
-    def _check_fits(self, sequence: Sequence) -> None:
-        num_prompt, longest = len(sequence.prompt_ids), self._max_model_len - 1
-        if not 1 <= num_prompt <= longest:
-            raise GenerationError(
-                f"the prompt has {num_prompt} tokens, and the model takes {self._max_model_len} with the answer",
-                fix=f"give a prompt of 1 to {longest} tokens",
-            )
-        num_most = min(sequence.limit, self._max_model_len) - 1  # the last token is never computed
-        num_needed, num_blocks = self._blocks.num_needed(num_most), self._blocks.num_blocks - 1
-        if num_needed > num_blocks:
-            raise GenerationError(
-                f"{num_prompt} tokens and up to {num_most + 1 - num_prompt} new ones need {num_needed} KV blocks "
-                f"of {self._blocks.block_size} tokens, and there are {num_blocks}",
-                fix="give the KV cache more memory, lower max_tokens, or shorten the prompt: both together to "
-                f"{num_blocks * self._blocks.block_size + 1} tokens at most",
-            )
-
     def _next_tokens(self) -> tuple[list[Scheduled], list[Sequence]]:
         """Rows of those with one token left, and those with more."""
         decode: list[Scheduled] = []
         prompts: list[Sequence] = []
         block_size = self._blocks.block_size
-        for sequence in self._running:  # which preemption shortens at its end, where this has not been yet
+        for sequence in self._running:  # preemption shortens it at its end, where this has not been yet
             num_tokens, start = sequence.num_tokens, sequence.num_computed
             if num_tokens - start > 1:
                 prompts.append(sequence)
@@ -276,15 +260,6 @@ class Scheduler:
     def _dequeue(self, sequence: Sequence) -> None:
         _remove(self._waiting, sequence)
         self._num_waiting_tokens -= len(sequence.prompt_ids)
-
-
-def _check_budget(max_num_seqs: int, max_num_batched_tokens: int, block_size: int) -> None:
-    if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs + block_size:
-        raise GenerationError(
-            f"max_num_batched_tokens {max_num_batched_tokens} with max_num_seqs {max_num_seqs} leaves no room for "
-            "prompts when every sequence generates",
-            fix=f"give max_num_seqs from 1 on, and {block_size} max_num_batched_tokens more than that, or more",
-        )
 
 
 def _remove(queue: list[Sequence], sequence: Sequence) -> None:

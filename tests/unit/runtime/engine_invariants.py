@@ -35,7 +35,9 @@ class Invariants:
         assert Counter(waiting) + Counter(running) == Counter(alive)
         for queue in (waiting, running):
             assert queue == sorted(queue, key=lambda sequence: sequence.order)
-        assert all(sequence.row is None and not sequence.blocks for sequence in waiting)
+        for sequence in waiting:
+            assert sequence.row is None and not sequence.blocks
+            assert sequence.num_computed == sequence.num_published == 0
         rows = [sequence.row for sequence in running]
         assert sorted(rows + scheduler._free_rows) == list(range(len(self._engine.runner.last_token)))
         stats = scheduler.stats

@@ -82,11 +82,9 @@ def test_a_long_prompt_moves_on_while_all_other_rows_generate():
 
 
 def test_a_budget_that_generating_rows_could_use_up_is_refused():
-    with pytest.raises(GenerationError, match="max_num_batched_tokens 11 with max_num_seqs 8") as error:
+    with pytest.raises(GenerationError, match=r"max_num_batched_tokens 11 .* 8 sequences") as error:
         FakeEngine(block_size=4, max_num_seqs=8, budget=11)
-    assert "4 max_num_batched_tokens more" in error.value.fix
-    with pytest.raises(GenerationError, match="max_num_seqs 0"):
-        FakeEngine(max_num_seqs=0)
+    assert "max_num_batched_tokens 12 or more" in error.value.fix
 
 
 # what can never be computed
@@ -113,7 +111,7 @@ def test_more_blocks_than_exist_are_refused_with_numbers():
         GenerationError, match="12 tokens and up to 10 new ones need 6 KV blocks of 4"
     ) as error:
         engine.add(prompt(0, 12), max_tokens=10)
-    assert "there are 5" in error.value.problem and "21 tokens at most" in error.value.fix
+    assert "there are 5" in error.value.problem and "down to 21" in error.value.fix
     sequence = engine.add(prompt(0, 12), max_tokens=9, eos_ids=NO_EOS)  # the last token needs no slot
     finished(engine, sequence)
     assert engine.scheduler.stats.num_preemptions == 0
