@@ -33,7 +33,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._prefix_caching = prefix_caching
-        self._key = secrets.token_bytes(32) if key is None else key
+        self._hasher = blake2b(digest_size=16, key=secrets.token_bytes(32) if key is None else key)
         self._root = self._digest(salt)
         self._num_users = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -68,13 +68,24 @@ class BlockManager:
         """How many blocks so many tokens fill to the last slot, and may so be published and found."""
         return num_tokens // self.block_size if self._prefix_caching else 0
 
-    def hash_block(self, parent: bytes | None, token_ids: list[int]) -> bytes:
-        """The hash of a full block after the one with hash `parent`; None: of a first one."""
-        return self._digest((self._root if parent is None else parent) + array("I", token_ids).tobytes())
+    def hash_blocks(self, parent: bytes | None, token_ids: list[int]) -> list[bytes]:
+        """Hashes of the full blocks of tokens that follow the block with hash `parent`; None: that follow nothing."""
+        data, num_bytes = array("I", token_ids).tobytes(), 4 * self.block_size
+        last, hashes = self._root if parent is None else parent, []
+        for end in range(num_bytes, len(data) + 1, num_bytes):
+            last = self._digest(last + data[end - num_bytes : end])
+            hashes.append(last)
+        return hashes
 
-    def find(self, block_hash: bytes) -> int | None:
-        """The block published under this hash."""
-        return self._published.get(block_hash)
+    def find(self, hashes: list[bytes]) -> list[int]:
+        """The blocks published under these hashes, up to the first that is not."""
+        found = []
+        for block_hash in hashes:
+            block = self._published.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
 
     def take(self, shared: list[int], num_new: int, *, leave: int = 0) -> list[int] | None:
         """Use `shared`, found just now, and `num_new` fresh ones; the list of both.
@@ -125,4 +136,6 @@ class BlockManager:
         return block
 
     def _digest(self, data: bytes) -> bytes:
-        return blake2b(data, digest_size=16, key=self._key).digest()
+        hasher = self._hasher.copy()
+        hasher.update(data)
+        return hasher.digest()

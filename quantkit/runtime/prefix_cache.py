@@ -1,7 +1,7 @@
 """Which sequences begin alike: hashes of their full blocks, and the blocks published under them.
 
-A block's hash covers all tokens up to its end, so one lookup for each block, from the first on, finds the longest
-beginning that somebody has computed. Each block of a sequence is hashed once, when it is first looked for or published.
+A block's hash covers all tokens up to its end, so the longest beginning that somebody has computed is found block by
+block from the first on. Each block is hashed once: those of a prompt when it comes, others when they are published.
 """
 
 from collections.abc import Iterable
@@ -19,30 +19,34 @@ class PrefixCache:
     def __init__(self, blocks: BlockManager) -> None:
         self._blocks = blocks
 
-    def find(self, sequence: Sequence, computing: Computing) -> tuple[list[int], bool]:
-        """Published blocks of its beginning, and whether a more important sequence computes the next one.
+    def hash_known(self, sequence: Sequence) -> None:
+        """Hash the full blocks of its known tokens, those that are not yet."""
+        hashes, size = sequence.block_hashes, self._blocks.block_size
+        if len(hashes) < self._blocks.num_shareable(len(sequence.token_ids)):
+            parent = hashes[-1] if hashes else None
+            hashes += self._blocks.hash_blocks(parent, sequence.token_ids[len(hashes) * size :])
 
-        At least one token is left to compute. What has waited before is known by the last hash that it looked for.
+    def find(self, sequence: Sequence, computing: Computing) -> tuple[list[int], bool]:
+        """Published blocks of its beginning, and whether it waits for the next: a more important one computes that now.
+
+        At least one token is left to compute. What it waits for is looked for again when nobody computes it any more.
         """
-        hashes = sequence.block_hashes
-        if hashes and self._is_awaited(hashes[-1], sequence, computing):
+        self.hash_known(sequence)
+        findable = sequence.block_hashes[: self._blocks.num_shareable(len(sequence.token_ids) - 1)]
+        if self._is_awaited(sequence, findable, computing):
             return [], True
-        shared: list[int] = []
-        for index in range(self._blocks.num_shareable(len(sequence.token_ids) - 1)):
-            block_hash = self._hash(sequence, index)
-            block = self._blocks.find(block_hash)
-            if block is None:
-                return shared, self._is_awaited(block_hash, sequence, computing)
-            shared.append(block)
-        return shared, False
+        shared = self._blocks.find(findable)
+        sequence.num_found = len(shared)
+        return shared, self._is_awaited(sequence, findable, computing)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find its blocks that are computed, full, and of known tokens."""
         if sequence.num_computed // self._blocks.block_size == sequence.num_published:
             return  # the usual case
+        self.hash_known(sequence)
         num_full = self._blocks.num_shareable(min(sequence.num_computed, len(sequence.token_ids)))
         for index in range(sequence.num_published, num_full):
-            self._blocks.publish(sequence.blocks[index], self._hash(sequence, index))
+            self._blocks.publish(sequence.blocks[index], sequence.block_hashes[index])
             sequence.num_published = index + 1
 
     def computing(self, sequences: Iterable[Sequence]) -> Computing:
@@ -54,18 +58,13 @@ class PrefixCache:
 
     def next_hash(self, sequence: Sequence) -> bytes | None:
         """The hash of its first block that is not published; None: not all of its tokens are known."""
-        if sequence.num_published < self._blocks.num_shareable(len(sequence.token_ids)):
-            return self._hash(sequence, sequence.num_published)
-        return None
-
-    def _hash(self, sequence: Sequence, index: int) -> bytes:
-        hashes, size = sequence.block_hashes, self._blocks.block_size
-        for number in range(len(hashes), index + 1):
-            token_ids = sequence.token_ids[number * size : (number + 1) * size]
-            hashes.append(self._blocks.hash_block(hashes[-1] if hashes else None, token_ids))
-        return hashes[index]
+        hashes = sequence.block_hashes
+        return hashes[sequence.num_published] if sequence.num_published < len(hashes) else None
 
     @staticmethod
-    def _is_awaited(block_hash: bytes, sequence: Sequence, computing: Computing) -> bool:
-        order = computing.get(block_hash)
+    def _is_awaited(sequence: Sequence, findable: list[bytes], computing: Computing) -> bool:
+        """Whether the block after those that it found is being computed."""
+        if sequence.num_found == len(findable):
+            return False
+        order = computing.get(findable[sequence.num_found])
         return order is not None and order < sequence.order

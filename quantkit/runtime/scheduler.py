@@ -110,6 +110,7 @@ class Scheduler:
         """Let it wait for its turn. Raises GenerationError if its turn could never come."""
         self._limits.check(sequence, self._blocks)
         sequence.limit = min(sequence.limit, self._limits.max_model_len)
+        self._prefixes.hash_known(sequence)
         self._enqueue(sequence)
 
     def schedule(self) -> StepPlan | None:

@@ -50,6 +50,7 @@ class Sequence:
     block_hashes: list[bytes] = field(
         default_factory=list
     )  # of full blocks from the first on; kept when preempted
+    num_found: int = 0  # blocks of its beginning that were published when it last looked
     num_published: int = 0  # of its blocks; those whose hash another block has count too
     num_computed: int = 0
     num_in_flight: int = 0  # sampled on the device, not yet seen

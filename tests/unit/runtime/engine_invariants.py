@@ -67,6 +67,7 @@ class Invariants:
         for sequence in running:
             expected = recomputed_hashes(sequence.token_ids, blocks.block_size)
             assert sequence.block_hashes == expected[: len(sequence.block_hashes)]
+            assert len(sequence.block_hashes) <= len(expected)
             for index, block in enumerate(sequence.blocks):
                 assert blocks._hashes[block] in ([None, expected[index]] if index < len(expected) else [None])
 

@@ -12,19 +12,14 @@ def manager(num_blocks=6, block_size=2, **options):
 
 def published_chain(blocks, token_ids):
     """Blocks of these tokens, used and published."""
-    taken, parent = blocks.take([], len(token_ids) // 2), None
-    for index, block in enumerate(taken):
-        parent = blocks.hash_block(parent, token_ids[2 * index : 2 * index + 2])
-        blocks.publish(block, parent)
+    taken = blocks.take([], len(token_ids) // 2)
+    for block, block_hash in zip(taken, blocks.hash_blocks(None, token_ids), strict=True):
+        blocks.publish(block, block_hash)
     return taken
 
 
 def find_chain(blocks, token_ids):
-    found, parent = [], None
-    for start in range(0, len(token_ids), 2):
-        parent = blocks.hash_block(parent, token_ids[start : start + 2])
-        found.append(blocks.find(parent))
-    return found
+    return blocks.find(blocks.hash_blocks(None, token_ids))
 
 
 def counts(blocks):
@@ -74,14 +69,14 @@ def test_what_is_published_is_found_after_it_is_released():
     blocks = manager()
     chain = published_chain(blocks, [7, 7, 8, 8])
     blocks.release(chain)
-    assert find_chain(blocks, [7, 7, 8, 8, 9, 9]) == [*chain, None]
+    assert find_chain(blocks, [7, 7, 8, 8, 9, 9]) == chain
 
 
 def test_a_block_is_found_only_after_the_same_beginning():
     blocks = manager()
     published_chain(blocks, [7, 7, 8, 8])
-    assert find_chain(blocks, [6, 7, 8, 8]) == [None, None]
-    assert find_chain(blocks, [8, 8]) == [None]
+    assert find_chain(blocks, [6, 7, 8, 8]) == []
+    assert find_chain(blocks, [8, 8]) == []
 
 
 def test_the_end_of_a_chain_is_forgotten_before_its_beginning():
@@ -90,9 +85,7 @@ def test_the_end_of_a_chain_is_forgotten_before_its_beginning():
     blocks.release(chain)
     for num_left in (4, 3, 2, 1, 0):
         blocks.take([], 1)
-        assert find_chain(blocks, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]) == chain[:num_left] + [None] * (
-            5 - num_left
-        )
+        assert find_chain(blocks, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]) == chain[:num_left]
 
 
 def test_the_least_recently_used_chain_is_forgotten_first():
@@ -102,7 +95,7 @@ def test_the_least_recently_used_chain_is_forgotten_first():
     blocks.release(new)
     blocks.release(blocks.take(old, 0))  # now `new` is the older one
     blocks.take([], 2)
-    assert find_chain(blocks, [3, 3, 4, 4]) == [None, None]
+    assert find_chain(blocks, [3, 3, 4, 4]) == []
     assert find_chain(blocks, [1, 1, 2, 2]) == old
 
 
@@ -140,20 +133,21 @@ def test_hashes_depend_on_key_salt_parent_and_every_token():
     tokens = [1, 2, 3, 4]
     base = recomputed_hashes(tokens, 2, salt=b"s", key=b"k")
     blocks = manager(key=b"k")
-    first = blocks.hash_block(None, [1, 2])
-    assert [first, blocks.hash_block(first, [3, 4])] == base
+    first, second = base
+    assert blocks.hash_blocks(None, [*tokens, 5]) == base, "full blocks only"
+    assert blocks.hash_blocks(first, tokens[2:]) == [second]
     others = [
-        manager(key=b"other").hash_block(None, [1, 2]),
-        BlockManager(6, 2, salt=b"t", key=b"k").hash_block(None, [1, 2]),
-        blocks.hash_block(first, [1, 2]),
-        blocks.hash_block(None, [2, 1]),
-        blocks.hash_block(None, [1, 2 + 2**17]),
+        manager(key=b"other").hash_blocks(None, [1, 2]),
+        BlockManager(6, 2, salt=b"t", key=b"k").hash_blocks(None, [1, 2]),
+        blocks.hash_blocks(first, [1, 2]),
+        blocks.hash_blocks(None, [2, 1]),
+        blocks.hash_blocks(None, [1, 2 + 2**17]),
     ]
-    assert len({first, *others}) == 6
+    assert len({first, *(block_hash for hashes in others for block_hash in hashes)}) == 6
 
 
 def test_nobody_can_guess_a_hash():
-    assert manager().hash_block(None, [1, 2]) != manager().hash_block(None, [1, 2])
+    assert manager().hash_blocks(None, [1, 2]) != manager().hash_blocks(None, [1, 2])
 
 
 def test_without_prefix_caching_no_block_is_shareable():
