@@ -21,6 +21,13 @@ class Numbers:
 
     eos_token_id = None
 
+    @property
+    def backend_tokenizer(self):
+        return self
+
+    def get_added_tokens_decoder(self):
+        return {}
+
     def decode(self, token_ids, **_):
         return "".join(f"{token} " for token in token_ids)
 
@@ -194,6 +201,8 @@ def test_the_options_default_to_the_sampling_params():
     from quantkit.cli.generate import generate as verb
 
     for field in dataclasses.fields(SamplingParams):
+        if field.name not in verb.__code__.co_varnames:
+            continue  # not an option of this verb
         assert verb.__defaults__ is not None
         parameter = dict(
             zip(
