@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from quantkit.errors import GenerationError
 from quantkit.runtime.model import Model
-from quantkit.runtime.sampler import Sampler
+from quantkit.runtime.sampler import NewRow, Sampler
 from quantkit.runtime.sampling_params import SamplingParams
-from quantkit.runtime.tokenizer import Detokenizer, Tokenizer
+from quantkit.runtime.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "context"]
 
@@ -38,10 +39,14 @@ def generate(
     Raises GenerationError, before any token, if the prompt leaves no room in the model's context.
     """
     _check_room(model, len(prompt_ids))
-    sampler, text, cache = Sampler(params), Detokenizer(tokenizer.decode), model.new_cache()
+    sampler, text, cache = (
+        _sampler(model, params, prompt_ids, stop_ids),
+        tokenizer.detokenizer(),
+        model.new_cache(),
+    )
     pending = torch.tensor(prompt_ids)
     for number in range(1, params.max_tokens + 1):
-        token_id = sampler.choose(model.forward(pending, cache))
+        token_id = _next_token(sampler, model.forward(pending, cache), len(prompt_ids) + number - 1)
         finish: Finish | None = None
         if token_id in stop_ids:
             yield Generated(token_id, text.flush(), "stop")
@@ -55,6 +60,19 @@ def generate(
         if finish:
             return
         pending = torch.tensor([token_id])
+
+
+def _sampler(
+    model: Model, params: SamplingParams, prompt_ids: list[int], stop_ids: frozenset[int]
+) -> Sampler:
+    sampler = Sampler(1, model.spec.vocab_size, torch.device("cpu"))
+    sampler.assign([NewRow(0, params, prompt_ids, (), stop_ids)])
+    return sampler
+
+
+def _next_token(sampler: Sampler, logits_V: Tensor, position: int) -> int:
+    row, positions = torch.tensor([0]), torch.tensor([position])
+    return int(sampler.sample(logits_V[None], row, positions, sampler.work([0], [position])).token_ids_B)
 
 
 def _check_room(model: Model, num_tokens: int) -> None:
