@@ -38,7 +38,8 @@ def generate(
     Raises GenerationError, before any token, if the prompt leaves no room in the model's context.
     """
     _check_room(model, len(prompt_ids))
-    sampler, text, cache = Sampler(params), Detokenizer(tokenizer.decode), model.new_cache()
+    sampler, text = Sampler(params), Detokenizer(tokenizer.decode)
+    cache = model.new_cache(min(len(prompt_ids) + params.max_tokens, model.spec.max_positions))
     pending = torch.tensor(prompt_ids)
     for number in range(1, params.max_tokens + 1):
         token_id = sampler.choose(model.forward(pending, cache))

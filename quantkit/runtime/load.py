@@ -7,29 +7,75 @@ import torch
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.kv_cache import read_kv_cache
-from quantkit.formats.quantization_config import read_quantization
+from quantkit.formats.quantization_config import QuantizedModules, read_quantization
+from quantkit.runtime.device_checkpoint import DeviceCheckpoint
+from quantkit.runtime.kv_pool import KVCacheDtype, KVFormat, choose_format
+from quantkit.runtime.layers.gpu_linear import family_of
 from quantkit.runtime.model import Model
 from quantkit.runtime.models.build import build_decoder
 from quantkit.runtime.models.families import read_spec
+from quantkit.runtime.models.spec import DecoderSpec
+from quantkit.runtime.target import Target
 from quantkit.runtime.weights import Weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CPU = torch.device("cpu")
 
 
-def load_model(source: Path | Checkpoint, *, dtype: torch.dtype | None = None) -> Model:
-    """Load a model, 16-bit or quantized, tensor by tensor; it stays in its stored form.
+def load_model(
+    source: Path | Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    batch_invariant: bool = False,
+) -> Model:
+    """Load a model, 16-bit or quantized, layer by layer; it stays in its stored form.
 
-    dtype: of activations, norms and 16-bit weights; None: the one config.json names. Peak memory: the model as
-    stored, plus one tensor (INT4 in bf16: twice its codes, since decode and prefill want different layouts).
-    Raises UnsupportedModelError for an architecture or feature that the runtime does not have; SourceError for
-    tensors that are missing, damaged, or do not fit the config, or a number format that nothing runs.
+    dtype: of activations, norms and 16-bit weights; None: the one config.json names. batch_invariant: what else is in
+    a batch does not change a sequence's results, at the price of speed. Peak memory: on a CPU the model as stored plus
+    one tensor (INT4 in bf16: twice its codes, since decode and prefill want different layouts); on a GPU plus one
+    layer as stored and one on its way, and 128 MB of the host's.
+    Raises UnsupportedModelError for an architecture or feature that the runtime does not have; SchemeError for a number
+    format that the device has no kernel for; SourceError for tensors that are missing, damaged, or do not fit the
+    config, or a number format that nothing runs.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    spec = read_spec(checkpoint)
-    dtype = dtype or model_dtype(checkpoint)
-    kv = read_kv_cache(checkpoint)
-    weights = Weights(checkpoint, read_quantization(checkpoint.config), dtype)
-    return Model(build_decoder(spec, weights), spec, dtype, kv)
+    spec, quantized = read_spec(checkpoint), read_quantization(checkpoint.config)
+    target = Target(device, dtype or model_dtype(checkpoint), batch_invariant)
+    kv = kv_format(checkpoint, spec, target, kv_cache_dtype)
+    if not target.has_kernels:
+        weights = Weights(checkpoint, quantized, target)
+        return Model(build_decoder(spec, weights), spec, target, kv)
+    check_kernels(checkpoint, quantized, target)
+    on_device = DeviceCheckpoint(checkpoint, device)
+    try:
+        return Model(build_decoder(spec, Weights(on_device, quantized, target)), spec, target, kv)
+    finally:
+        on_device.close()
+
+
+def kv_format(checkpoint: Checkpoint, spec: DecoderSpec, target: Target, asked: KVCacheDtype) -> KVFormat:
+    """How keys and values of a checkpoint's model are stored."""
+    return choose_format(
+        read_kv_cache(checkpoint),
+        asked,
+        num_layers=len(spec.layers),
+        num_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=target.dtype,
+    )
+
+
+def check_kernels(checkpoint: Checkpoint, quantized: QuantizedModules, target: Target) -> None:
+    """Before anything is read: raise SchemeError for the first linear that the GPU has no kernel for."""
+    seen = set()
+    for name in checkpoint.tensors:
+        module = name.removesuffix(".weight_scale")
+        scheme = quantized.scheme_of(module) if module != name else None
+        if scheme is not None and scheme not in seen:
+            seen.add(scheme)
+            family_of(module, scheme, target)
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -1,27 +1,41 @@
-"""RMS normalisation, in the two ways that model families round it."""
+"""RMS norm, with what happens around it: the residual is added before, and codes are made of the result.
 
-import torch
+Shape suffixes: T tokens, E hidden size.
+"""
+
 from torch import Tensor, nn
+
+from quantkit.runtime.layers.rows import CodedRows, Rows
+from quantkit_kernels.norm_quant import rms_norm, rms_norm_codes
+from quantkit_kernels.row_codes import Codes
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a weight, over the last dimension; the statistics are float32.
+    """x / rms(x), times a weight; the statistics are float32.
 
-    Two roundings exist: w · round(x̂), or, with `plus_one`, round(x̂ · (1 + w)) for a stored w around 0.
+    Two roundings exist: w · round(x̂), or, with `plus_one`, round(x̂ · (1 + w)) for a stored w around 0. inner_E: weight
+    of a norm of x by itself, before the residual is added (what stands behind a sandwiched sublayer).
     """
 
     weight: Tensor
+    inner: Tensor | None
 
-    def __init__(self, weight: Tensor, eps: float, *, plus_one: bool) -> None:
+    def __init__(
+        self, weight_E: Tensor, eps: float, *, plus_one: bool = False, inner_E: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", weight_E)
+        self.register_buffer("inner", inner_E)
         self.eps = eps
         self.plus_one = plus_one
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape whose last dimension is the weight's; the same dtype."""
-        wide = x.to(torch.float32)
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.plus_one:
-            return (normed * (1.0 + self.weight.to(torch.float32))).to(x.dtype)
-        return self.weight * normed.to(x.dtype)
+    def forward(
+        self, x_TE: Tensor, residual_TE: Tensor | None, codes: Codes | None = None
+    ) -> tuple[Rows, Tensor]:
+        """The norm of x + residual (as codes, if asked for), and that sum, which is where the residual was.
+
+        Without a residual x itself is the sum; it must not be needed by anyone else, since the next norm adds to it.
+        """
+        norm = (x_TE, residual_TE, self.weight, self.eps, self.plus_one, self.inner)
+        rows = rms_norm(*norm) if codes is None else CodedRows(*rms_norm_codes(*norm, *codes))
+        return rows, x_TE if residual_TE is None else residual_TE

@@ -1,14 +1,15 @@
-"""Rotary position embeddings: the frequencies of each published variant, and the rotation.
+"""Rotary position embeddings: the frequencies of each published variant, and the angles of all positions.
 
-Frequencies and angles are float32; cosine and sine are rounded to the dtype of the model, as transformers does.
-Shape suffixes: T tokens, H heads, D head_dim.
+Frequencies, angles, cosine and sine are float32, and so is the rotation. (transformers rounds cosine and sine to the
+dtype of the model first: in 16 bits its queries and keys have one rounding more.)
+Shape suffixes: C positions, R rotated dimensions.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,19 +54,19 @@ class YarnRope:
 Rope = DefaultRope | LinearRope | Llama3Rope | YarnRope
 
 
-def cos_sin(rope: Rope, head_dim: int, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, each [T, D], the halves of D alike."""
-    angles = positions_T.to(torch.float32)[:, None] * frequencies(rope, head_dim)
-    angles_TD = torch.cat((angles, angles), dim=-1)
-    factor = rope.attention_factor if isinstance(rope, YarnRope) else 1.0
-    return (angles_TD.cos() * factor).to(dtype), (angles_TD.sin() * factor).to(dtype)
+class Angles(nn.Module):
+    """Cosine and sine of every position, float32 [C, R / 2] each: made once, for all layers that rotate alike."""
 
+    cos: Tensor
+    sin: Tensor
 
-def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of every head by the angle of its token."""
-    first, second = x_THD.chunk(2, dim=-1)
-    turned_THD = torch.cat((-second, first), dim=-1)
-    return x_THD * cos_TD.unsqueeze(1) + turned_THD * sin_TD.unsqueeze(1)
+    def __init__(self, rope: Rope, rotated_dims: int, num_positions: int, device: torch.device) -> None:
+        super().__init__()
+        positions_C1 = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None]
+        angles = positions_C1 * frequencies(rope, rotated_dims).to(device)
+        factor = rope.attention_factor if isinstance(rope, YarnRope) else 1.0
+        self.register_buffer("cos", angles.cos() * factor)
+        self.register_buffer("sin", angles.sin() * factor)
 
 
 def frequencies(rope: Rope, head_dim: int) -> Tensor:

@@ -43,7 +43,7 @@ def test_decoding_step_by_step_equals_the_full_pass(name, tmp_path):
     model = load_model(save_tiny(name, tmp_path), dtype=torch.float32)
     ids = tokens(LENGTH)
     full = model.logits(ids)
-    cache = model.new_cache()
+    cache = model.new_cache(LENGTH)
     steps = [
         ids[:10],
         ids[10:11],
@@ -139,7 +139,7 @@ def test_a_cache_grows_beyond_its_first_capacity(tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.runtime.kv_cache.FIRST_CAPACITY", 4)
     model = load_model(save_tiny("llama", tmp_path))
     ids = tokens(LENGTH)
-    cache = model.new_cache()
+    cache = model.new_cache(LENGTH)
     last = [model.forward(ids[start : start + 3], cache) for start in range(0, 39, 3)][-1]
     assert relative(last, model.logits(ids[:39])[-1]) < 1e-5
 
@@ -149,7 +149,7 @@ def test_a_long_prompt_is_run_in_chunks(tmp_path, monkeypatch):
     ids = tokens(LENGTH)
     whole = model.logits(ids)
     monkeypatch.setattr("quantkit.runtime.model.CHUNK_TOKENS", 8)
-    assert relative(model.forward(ids, model.new_cache()), whole[-1]) < 1e-5
+    assert relative(model.forward(ids, model.new_cache(LENGTH)), whole[-1]) < 1e-5
     assert relative(model.logits(ids), whole) < 1e-5
 
 

@@ -107,7 +107,7 @@ def test_an_int8_cache_is_read_from_its_sidecar(granularity, tmp_path):
     model = load_model(folder)
     logits = model.logits(ids)
     assert 1e-5 < relative(logits, plain) < 0.5
-    cache = model.new_cache()
+    cache = model.new_cache(30)
     last = [model.forward(part, cache) for part in ids.split(7)][-1]
     assert relative(last, logits[-1]) < 1e-4
 
