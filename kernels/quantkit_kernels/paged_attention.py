@@ -1,7 +1,7 @@
 """Attention over pages behind two functions: the GPU's kernels for 16-bit queries, plain torch for all others.
 
-    decode     few new tokens in each sequence     attention_decode     | float32, and any CPU: sequence by sequence, its
-    prefill    any number                          attention_prefill    | keys and values gathered, then torch's attention
+    paged_decode     few new tokens in each sequence     attention_decode     | torch: sequence by sequence, keys and
+    paged_prefill    any number                          attention_prefill    | values gathered, then its attention
 
 In torch keys and values are dequantized to the dtype of the queries, each product rounded. Where scores are capped,
 which torch's attention cannot do, the definition in `paged_kv` computes.
@@ -74,7 +74,9 @@ def _attend_one(q_TQD: Tensor, pool: KVPool, blocks_L: Tensor, length: int, mask
         q_TQD.transpose(0, 1)[None],
         k_HCD[None],
         v_HCD[None],
-        attn_mask=None if is_plain else paged_kv.visible(num_tokens, oldest, length, masking.window, q_TQD.device),
+        attn_mask=None
+        if is_plain
+        else paged_kv.visible(num_tokens, oldest, length, masking.window, q_TQD.device),
         is_causal=is_plain,
         scale=scale,
         enable_gqa=num_queries != num_heads,
@@ -88,9 +90,9 @@ def gather(
     """Tokens first … last − 1 of one sequence, dequantized: [H, C, D] in `dtype`, block by block."""
     num_heads, block_size, head_dim = codes_PHSD.shape[1:]
     blocks_L = blocks_L[first // block_size : -(-last // block_size)]
-    raw = codes_PHSD.view(torch.int8) if codes_PHSD.itemsize == 1 else codes_PHSD  # float8 cannot be indexed
     tokens = slice(first % block_size, first % block_size + last - first)
-    codes_HCD = raw[blocks_L].transpose(0, 1).reshape(num_heads, -1, head_dim)[:, tokens]
+    raw = codes_PHSD.view(torch.int8) if codes_PHSD.itemsize == 1 else codes_PHSD  # float8 cannot be indexed
+    codes_HCD = raw.transpose(0, 1).index_select(1, blocks_L).view(num_heads, -1, head_dim)[:, tokens]
     if scale is None:
         return codes_HCD
     values_HCD = codes_HCD.to(dtype)
@@ -98,5 +100,5 @@ def gather(
         values_HCD = (decode_shifted(codes_HCD.view(codes_PHSD.dtype)) * REBIAS).to(dtype)
     if scale.ndim == 1:
         return values_HCD * scale.to(dtype)[:, None, None]
-    scale_HC = scale[blocks_L].transpose(0, 1).reshape(num_heads, -1)[:, tokens]
+    scale_HC = scale.transpose(0, 1).index_select(1, blocks_L).view(num_heads, -1)[:, tokens]
     return values_HCD * scale_HC.to(dtype)[:, :, None]

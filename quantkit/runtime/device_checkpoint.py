@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.safetensors_file import TensorInfo
+from quantkit.formats.safetensors_file import TensorInfo, as_bytes
 
 THREADS = 8
 BUFFER_BYTES = 16 << 20
@@ -72,7 +72,7 @@ class DeviceCheckpoint(Checkpoint):
             buffer, copied = self._own_buffer()
             copied.synchronize()
             length = min(BUFFER_BYTES, info.num_bytes - start)
-            _read_into(memoryview(buffer.numpy())[:length], info, info.begin + start)
+            _read_into(as_bytes(buffer[:length]), info, info.begin + start)
             raw[start : start + length].copy_(buffer[:length], non_blocking=True)
             copied.record()
 
@@ -80,7 +80,7 @@ class DeviceCheckpoint(Checkpoint):
         """This thread's pinned buffer, and the event after which it may be written again."""
         if not hasattr(self._of_thread, "buffer"):
             self._of_thread.buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
-            self._of_thread.copied = torch.cuda.Event()
+            self._of_thread.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         return self._of_thread.buffer, self._of_thread.copied
 
 

@@ -115,9 +115,7 @@ def _layer(stored: StoredKV | None, asked: KVCacheDtype, layer: int, dtype: torc
         return LayerKV(dtype)
     if stored is not None and asked in ("auto", stored.scheme.dtype):
         is_dynamic = stored.scheme.granularity == "token"
-        return LayerKV(
-            CODES[stored.scheme.dtype], None if is_dynamic else stored.scales[layer], is_dynamic
-        )
+        return LayerKV(CODES[stored.scheme.dtype], None if is_dynamic else stored.scales[layer], is_dynamic)
     return LayerKV(CODES[asked], None, True)
 
 

@@ -51,7 +51,12 @@ class Step:
 
 
 def build_step(
-    rows: Sequence[Row], *, block_size: int, device: torch.device, decode_tokens: int = 1, num_padding: int = 0
+    rows: Sequence[Row],
+    *,
+    block_size: int,
+    device: torch.device,
+    decode_tokens: int = 1,
+    num_padding: int = 0,
 ) -> Step:
     """The step over `rows`, whose decode rows come first.
 

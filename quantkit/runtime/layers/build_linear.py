@@ -23,6 +23,9 @@ def build_linear(parts: Sequence[LinearPart], target: Target) -> AnyLinear:
 def _build(part: LinearPart, target: Target) -> AnyLinear:
     if target.has_kernels:
         return GpuLinear(part, target)
-    is_dense = isinstance(part.weight, Tensor)
-    linear = Linear(part.weight, part.bias_N) if is_dense else QuantLinear(part, dtype=target.dtype)
+    linear: AnyLinear = (
+        Linear(part.weight, part.bias_N)
+        if isinstance(part.weight, Tensor)
+        else QuantLinear(part, dtype=target.dtype)
+    )
     return InFixedRows(linear) if target.batch_invariant else linear

@@ -32,7 +32,9 @@ class GpuLinear(nn.Module):
         family = family_of(part.name, part.scheme, target)
         self.family, self.target = family.name, target
         self.input_codes = _input_codes(part, target)
-        self.shape = tuple(part.weight.shape if isinstance(part.weight, Tensor) else part.weight.codes_NK.shape)
+        self.shape = tuple(
+            part.weight.shape if isinstance(part.weight, Tensor) else part.weight.codes_NK.shape
+        )
         self.weight = family.prepare(part.weight)
         self.register_buffer("bias", part.bias_N)
 

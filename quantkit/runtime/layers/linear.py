@@ -16,6 +16,7 @@ from quantkit.schemes import IntSpec, PerTensor, PerToken, Spec
 from quantkit.schemes.activation import fake_quantize_input, input_qparams, to_codes
 from quantkit_kernels.catalog import Kernel, choose_float, choose_int8
 from quantkit_kernels.dense import linear
+from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.weight import LinearWeight
 
 FIXED_ROWS = 16  # of a product that no batch changes
@@ -26,7 +27,7 @@ class Linear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    input_codes = None
+    input_codes: Codes | None = None
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class QuantLinear(nn.Module):
     """
 
     bias: Tensor | None
-    input_codes = None
+    input_codes: Codes | None = None
 
     def __init__(self, part: LinearPart, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class QuantLinear(nn.Module):
 class InFixedRows(nn.Module):
     """A linear of this file that computes FIXED_ROWS rows at a time, so that no batch changes a row's bits."""
 
-    input_codes = None
+    input_codes: Codes | None = None
 
     def __init__(self, linear: AnyLinear) -> None:
         super().__init__()
@@ -105,7 +106,8 @@ class InFixedRows(nn.Module):
     def forward(self, x_TK: Tensor) -> Tensor:
         """[T, K] to [T, N]."""
         parts = [
-            self.linear(pad(part_TK, (0, 0, 0, FIXED_ROWS - len(part_TK)))) for part_TK in x_TK.split(FIXED_ROWS)
+            self.linear(pad(part_TK, (0, 0, 0, FIXED_ROWS - len(part_TK))))
+            for part_TK in torch.split(x_TK, FIXED_ROWS)
         ]
         return torch.cat(parts)[: len(x_TK)]
 
@@ -121,7 +123,9 @@ class SideBySide(nn.Module):
         self.linears = nn.ModuleList([linear for linear in linears if isinstance(linear, nn.Module)])
         wanted = [linear.input_codes for linear in linears]
         first = wanted[0]
-        is_shared = first is not None and first.static_scale is None and all(codes == first for codes in wanted)
+        is_shared = (
+            first is not None and first.static_scale is None and all(codes == first for codes in wanted)
+        )
         self.input_codes = first if is_shared else None
 
     def forward(self, x: Rows) -> Tensor:

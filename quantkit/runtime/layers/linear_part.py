@@ -77,7 +77,9 @@ def _weights_joined(weights: Sequence[LinearWeight | Tensor]) -> LinearWeight | 
         return torch.cat(dense)
     quantized = [weight for weight in weights if isinstance(weight, LinearWeight)]
     zero_points = [weight.zero_point_RG for weight in quantized if weight.zero_point_RG is not None]
-    codes = torch.cat([weight.codes_NK.view(torch.int8) for weight in quantized])  # float8 cannot be joined on a CPU
+    codes = torch.cat(
+        [weight.codes_NK.view(torch.int8) for weight in quantized]
+    )  # float8 cannot be joined on a CPU
     return quantized[0]._replace(
         codes_NK=codes.view(quantized[0].codes_NK.dtype),
         scale_RG=torch.cat([weight.scale_RG for weight in quantized]),

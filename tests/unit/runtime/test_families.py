@@ -135,15 +135,6 @@ def test_lengths_up_to_the_context_are_fine(tmp_path):
     assert model.logits(tokens(COMMON["max_position_embeddings"])).isfinite().all()
 
 
-def test_a_cache_grows_beyond_its_first_capacity(tmp_path, monkeypatch):
-    monkeypatch.setattr("quantkit.runtime.kv_cache.FIRST_CAPACITY", 4)
-    model = load_model(save_tiny("llama", tmp_path))
-    ids = tokens(LENGTH)
-    cache = model.new_cache(LENGTH)
-    last = [model.forward(ids[start : start + 3], cache) for start in range(0, 39, 3)][-1]
-    assert relative(last, model.logits(ids[:39])[-1]) < 1e-5
-
-
 def test_a_long_prompt_is_run_in_chunks(tmp_path, monkeypatch):
     model = load_model(save_tiny("gemma3", tmp_path))
     ids = tokens(LENGTH)
