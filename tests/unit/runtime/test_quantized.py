@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from quantkit.formats.kv_cache import StoredKV, write_kv_sidecar
 from quantkit.runtime.layers.linear import QuantLinear
 from quantkit.runtime.layers.linear_part import quantized_part
 from quantkit.runtime.load import load_model
@@ -93,24 +92,6 @@ def test_an_fp8_cache_gives_the_logits_of_transformers(granularity, tmp_path):
     ours = model.logits(ids)
     assert relative(ours, reference_logits(folder, ids, torch.float32)) < 1e-5
     assert relative(ours, load_model(source, dtype=torch.float32).logits(ids)) > 1e-4
-
-
-@pytest.mark.parametrize("granularity", ["head", "token"])
-def test_an_int8_cache_is_read_from_its_sidecar(granularity, tmp_path):
-    folder = save_tiny("llama", tmp_path)
-    ids = tokens(30)
-    plain = load_model(folder).logits(ids)
-    scales = {layer: (torch.full((2, 1, 1), 0.05), torch.full((2, 1, 1), 0.02)) for layer in range(3)}
-    stored = StoredKV(
-        KVScheme(dtype="int8", granularity=granularity), scales if granularity == "head" else {}
-    )
-    write_kv_sidecar(folder, stored, {layer: f"model.layers.{layer}.self_attn" for layer in range(3)})
-    model = load_model(folder)
-    logits = model.logits(ids)
-    assert 1e-5 < relative(logits, plain) < 0.5
-    cache = model.new_cache(30)
-    last = [model.forward(part, cache) for part in ids.split(7)][-1]
-    assert relative(last, logits[-1]) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
