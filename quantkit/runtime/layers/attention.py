@@ -3,46 +3,56 @@
 Shape suffixes: T new tokens, Q query heads, D head_dim, E hidden size, X features of q, k and v side by side.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from quantkit.runtime.layers.rotary import Angles
 from quantkit.runtime.layers.rows import AnyLinear, Rows
 from quantkit.runtime.step import Step
+from quantkit_kernels.norm_quant import rms_norm
 from quantkit_kernels.paged_attention import paged_decode, paged_prefill
 from quantkit_kernels.paged_kv import KVPool, Masking
 from quantkit_kernels.rope_append import rope_append
 from quantkit_kernels.row_codes import Codes
 
 
+_HeadNorms = tuple[Tensor | None, Tensor | None, float, bool]  # as `rope_append` takes them
+
+
+class QKNorms(NamedTuple):
+    """Weights of the norms of queries and keys: of one head, the same for all, or of all heads at once."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    plus_one: bool
+    is_per_head: bool
+
+
 class Attention(nn.Module):
     """Projection to q, k and v, optional norms of q and k, rotation, pages, attention, output projection.
 
-    q_norm, k_norm: weights over head_dim, or None. split_tokens: parts in which contexts are cut whatever else is in
-    the batch; 0: as suits the device.
+    split_tokens: parts in which contexts are cut whatever else is in the batch; 0: as suits the device.
     """
-
-    q_norm: Tensor | None
-    k_norm: Tensor | None
 
     def __init__(
         self,
         qkv: AnyLinear,
         output: AnyLinear,
         *,
-        q_norm_D: Tensor | None,
-        k_norm_D: Tensor | None,
-        norm_eps: float,
-        norm_plus_one: bool,
+        norms: QKNorms | None,
         angles: Angles,
         masking: Masking,
         split_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.qkv, self.output = qkv, output
-        self.register_buffer("q_norm", q_norm_D)
-        self.register_buffer("k_norm", k_norm_D)
-        self.norm_eps, self.norm_plus_one = norm_eps, norm_plus_one
+        self.norms = norms
+        self.head_norms: _HeadNorms = (None, None, 0.0, False)
+        if norms is not None and norms.is_per_head:
+            self.head_norms = norms.q_weight, norms.k_weight, norms.eps, norms.plus_one
         self.angles = angles
         self.masking = masking
         self.split_tokens = split_tokens
@@ -55,7 +65,9 @@ class Attention(nn.Module):
     def forward(self, x: Rows, step: Step, pool: KVPool) -> Tensor:
         """[T, E] to [T, E]; the new keys and values are in the pool afterwards."""
         qkv_TX = self.qkv(x)
-        norms = (self.q_norm, self.k_norm, self.norm_eps, self.norm_plus_one)
+        if self.norms is not None and not self.norms.is_per_head:
+            qkv_TX = _norm_all_heads(qkv_TX, self.norms)
+        norms = self.head_norms
         q_TQD = rope_append(
             qkv_TX, step.positions_T, self.angles.cos, self.angles.sin, step.slots_T, *norms, *pool
         )
@@ -70,3 +82,12 @@ class Attention(nn.Module):
         few_TQD, many_TQD = q_TQD.tensor_split((step.num_decode_tokens,))
         decoded = paged_decode(few_TQD, pool, step.decode, self.masking, split_tokens=self.split_tokens)
         return torch.cat((decoded, paged_prefill(many_TQD, pool, step.prefill, self.masking)))
+
+
+def _norm_all_heads(qkv_TX: Tensor, norms: QKNorms) -> Tensor:
+    """Queries of all heads, and keys of all heads, each normed as one."""
+    q_size, k_size = len(norms.q_weight), len(norms.k_weight)
+    q_TX, k_TX, v_TX = qkv_TX.tensor_split((q_size, q_size + k_size), dim=1)
+    q_TX = rms_norm(q_TX, None, norms.q_weight, norms.eps, norms.plus_one, None)
+    k_TX = rms_norm(k_TX, None, norms.k_weight, norms.eps, norms.plus_one, None)
+    return torch.cat((q_TX, k_TX, v_TX), dim=1)

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E hidden size.
 
 from torch import Tensor, nn
 
-from quantkit.runtime.layers.rows import CodedRows, Rows
+from quantkit.runtime.layers.rows import CodedRows, Rows, encode
 from quantkit_kernels.norm_quant import rms_norm, rms_norm_codes
 from quantkit_kernels.row_codes import Codes
 
@@ -39,3 +39,29 @@ class RMSNorm(nn.Module):
         norm = (x_TE, residual_TE, self.weight, self.eps, self.plus_one, self.inner)
         rows = rms_norm(*norm) if codes is None else CodedRows(*rms_norm_codes(*norm, *codes))
         return rows, x_TE if residual_TE is None else residual_TE
+
+
+class SumOfNorm(nn.Module):
+    """The norm of x by itself added to the residual, and nothing more: where the norms stand behind attention and MLP.
+
+    inner_E: its weight, None in front of the first layer, where there is nothing to add.
+    """
+
+    inner: Tensor | None
+
+    def __init__(self, inner_E: Tensor | None, eps: float, *, plus_one: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("inner", inner_E)
+        self.eps = eps
+        self.plus_one = plus_one
+
+    def forward(
+        self, x_TE: Tensor, residual_TE: Tensor | None, codes: Codes | None = None
+    ) -> tuple[Rows, Tensor]:
+        """The sum (as codes, if asked for), and the sum, which is where the residual was."""
+        if residual_TE is None:
+            sum_TE = x_TE
+        else:
+            assert self.inner is not None, "what is added to a residual has a norm"
+            sum_TE = residual_TE.add_(rms_norm(x_TE, None, self.inner, self.eps, self.plus_one, None))
+        return sum_TE if codes is None else encode(sum_TE, codes), sum_TE

@@ -51,7 +51,28 @@ class YarnRope:
     truncate: bool
 
 
-Rope = DefaultRope | LinearRope | Llama3Rope | YarnRope
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRope:
+    """Each frequency divided by a factor of its own, cosine and sine scaled by `attention_factor` (arXiv:2402.13753).
+
+    There are two sets of factors: `short` for contexts up to `original_positions`, else `long`. Keys rotated by one
+    set cannot be met by queries rotated by the other, so a model has one set for all that it does: `long` if its
+    context may exceed `original_positions`, however short a text is.
+    """
+
+    theta: float
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_positions: int
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class NoRope:
+    """No dimension is rotated."""
+
+
+Rope = DefaultRope | LinearRope | Llama3Rope | YarnRope | LongRope | NoRope
 
 
 class Angles(nn.Module):
@@ -63,15 +84,17 @@ class Angles(nn.Module):
     def __init__(self, rope: Rope, rotated_dims: int, num_positions: int, device: torch.device) -> None:
         super().__init__()
         positions_C1 = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None]
-        angles = positions_C1 * frequencies(rope, rotated_dims).to(device)
-        factor = rope.attention_factor if isinstance(rope, YarnRope) else 1.0
+        angles = positions_C1 * frequencies(rope, rotated_dims, num_positions).to(device)
+        factor = rope.attention_factor if isinstance(rope, YarnRope | LongRope) else 1.0
         self.register_buffer("cos", angles.cos() * factor)
         self.register_buffer("sin", angles.sin() * factor)
 
 
-def frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position, float32 [D/2]."""
-    plain = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def frequencies(rope: Rope, rotary_dim: int, max_positions: int) -> Tensor:
+    """Radians per position, float32 [R/2]. max_positions: that the model is ever run with."""
+    if isinstance(rope, NoRope):
+        return torch.empty(0)
+    plain = 1.0 / rope.theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
     match rope:
         case DefaultRope():
             return plain
@@ -80,7 +103,9 @@ def frequencies(rope: Rope, head_dim: int) -> Tensor:
         case Llama3Rope():
             return _llama3(plain, rope)
         case YarnRope():
-            return _yarn(plain, rope, head_dim)
+            return _yarn(plain, rope, rotary_dim)
+        case LongRope():
+            return plain / torch.tensor(rope.long if max_positions > rope.original_positions else rope.short)
 
 
 def _llama3(plain: Tensor, rope: Llama3Rope) -> Tensor:
