@@ -62,6 +62,10 @@ class Weights:
         parts = [self.part(module, rows, num_cols, has_bias=has_bias) for module, rows in modules.items()]
         return build_linear(parts, self.target)
 
+    def scheme_of(self, module: str) -> Scheme | None:
+        """How a linear is quantized; None: not."""
+        return self._quantized.scheme_of(module)
+
     def part(self, module: str, num_rows: int, num_cols: int, *, has_bias: bool) -> LinearPart:
         """A linear [num_rows, num_cols] as stored, quantized if config.json says so."""
         bias = self.tensor(f"{module}.bias", (num_rows,)) if has_bias else None

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from quantkit.runtime.layers.attention import Attention
 from quantkit.runtime.layers.embedding import Embedding
 from quantkit.runtime.layers.mlp import GatedMLP
-from quantkit.runtime.layers.norm import RMSNorm
+from quantkit.runtime.layers.moe import SparseMLP
+from quantkit.runtime.layers.norm import RMSNorm, SumOfNorm
 from quantkit.runtime.layers.rows import AnyLinear
 from quantkit.runtime.step import Step
 from quantkit_kernels.paged_kv import KVPool
@@ -24,7 +25,12 @@ class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm of everything before it."""
 
     def __init__(
-        self, attention: Attention, mlp: GatedMLP, *, before_attention: RMSNorm, before_mlp: RMSNorm
+        self,
+        attention: Attention,
+        mlp: GatedMLP | SparseMLP,
+        *,
+        before_attention: RMSNorm | SumOfNorm,
+        before_mlp: RMSNorm | SumOfNorm,
     ) -> None:
         super().__init__()
         self.attention = attention

@@ -1,0 +1,114 @@
+"""The sparse feed-forward part of a decoder layer: a router, and experts of which each token goes to a few.
+
+    x [T, E] ─► router ─► softmax, the largest S ─► experts, weights [T, S]
+        └─────► gate_up of those experts ─► act(gate) · up ─► down ─► Σ weight · y ─► [T, E]
+
+The router's scores and the weights are float32; the router itself is a linear like others. Experts run in one of two
+ways: on a GPU all in one product for gate and up and one for down (`GroupedExperts`), whatever goes where, so that a
+CUDA graph can hold them; elsewhere one after another, those alone that a token goes to (`ExpertByExpert`).
+
+Shape suffixes: T tokens, E hidden size, X experts, S experts of a token, P pairs of both, F intermediate features.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.runtime.layers.mlp import Activation, GatedMLP
+from quantkit.runtime.layers.rows import AnyLinear, CodedRows, Rows, encode
+from quantkit_kernels import moe
+from quantkit_kernels.moe import ExpertWeight
+from quantkit_kernels.moe_routing import combine, sort_by_expert
+from quantkit_kernels.row_codes import Codes
+from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
+
+FIXED_ROWS = 16  # of a tile, where no batch may change a row's bits
+
+
+class ExpertByExpert(nn.Module):
+    """Experts as MLPs of their own, in the order of their numbers."""
+
+    def __init__(self, experts: Iterable[GatedMLP]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
+        """[T, E] to [T, E]; sums in float32."""
+        sum_TE = torch.zeros_like(x_TE, dtype=torch.float32)
+        for number in torch.unique(expert_TS).tolist():
+            token, choice = (expert_TS == number).nonzero(as_tuple=True)
+            y = self.experts[number](x_TE[token])
+            sum_TE.index_add_(0, token, y.float() * weight_TS[token, choice, None])
+        return sum_TE.to(x_TE.dtype)
+
+
+class GroupedExperts(nn.Module):
+    """All experts of a layer in grouped products.
+
+    input_codes: what both products read, None: rows in 16 bits.
+    """
+
+    def __init__(
+        self,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        activation: Activation,
+        *,
+        input_codes: Codes | None,
+        batch_invariant: bool,
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+        self.activation = activation
+        self.input_codes = input_codes
+        self.batch_invariant = batch_invariant
+
+    def forward(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
+        """[T, E] to [T, E]."""
+        num_pairs, dtype = expert_TS.numel(), x_TE.dtype
+        rows = FIXED_ROWS if self.batch_invariant else moe.rows_for(num_pairs, self.gate_up)
+        tiles = sort_by_expert(expert_TS, len(self.gate_up.stored), rows)
+        x = x_TE if self.input_codes is None else encode(x_TE, self.input_codes)
+        gate_up_PF = moe.multiply(*_with_scale(x), self.gate_up, *tiles, num_pairs, dtype)
+        y_PE = moe.multiply(*_with_scale(self._activated(gate_up_PF)), self.down, *tiles, num_pairs, dtype)
+        return combine(y_PE, weight_TS, dtype)
+
+    def _activated(self, gate_up_PF: Tensor) -> Rows:
+        if self.input_codes is None:
+            return gated_activation(gate_up_PF, self.activation)
+        return CodedRows(*gated_activation_codes(gate_up_PF, self.activation, *self.input_codes))
+
+
+class SparseMLP(nn.Module):
+    """Router and experts. is_normalized: the weights of a token's experts are divided by their sum."""
+
+    input_codes = None  # the router reads 16 bits
+
+    def __init__(
+        self,
+        router: AnyLinear,
+        experts: ExpertByExpert | GroupedExperts,
+        *,
+        num_per_token: int,
+        is_normalized: bool,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.num_per_token = num_per_token
+        self.is_normalized = is_normalized
+
+    def forward(self, x: Rows) -> Tensor:
+        """[T, E] to [T, E]."""
+        assert isinstance(x, Tensor), "no codes were asked for"
+        weight_TX = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)
+        weight_TS, expert_TS = weight_TX.topk(self.num_per_token, dim=-1)
+        if self.is_normalized:
+            weight_TS = weight_TS / weight_TS.sum(dim=-1, keepdim=True)
+        result: Tensor = self.experts(x, expert_TS, weight_TS)
+        return result
+
+
+def _with_scale(x: Rows) -> tuple[Tensor, Tensor | None]:
+    return (x, None) if isinstance(x, Tensor) else x
