@@ -119,7 +119,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-moe": Qwen3MoeConfig(
         **COMMON,
         head_dim=32,
-        moe_intermediate_size=48,
+        moe_intermediate_size=32,
         num_experts=8,
         num_experts_per_tok=3,
         norm_topk_prob=True,
@@ -127,7 +127,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-moe-mixed": Qwen3MoeConfig(
         **{**COMMON, "num_hidden_layers": 4},
         head_dim=32,
-        moe_intermediate_size=48,
+        moe_intermediate_size=32,
         num_experts=8,
         num_experts_per_tok=3,
         decoder_sparse_step=2,
