@@ -60,7 +60,7 @@ LONG = {
     "partial_rotary_factor": 0.75,
     "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4],
     "long_factor": [1.1, 1.5, 2.5, 4.0, 8.0, 16.0],
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 8,
 }
 SPECIAL = {
     "pad_token_id": 0,
@@ -109,7 +109,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SPECIAL,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
     ),
-    "phi3-long": Phi3Config(**COMMON, **SPECIAL, rope_parameters=LONG, original_max_position_embeddings=16),
+    "phi3-long": Phi3Config(**COMMON, **SPECIAL, rope_parameters=LONG, original_max_position_embeddings=8),
     "olmo2": Olmo2Config(**COMMON, **SPECIAL),
     "smollm3": SmolLM3Config(**{**COMMON, "num_hidden_layers": 4}, **SPECIAL),
     "smollm3-window": SmolLM3Config(
