@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 
+from quantkit.arch.names import place_of
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.kv_cache import read_kv_cache
 from quantkit.formats.quantization_config import QuantizedModules, read_quantization
 from quantkit.runtime.device_checkpoint import DeviceCheckpoint
 from quantkit.runtime.kv_pool import KVCacheDtype, KVFormat, choose_format
+from quantkit.runtime.layers.build_experts import check_experts
 from quantkit.runtime.layers.gpu_linear import family_of
 from quantkit.runtime.model import Model
 from quantkit.runtime.models.build import build_decoder
@@ -73,9 +75,14 @@ def check_kernels(checkpoint: Checkpoint, quantized: QuantizedModules, target: T
     for name in checkpoint.tensors:
         module = name.removesuffix(".weight_scale")
         scheme = quantized.scheme_of(module) if module != name else None
-        if scheme is not None and scheme not in seen:
-            seen.add(scheme)
-            family_of(module, scheme, target)
+        place = place_of(module)
+        is_expert = place is not None and place.expert is not None
+        if scheme is not None and (scheme, is_expert) not in seen:
+            seen.add((scheme, is_expert))
+            if is_expert:
+                check_experts(module, scheme, target)
+            else:
+                family_of(module, scheme, target)
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:

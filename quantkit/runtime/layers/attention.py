@@ -17,7 +17,6 @@ from quantkit_kernels.paged_kv import KVPool, Masking
 from quantkit_kernels.rope_append import rope_append
 from quantkit_kernels.row_codes import Codes
 
-
 _HeadNorms = tuple[Tensor | None, Tensor | None, float, bool]  # as `rope_append` takes them
 
 

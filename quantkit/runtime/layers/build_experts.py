@@ -33,11 +33,23 @@ def build_experts(
 
     scheme: of them all. Raises SchemeError where a GPU has no grouped product for it, or an expert has another.
     """
-    if not target.has_kernels:
-        return ExpertByExpert(
-            GatedMLP(build_linear(pair, target), build_linear([last], target), activation)
-            for pair, last in zip(gate_up, down, strict=True)
-        )
+    if target.has_kernels:
+        return group_experts(gate_up, down, num_experts, scheme, activation, target)
+    return ExpertByExpert(
+        GatedMLP(build_linear(pair, target), build_linear([last], target), activation)
+        for pair, last in zip(gate_up, down, strict=True)
+    )
+
+
+def group_experts(
+    gate_up: Iterable[Sequence[LinearPart]],
+    down: Iterable[LinearPart],
+    num_experts: int,
+    scheme: Scheme | None,
+    activation: Activation,
+    target: Target,
+) -> GroupedExperts:
+    """`build_experts` on a GPU."""
     return GroupedExperts(
         _stacked((_one(join(pair), scheme, target) for pair in gate_up), num_experts, scheme),
         _stacked((_one([last], scheme, target) for last in down), num_experts, scheme),
