@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -116,6 +117,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **COMMON, **SPECIAL, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=5
     ),
     "mixtral": MixtralConfig(**COMMON, num_local_experts=6, num_experts_per_tok=2, sliding_window=7),
+    "qwen2-moe": Qwen2MoeConfig(
+        **COMMON,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=3,
+        mlp_only_layers=[1],
+    ),
     "qwen3-moe": Qwen3MoeConfig(
         **COMMON,
         head_dim=32,

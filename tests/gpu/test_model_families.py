@@ -9,6 +9,7 @@ from transformers import (
     Olmo2Config,
     OlmoeConfig,
     Phi3Config,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
     SmolLM3Config,
 )
@@ -45,6 +46,9 @@ DENSE = {
 SPARSE = {
     "mixtral": MixtralConfig(**{**SIZES, **MOE}, num_local_experts=8),
     "qwen3_moe": Qwen3MoeConfig(**{**SIZES, **MOE}, head_dim=64, moe_intermediate_size=128, num_experts=16),
+    "qwen2_moe": Qwen2MoeConfig(
+        **{**SIZES, **MOE}, moe_intermediate_size=128, shared_expert_intermediate_size=256, num_experts=16
+    ),
     "olmoe": OlmoeConfig(**{**SIZES, **MOE}, num_experts=16),
 }
 CONFIGS = {**DENSE, **SPARSE}

@@ -80,8 +80,25 @@ class GroupedExperts(nn.Module):
         return CodedRows(*gated_activation_codes(gate_up_PF, self.activation, *self.input_codes))
 
 
+class SharedExpert(nn.Module):
+    """An MLP that every token goes to, times the sigmoid of a gate."""
+
+    def __init__(self, mlp: GatedMLP, gate: AnyLinear) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.gate = gate
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        """[T, E] to [T, E]."""
+        result: Tensor = torch.sigmoid(self.gate(x_TE)) * self.mlp(x_TE)
+        return result
+
+
 class SparseMLP(nn.Module):
-    """Router and experts. is_normalized: the weights of a token's experts are divided by their sum."""
+    """Router and experts, and what a shared one adds to theirs.
+
+    is_normalized: the weights of a token's experts are divided by their sum.
+    """
 
     input_codes = None  # the router reads 16 bits
 
@@ -89,6 +106,7 @@ class SparseMLP(nn.Module):
         self,
         router: AnyLinear,
         experts: ExpertByExpert | GroupedExperts,
+        shared: SharedExpert | None = None,
         *,
         num_per_token: int,
         is_normalized: bool,
@@ -96,6 +114,7 @@ class SparseMLP(nn.Module):
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
         self.num_per_token = num_per_token
         self.is_normalized = is_normalized
 
@@ -107,7 +126,7 @@ class SparseMLP(nn.Module):
         if self.is_normalized:
             weight_TS = weight_TS / weight_TS.sum(dim=-1, keepdim=True)
         result: Tensor = self.experts(x, expert_TS, weight_TS)
-        return result
+        return result if self.shared is None else result + self.shared(x)
 
 
 def _with_scale(x: Rows) -> tuple[Tensor, Tensor | None]:

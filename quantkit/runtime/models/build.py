@@ -10,11 +10,11 @@ from quantkit.runtime.layers.build_linear import build_linear
 from quantkit.runtime.layers.embedding import Embedding
 from quantkit.runtime.layers.linear_part import LinearPart
 from quantkit.runtime.layers.mlp import GatedMLP
-from quantkit.runtime.layers.moe import SparseMLP
+from quantkit.runtime.layers.moe import SharedExpert, SparseMLP
 from quantkit.runtime.layers.norm import RMSNorm, SumOfNorm
 from quantkit.runtime.layers.rotary import Angles, Rope
 from quantkit.runtime.models.decoder import Decoder, DecoderLayer
-from quantkit.runtime.models.spec import DecoderSpec, ExpertsSpec
+from quantkit.runtime.models.spec import DecoderSpec, ExpertsSpec, SharedExpertSpec
 from quantkit.runtime.weights import Weights
 from quantkit_kernels.paged_kv import Masking
 
@@ -92,8 +92,11 @@ def _mlp(spec: DecoderSpec, weights: Weights, number: int) -> GatedMLP | SparseM
     experts = spec.layers[number].experts
     if experts is not None:
         return _sparse_mlp(spec, experts, weights, f"{weights.base}layers.{number}")
-    name = f"{weights.base}layers.{number}.mlp"
-    inner, size, bias = spec.intermediate_size, spec.hidden_size, spec.has_mlp_bias
+    return _gated_mlp(spec, weights, f"{weights.base}layers.{number}.mlp", spec.intermediate_size)
+
+
+def _gated_mlp(spec: DecoderSpec, weights: Weights, name: str, inner: int) -> GatedMLP:
+    size, bias = spec.hidden_size, spec.has_mlp_bias
     gate_up = {f"{name}.gate_proj": inner, f"{name}.up_proj": inner}
     if spec.has_fused_projections:
         gate_up = {f"{name}.gate_up_proj": 2 * inner}
@@ -121,8 +124,16 @@ def _sparse_mlp(spec: DecoderSpec, experts: ExpertsSpec, weights: Weights, layer
             spec.activation,
             weights.target,
         ),
+        _shared_expert(spec, experts.shared, weights, layer) if experts.shared is not None else None,
         num_per_token=experts.num_per_token,
         is_normalized=experts.is_normalized,
+    )
+
+
+def _shared_expert(spec: DecoderSpec, shared: SharedExpertSpec, weights: Weights, layer: str) -> SharedExpert:
+    return SharedExpert(
+        _gated_mlp(spec, weights, f"{layer}.{shared.name}", shared.intermediate_size),
+        weights.linear({f"{layer}.{shared.gate}": 1}, spec.hidden_size, has_bias=False),
     )
 
 

@@ -28,6 +28,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "pretraining_tp": (None, 0, 1),
     "qk_layernorm": (None, False),
+    "qkv_bias": (None, False),
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1.0),
     "rope_interleaved": (None, False),

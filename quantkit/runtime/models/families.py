@@ -14,7 +14,7 @@ from quantkit.runtime.models.mixtral import read_mixtral
 from quantkit.runtime.models.olmo import read_olmo2, read_olmoe
 from quantkit.runtime.models.phi3 import read_phi3
 from quantkit.runtime.models.qwen import read_qwen2, read_qwen3
-from quantkit.runtime.models.qwen3_moe import read_qwen3_moe
+from quantkit.runtime.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 from quantkit.runtime.models.smollm3 import read_smollm3
 from quantkit.runtime.models.spec import DecoderSpec
 
@@ -28,6 +28,7 @@ FAMILIES: Mapping[str, Callable[[Config], DecoderSpec]] = {
     "olmoe": read_olmoe,
     "phi3": read_phi3,
     "qwen2": read_qwen2,
+    "qwen2_moe": read_qwen2_moe,
     "qwen3": read_qwen3,
     "qwen3_moe": read_qwen3_moe,
     "smollm3": read_smollm3,

@@ -24,6 +24,18 @@ class Norms(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedExpertSpec:
+    """A gated MLP that every token goes to, times the sigmoid of a gate [1, E].
+
+    name, gate: on disk, below the layer.
+    """
+
+    intermediate_size: int
+    name: str
+    gate: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsSpec:
     """A router and the gated MLPs that it chooses among, for each token.
 
@@ -36,6 +48,7 @@ class ExpertsSpec:
     is_normalized: bool
     router: str
     names: ExpertNames
+    shared: SharedExpertSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

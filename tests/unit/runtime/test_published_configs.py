@@ -47,6 +47,15 @@ SMALL = {  # published key by key, but for sizes that take long
         {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "layer_types": ["full_attention"] * 5},
     ),
     "mixtral": (published.MIXTRAL_8X7B, {"num_hidden_layers": 2, "num_local_experts": 4}),
+    "qwen2-moe": (
+        published.QWEN15_MOE,
+        {
+            "num_hidden_layers": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "num_experts": 12,
+        },
+    ),
     "qwen3-moe": (
         published.QWEN3_30B_A3B,
         {
@@ -130,6 +139,7 @@ def test_smollm3():
 def test_experts():
     for config, num, per_token, size, is_normalized in (
         (published.MIXTRAL_8X7B, 8, 2, 14336, True),
+        (published.QWEN15_MOE, 60, 4, 1408, False),
         (published.QWEN3_30B_A3B, 128, 8, 768, True),
         (published.QWEN3_CODER_30B, 128, 8, 768, True),
         (published.OLMOE_1B_7B, 64, 8, 1024, False),
@@ -140,6 +150,7 @@ def test_experts():
             found = (experts.num_experts, experts.num_per_token, experts.intermediate_size)
             assert found == (num, per_token, size)
             assert experts.is_normalized == is_normalized
+            assert (experts.shared is not None) == (config is published.QWEN15_MOE)
     assert spec_of(published.OLMOE_1B_7B).qk_norm == "all"
     assert spec_of(published.QWEN3_30B_A3B).qk_norm == "head"
 

@@ -17,13 +17,23 @@ from quantkit.schemes.activation import fake_quantize_input
 from quantkit.schemes.tiles import dequantize_weight
 from tests.tiny_models import VOCAB, save_tiny, tokens
 
-FAMILIES = ("gemma2", "phi3-partial", "phi3-long", "olmo2", "smollm3", "mixtral", "qwen3-moe-mixed", "olmoe")
+FAMILIES = (
+    "gemma2",
+    "phi3-partial",
+    "phi3-long",
+    "olmo2",
+    "smollm3",
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe-mixed",
+    "olmoe",
+)
 RECIPES = {
     "int4": ("int4-rtn", ("attention=same", "group_size=32")),
     "fp8": ("fp8-all", ()),
     "int8": ("int8-all", ()),
 }
-NUM_EXPERTS = (6, 8)  # of the tiny models; no other linear has so few rows
+ROUTERS = (6, 8, 1)  # rows of routers and of a shared expert's gate; no other linear has so few
 LENGTH = 41  # above every window
 
 
@@ -64,7 +74,7 @@ def quantized_inputs(spec):
     linear = torch.nn.functional.linear
 
     def quantizing(x, weight, bias=None):
-        if len(weight) not in (VOCAB, *NUM_EXPERTS):
+        if len(weight) not in (VOCAB, *ROUTERS):
             x = fake_quantize_input(x.reshape(-1, x.shape[-1]), spec, None).view(x.shape)
         return linear(x, weight, bias)
 
