@@ -29,10 +29,8 @@ def build_decoder(spec: DecoderSpec, weights: Weights) -> Decoder:
     rotary_dim = spec.rotary_dim or spec.head_dim
     angles = {rope: Angles(rope, rotary_dim, spec.max_positions, target.device) for rope in ropes}
     layers = [_layer(spec, weights, number, angles) for number in range(len(spec.layers))]
-    inner = _after_mlp(spec, f"{base}layers.{len(spec.layers) - 1}")
-    inner_E, norm_E = _norm_weight(spec, weights, inner), _norm_weight(spec, weights, f"{base}norm")
-    assert norm_E is not None, "it has a name"
-    norm = RMSNorm(norm_E, spec.norm_eps, plus_one=spec.norm_plus_one, inner_E=inner_E)
+    last_layer = f"{base}layers.{len(spec.layers) - 1}"
+    norm = _rms_norm(spec, weights, f"{base}norm", inner=_after_mlp(spec, last_layer))
     if spec.is_head_tied:
         weights.skip_tied_head()
         head = build_linear([LinearPart(weights.head, table_VE)], target)
@@ -144,11 +142,17 @@ def _after_mlp(spec: DecoderSpec, layer: str) -> str | None:
 
 
 def _norm(spec: DecoderSpec, weights: Weights, name: str | None, *, inner: str | None) -> RMSNorm | SumOfNorm:
-    inner_E, weight_E = _norm_weight(spec, weights, inner), _norm_weight(spec, weights, name)
-    if weight_E is None:
-        return SumOfNorm(inner_E, spec.norm_eps, plus_one=spec.norm_plus_one)
+    if name is not None:
+        return _rms_norm(spec, weights, name, inner=inner)
+    inner_E = None if inner is None else _norm_weight(spec, weights, inner)
+    return SumOfNorm(inner_E, spec.norm_eps, plus_one=spec.norm_plus_one)
+
+
+def _rms_norm(spec: DecoderSpec, weights: Weights, name: str, *, inner: str | None) -> RMSNorm:
+    inner_E = None if inner is None else _norm_weight(spec, weights, inner)
+    weight_E = _norm_weight(spec, weights, name)
     return RMSNorm(weight_E, spec.norm_eps, plus_one=spec.norm_plus_one, inner_E=inner_E)
 
 
-def _norm_weight(spec: DecoderSpec, weights: Weights, name: str | None) -> Tensor | None:
-    return None if name is None else weights.tensor(f"{name}.weight", (spec.hidden_size,))
+def _norm_weight(spec: DecoderSpec, weights: Weights, name: str) -> Tensor:
+    return weights.tensor(f"{name}.weight", (spec.hidden_size,))
