@@ -1,11 +1,12 @@
 """From a checkpoint folder to a model that runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from quantkit.arch.names import place_of
-from quantkit.errors import SourceError
+from quantkit.errors import GenerationError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.kv_cache import read_kv_cache
 from quantkit.formats.quantization_config import QuantizedModules, read_quantization
@@ -31,19 +32,23 @@ def load_model(
     device: torch.device = CPU,
     kv_cache_dtype: KVCacheDtype = "auto",
     batch_invariant: bool = False,
+    max_model_len: int | None = None,
 ) -> Model:
     """Load a model, 16-bit or quantized, layer by layer; it stays in its stored form.
 
     dtype: of activations, norms and 16-bit weights; None: the one config.json names. batch_invariant: what else is in
-    a batch does not change a sequence's results, at the price of speed. Peak memory: on a CPU the model as stored plus
+    a batch does not change a sequence's results, at the price of speed. max_model_len: the longest context that it is
+    ever run with; None: the longest that it was made for. Peak memory: on a CPU the model as stored plus
     one tensor (INT4 in bf16: twice its codes, since decode and prefill want different layouts); on a GPU plus one
     layer as stored and one on its way, and 128 MB of the host's.
-    Raises UnsupportedModelError for an architecture or feature that the runtime does not have; SchemeError for a number
+    Raises UnsupportedModelError for an architecture or feature that the runtime does not have; GenerationError for a
+    context that the model was not made for; SchemeError for a number
     format that the device has no kernel for; SourceError for tensors that are missing, damaged, or do not fit the
     config, or a number format that nothing runs.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     spec, quantized = read_spec(checkpoint), read_quantization(checkpoint.config)
+    spec = _limited(spec, max_model_len)
     target = Target(device, dtype or model_dtype(checkpoint), batch_invariant)
     kv = kv_format(checkpoint, spec, target, kv_cache_dtype)
     if not target.has_kernels:
@@ -55,6 +60,17 @@ def load_model(
         return Model(build_decoder(spec, Weights(on_device, quantized, target)), spec, target, kv)
     finally:
         on_device.close()
+
+
+def _limited(spec: DecoderSpec, max_model_len: int | None) -> DecoderSpec:
+    if max_model_len is None:
+        return spec
+    if not 1 <= max_model_len <= spec.max_positions:
+        raise GenerationError(
+            f"a context of {max_model_len} tokens for a model that was made for at most {spec.max_positions}",
+            fix=f"ask for 1 to {spec.max_positions}",
+        )
+    return replace(spec, max_positions=max_model_len)
 
 
 def kv_format(checkpoint: Checkpoint, spec: DecoderSpec, target: Target, asked: KVCacheDtype) -> KVFormat:

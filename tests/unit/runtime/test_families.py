@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3TextConfig
 
+from quantkit.errors import GenerationError
 from quantkit.runtime.load import load_model
 from tests.tiny_models import COMMON, CONFIGS, reference_logits, save_tiny, tokens
 
@@ -153,3 +154,21 @@ def test_an_original_length_outside_of_the_rope_object_goes_first(tmp_path):
     outside = load_model(tmp_path).logits(ids)
     assert relative(outside, inside) > 1e-3
     assert relative(outside, reference_logits(tmp_path, ids, torch.float32)) < 1e-5
+
+
+def test_a_shorter_context_has_the_short_factors(tmp_path):
+    """As transformers has them for a text that is no longer than the first training's."""
+    save_tiny("phi3-long", tmp_path)
+    ids = tokens(8)
+    short, long = (load_model(tmp_path, max_model_len=length) for length in (8, None))
+    reference = reference_logits(tmp_path, ids, torch.float32)
+    assert relative(short.logits(ids), reference) < 1e-5
+    assert relative(long.logits(ids), reference) > 1e-3
+    with pytest.raises(GenerationError, match="9 tokens, but the model was made for at most 8"):
+        short.logits(tokens(9))
+
+
+@pytest.mark.parametrize("length", [0, 65])
+def test_a_context_that_the_model_was_not_made_for(length, tmp_path):
+    with pytest.raises(GenerationError, match=f"a context of {length} tokens .* at most 64"):
+        load_model(save_tiny("llama", tmp_path), max_model_len=length)
