@@ -36,10 +36,13 @@ class ExpertByExpert(nn.Module):
     def forward(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
         """[T, E] to [T, E]; sums in float32."""
         sum_TE = torch.zeros_like(x_TE, dtype=torch.float32)
-        for number in torch.unique(expert_TS).tolist():
-            token, choice = (expert_TS == number).nonzero(as_tuple=True)
-            y = self.experts[number](x_TE[token])
-            sum_TE.index_add_(0, token, y.float() * weight_TS[token, choice, None])
+        expert_P, weight_P1 = expert_TS.flatten(), weight_TS.reshape(-1, 1)
+        counts = torch.bincount(expert_P, minlength=len(self.experts)).tolist()
+        pairs_of_experts = torch.split(expert_P.argsort(stable=True), counts)
+        for expert, pairs in zip(self.experts, pairs_of_experts, strict=True):
+            if len(pairs):
+                token = pairs // expert_TS.shape[1]
+                sum_TE.index_add_(0, token, expert(x_TE[token]).float() * weight_P1[pairs])
         return sum_TE.to(x_TE.dtype)
 
 
