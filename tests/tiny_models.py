@@ -189,7 +189,7 @@ def quantize_tiny(source: Path, folder: Path, scheme: Scheme | None, kv: KVSchem
         module = name.removesuffix(".weight")
         if scheme is None or not module.endswith("_proj"):
             tensors[name] = checkpoint.read(name)
-            schemes |= {module: None} if module.endswith("_proj") else {}
+            schemes |= {module: None} if module.endswith(("_proj", ".gate")) else {}
             continue
         stored = round_to_nearest(checkpoint.read(name).float(), scheme)
         tensors |= {f"{module}.{suffix}": part for suffix, part in encode_linear(stored, scheme).items()}

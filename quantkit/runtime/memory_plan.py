@@ -13,7 +13,8 @@ import torch
 from quantkit.errors import MemoryPlanError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.runtime.kv_pool import KVFormat
-from quantkit.runtime.models.spec import DecoderSpec
+from quantkit.runtime.layers.rotary import NoRope
+from quantkit.runtime.models.spec import DecoderSpec, LayerSpec
 from quantkit.runtime.target import Target
 from quantkit.runtime.weights import UNUSED_SUFFIXES, find_place
 
@@ -121,16 +122,26 @@ def weight_bytes(checkpoint: Checkpoint, spec: DecoderSpec, dtype: torch.dtype) 
         info.num_bytes // info.dtype.itemsize * dtype.itemsize if info.dtype in FLOATS else info.num_bytes
         for info in tensors
     )
-    return kept + len({layer.rope for layer in spec.layers}) * spec.max_positions * spec.head_dim * 4
+    ropes = {layer.rope for layer in spec.layers if not isinstance(layer.rope, NoRope)}
+    return kept + len(ropes) * spec.max_positions * (spec.rotary_dim or spec.head_dim) * 4
 
 
 def workspace_bytes(spec: DecoderSpec, dtype: torch.dtype, num_tokens: int, num_rows: int) -> int:
     """Of the largest layer in a step over `num_tokens`, and of the logits of `num_rows`, in float32 too."""
     heads = spec.num_heads + 2 * spec.num_kv_heads
     attention = (heads + 2 * spec.num_heads) * spec.head_dim
-    mlp = 3 * spec.intermediate_size
+    mlp = max(_mlp_features(spec, layer) for layer in spec.layers)
     activations = num_tokens * (3 * spec.hidden_size + max(attention, mlp)) * dtype.itemsize
     return activations + num_rows * spec.vocab_size * (dtype.itemsize + 4) + KERNEL_BYTES
+
+
+def _mlp_features(spec: DecoderSpec, layer: LayerSpec) -> int:
+    """Of a token: gate, up and their product, and with experts the outputs of each of them."""
+    experts = layer.experts
+    if experts is None:
+        return 3 * spec.intermediate_size
+    shared = 0 if experts.shared is None else 3 * experts.shared.intermediate_size
+    return max(experts.num_per_token * (3 * experts.intermediate_size + spec.hidden_size), shared)
 
 
 def _gb(num_bytes: int) -> str:

@@ -39,7 +39,9 @@ def held_bytes(model):
     return sum(found.values())
 
 
-@pytest.mark.parametrize("name", ["llama-wide", "qwen2-tied", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama-wide", "qwen2-tied", "gemma3", "phi3-partial", "smollm3", "qwen3-moe"]
+)
 @pytest.mark.parametrize("scheme", [None, "int8-channel-sym", "fp8-channel-token", "int4-g32-sym"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_take_what_was_planned(name, scheme, dtype, tmp_path):
@@ -67,6 +69,19 @@ def test_a_plan_reads_headers_and_the_device(tmp_path, monkeypatch):
     assert plan.num_tokens * plan.token <= plan.left < 62 * GB
     assert workspace_bytes(spec, torch.bfloat16, 1024, 8) > plan.workspace
     assert workspace_bytes(spec, torch.bfloat16, 512, 16) > plan.workspace > memory_plan.KERNEL_BYTES
+
+
+def test_experts_take_room_for_each_that_a_token_goes_to(tmp_path):
+    spec = read_spec(open_checkpoint(save_tiny("qwen3-moe", tmp_path)))
+    layer = spec.layers[0]
+    layers = [
+        dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, num_per_token=count))
+        for count in (5, 8)
+    ]
+    five, eight = (
+        workspace_bytes(dataclasses.replace(spec, layers=(each,)), torch.bfloat16, 512, 8) for each in layers
+    )
+    assert eight - five == 512 * 3 * (3 * layer.experts.intermediate_size + spec.hidden_size) * 2
 
 
 def test_what_is_left_is_for_tokens():
