@@ -65,7 +65,7 @@ def _attend_one(q_TQD: Tensor, pool: KVPool, blocks_L: Tensor, length: int, mask
     oldest = max(0, length - num_tokens - masking.window + 1) if masking.window else 0
     k_HCD = gather(pool.k_PHSD, pool.k_scale, blocks_L, oldest, length, q_TQD.dtype)
     v_HCD = gather(pool.v_PHSD, pool.v_scale, blocks_L, oldest, length, q_TQD.dtype)
-    scale, num_heads = masking.softmax_scale, len(k_HCD)
+    scale, num_heads = masking.softmax_scale, k_HCD.shape[0]
     if num_tokens == 1:  # one query sees everything: its heads of a group become rows of one small matmul
         grouped = q_TQD.view(1, num_heads, -1, head_dim)
         return scaled_dot_product_attention(grouped, k_HCD[None], v_HCD[None], scale=scale).view(q_TQD.shape)
@@ -92,7 +92,7 @@ def gather(
     blocks_L = blocks_L[first // block_size : -(-last // block_size)]
     tokens = slice(first % block_size, first % block_size + last - first)
     raw = codes_PHSD.view(torch.int8) if codes_PHSD.itemsize == 1 else codes_PHSD  # float8 cannot be indexed
-    codes_HCD = raw.transpose(0, 1).index_select(1, blocks_L).view(num_heads, -1, head_dim)[:, tokens]
+    codes_HCD = _side_by_side(raw, blocks_L).view(num_heads, -1, head_dim)[:, tokens]
     if scale is None:
         return codes_HCD
     values_HCD = codes_HCD.to(dtype)
@@ -100,5 +100,12 @@ def gather(
         values_HCD = (decode_shifted(codes_HCD.view(codes_PHSD.dtype)) * REBIAS).to(dtype)
     if scale.ndim == 1:
         return values_HCD * scale.to(dtype)[:, None, None]
-    scale_HC = scale.transpose(0, 1).index_select(1, blocks_L).view(num_heads, -1)[:, tokens]
+    scale_HC = _side_by_side(scale, blocks_L).view(num_heads, -1)[:, tokens]
     return values_HCD * scale_HC.to(dtype)[:, :, None]
+
+
+def _side_by_side(page_PHS: Tensor, blocks_L: Tensor) -> Tensor:
+    """Blocks of every head, [H, L, S, …]; one block is not copied."""
+    if blocks_L.shape[0] == 1:
+        return page_PHS[int(blocks_L)].unsqueeze(1)
+    return page_PHS.transpose(0, 1).index_select(1, blocks_L)

@@ -109,37 +109,58 @@ def rotate_and_append(*arguments: Any) -> Tensor:
     step = Append(*arguments)
     step.check()
     num_heads, head_dim = step.k_PHSD.shape[1], step.k_PHSD.shape[3]
-    heads = step.qkv_TX.reshape(len(step.qkv_TX), -1, head_dim)
+    heads = step.qkv_TX.reshape(step.qkv_TX.shape[0], -1, head_dim)
     qk_TXD, v_THD = heads.tensor_split((step.num_queries + num_heads,), dim=1)
     if step.q_weight_D is not None or step.k_weight_D is not None:
         q_TQD, k_THD = qk_TXD.tensor_split((step.num_queries,), dim=1)
         qk_TXD = torch.cat(
             (_norm_heads(q_TQD, step.q_weight_D, step), _norm_heads(k_THD, step.k_weight_D, step)), 1
         )
-    positions_T = step.positions_T.long()
-    qk_TXD = rotate(qk_TXD, step.cos[positions_T], step.sin[positions_T])
-    q_TQD, k_THD = qk_TXD.tensor_split((step.num_queries,), dim=1)
-    append(k_THD, step.slots_T, step.k_PHSD, step.k_scale)
-    append(v_THD, step.slots_T, step.v_PHSD, step.v_scale)
+    cos, sin = (table.index_select(0, step.positions_T) for table in (step.cos, step.sin))
+    q_TQD, k_THD = rotate(qk_TXD, cos, sin).tensor_split((step.num_queries,), dim=1)
+    places = _Places.of(step.slots_T, step.k_PHSD.shape[2])
+    _store(k_THD, places, step.k_PHSD, step.k_scale)
+    _store(v_THD, places, step.v_PHSD, step.v_scale)
     return q_TQD.contiguous()
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the pairs (i, i + R / 2) in float32; cos_TR, sin_TR: [T, R / 2]."""
     half = cos_TR.shape[1]
-    cos_TR, sin_TR = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
-    first, second, rest = x_THD.float().tensor_split((half, 2 * half), dim=2)
-    turned = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest)
-    return torch.cat(turned, dim=2).to(x_THD.dtype)
+    pairs = x_THD[..., : 2 * half].float().view(*x_THD.shape[:2], 2, half)
+    turned, across = pairs * cos_TR[:, None, None], pairs * sin_TR[:, None, None]
+    turned.select(2, 0).sub_(across.select(2, 1))
+    turned.select(2, 1).add_(across.select(2, 0))
+    turned = turned.flatten(2).to(x_THD.dtype)
+    return turned if x_THD.shape[2] == 2 * half else torch.cat((turned, x_THD[..., 2 * half :]), dim=2)
 
 
 def append(x_THD: Tensor, slots_T: Tensor, page_PHSD: Tensor, scale: Tensor | None) -> None:
     """Store the tokens that have a slot; scale: None, [H], or [P, H, S], which is written."""
-    if bool((slots_T < 0).any()):
-        is_kept_T = slots_T >= 0
-        x_THD, slots_T = x_THD[is_kept_T], slots_T[is_kept_T]
-    slots_T, block_size = slots_T.long(), page_PHSD.shape[2]
-    block_T, slot_T = slots_T // block_size, slots_T % block_size
+    _store(x_THD, _Places.of(slots_T, page_PHSD.shape[2]), page_PHSD, scale)
+
+
+class _Places(NamedTuple):
+    """Where tokens go. is_kept_T: which have a slot, None: all; block, slot: of those that have."""
+
+    is_kept_T: Tensor | None
+    block_T: Tensor
+    slot_T: Tensor
+
+    @classmethod
+    def of(cls, slots_T: Tensor, block_size: int) -> "_Places":
+        is_kept_T = None
+        if slots_T.shape[0] and int(slots_T.min()) < 0:
+            is_kept_T = slots_T >= 0
+            slots_T = slots_T[is_kept_T]
+        slots_T = slots_T.long()
+        return cls(is_kept_T, slots_T // block_size, slots_T % block_size)
+
+
+def _store(x_THD: Tensor, places: _Places, page_PHSD: Tensor, scale: Tensor | None) -> None:
+    is_kept_T, block_T, slot_T = places
+    if is_kept_T is not None:
+        x_THD = x_THD[is_kept_T]
     if scale is None:
         page_PHSD[block_T, :, slot_T] = x_THD
         return
@@ -147,7 +168,7 @@ def append(x_THD: Tensor, slots_T: Tensor, page_PHSD: Tensor, scale: Tensor | No
         scale_TH = nonzero(x_THD.abs().amax(dim=2) / LARGEST_CODE[page_PHSD.dtype])
         scale[block_T, :, slot_T] = scale_TH.float()
     else:
-        scale_TH = scale.to(x_THD.dtype).expand(len(x_THD), -1)
+        scale_TH = scale.to(x_THD.dtype).expand(x_THD.shape[0], -1)
     codes_THD = nearest(x_THD / scale_TH.unsqueeze(2), page_PHSD.dtype)
     page_PHSD.view(torch.int8)[block_T, :, slot_T] = codes_THD.view(torch.int8)  # float8 cannot be indexed
 

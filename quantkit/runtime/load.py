@@ -51,10 +51,10 @@ def load_model(
     spec = _limited(spec, max_model_len)
     target = Target(device, dtype or model_dtype(checkpoint), batch_invariant)
     kv = kv_format(checkpoint, spec, target, kv_cache_dtype)
-    if not target.has_kernels:
-        weights = Weights(checkpoint, quantized, target)
-        return Model(build_decoder(spec, weights), spec, target, kv)
-    check_kernels(checkpoint, quantized, target)
+    if target.has_kernels:
+        check_kernels(checkpoint, quantized, target)
+    if device.type == "cpu":
+        return Model(build_decoder(spec, Weights(checkpoint, quantized, target)), spec, target, kv)
     on_device = DeviceCheckpoint(checkpoint, device)
     try:
         return Model(build_decoder(spec, Weights(on_device, quantized, target)), spec, target, kv)

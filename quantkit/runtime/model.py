@@ -21,9 +21,12 @@ class Cache:
     """The pools of a single sequence, with room for `capacity` tokens; `num_tokens` are in it."""
 
     def __init__(self, kv: KVFormat, capacity: int, device: torch.device) -> None:
-        num_blocks = -(-capacity // BLOCK_SIZE)
-        self.blocks = range(1, num_blocks + 1)  # block 0 is nobody's
-        self.pools = kv.create_pools(num_blocks + 1, device)
+        # torch's attention reads a block where it lies: on a CPU all tokens are in one, a power of two as the kernels'
+        self.block_size = (
+            max(BLOCK_SIZE, 1 << (capacity - 1).bit_length()) if device.type == "cpu" else BLOCK_SIZE
+        )
+        self.blocks = range(-(-capacity // self.block_size))
+        self.pools = kv.create_pools(len(self.blocks), device, block_size=self.block_size)
         self.num_tokens = 0
 
 
@@ -68,7 +71,7 @@ class Model:
     def _run(self, token_ids_T: Tensor, cache: Cache) -> Tensor:
         self._check(token_ids_T, cache.num_tokens + len(token_ids_T))
         row = Row(token_ids_T.tolist(), cache.num_tokens, cache.blocks)
-        step = build_step([row], block_size=BLOCK_SIZE, device=self.target.device)
+        step = build_step([row], block_size=cache.block_size, device=self.target.device)
         hidden_TE: Tensor = self.decoder(step, cache.pools)
         cache.num_tokens = row.length
         return hidden_TE

@@ -201,7 +201,9 @@ def test_the_kernels_for_bfloat16_are_as_exact_as_transformers(sources, tmp_path
     exact = logits(load(folder))
     rounded = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
     model = load_model(folder, dtype=torch.bfloat16)
-    used = {part.extra_repr() for part in model.decoder.modules() if isinstance(part, QuantLinear)}
+    parts = [part for layer in model.decoder.layers for part in (layer.attention, layer.mlp)]
+    linears = [linear for part in parts for linear in vars(part).values()]
+    used = {repr(linear) for linear in linears if isinstance(linear, QuantLinear)}
     assert used and all(kernel in text for text in used)
     assert relative(model.logits(tokens()), exact) < 1.5 * relative(rounded, exact)
 

@@ -206,6 +206,6 @@ def test_tensors_arrive_as_they_are_on_disk(folder, monkeypatch):
 def test_a_scheme_without_a_kernel_is_named(folder, tmp_path):
     source = folder("gpu-llama", "bf16").parent / "gpu-llama"
     path = quantize_tiny(source, tmp_path / "int2", Scheme(weight=IntSpec(bits=2, granularity=PerGroup(64))))
-    with pytest.raises(SchemeError, match="q_proj in INT2 group 64 on NVIDIA") as caught:
+    with pytest.raises(SchemeError, match="_proj in INT2 group 64 on NVIDIA") as caught:
         load_model(path, dtype=torch.bfloat16, device=GPU)
     assert "w4a16" in caught.value.problem

@@ -6,7 +6,7 @@ Shape suffixes: T new tokens, Q query heads, D head_dim, E hidden size, X featur
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.runtime.layers.rotary import Angles
 from quantkit.runtime.layers.rows import AnyLinear, Rows
@@ -30,7 +30,7 @@ class QKNorms(NamedTuple):
     is_per_head: bool
 
 
-class Attention(nn.Module):
+class Attention:
     """Projection to q, k and v, optional norms of q and k, rotation, pages, attention, output projection.
 
     split_tokens: parts in which contexts are cut whatever else is in the batch; 0: as suits the device.
@@ -46,7 +46,6 @@ class Attention(nn.Module):
         masking: Masking,
         split_tokens: int = 0,
     ) -> None:
-        super().__init__()
         self.qkv, self.output = qkv, output
         self.norms = norms
         self.head_norms: _HeadNorms = (None, None, 0.0, False)
@@ -55,21 +54,15 @@ class Attention(nn.Module):
         self.angles = angles
         self.masking = masking
         self.split_tokens = split_tokens
+        self.input_codes: Codes | None = qkv.input_codes
 
-    @property
-    def input_codes(self) -> Codes | None:
-        """What it reads."""
-        return self.qkv.input_codes
-
-    def forward(self, x: Rows, step: Step, pool: KVPool) -> Tensor:
+    def __call__(self, x: Rows, step: Step, pool: KVPool) -> Tensor:
         """[T, E] to [T, E]; the new keys and values are in the pool afterwards."""
         qkv_TX = self.qkv(x)
         if self.norms is not None and not self.norms.is_per_head:
             qkv_TX = _norm_all_heads(qkv_TX, self.norms)
-        norms = self.head_norms
-        q_TQD = rope_append(
-            qkv_TX, step.positions_T, self.angles.cos, self.angles.sin, step.slots_T, *norms, *pool
-        )
+        cos, sin = self.angles
+        q_TQD = rope_append(qkv_TX, step.positions_T, cos, sin, step.slots_T, *self.head_norms, *pool)
         return self.output(self._attend(q_TQD, step, pool).flatten(1))
 
     def _attend(self, q_TQD: Tensor, step: Step, pool: KVPool) -> Tensor:

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, N out_features, K in_features.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.errors import SchemeError
 from quantkit.runtime.layers.linear_part import LinearPart
@@ -22,13 +22,10 @@ from quantkit_kernels.row_codes import Codes
 FP8_INPUT = ("w8a8_fp8", "w8a8_fp8_block")  # the other families take zero points of x
 
 
-class GpuLinear(nn.Module):
+class GpuLinear:
     """y = x · wᵀ + b, the weight in the layout of its family, whose routes take any number of rows."""
 
-    bias: Tensor | None
-
     def __init__(self, part: LinearPart, target: Target) -> None:
-        super().__init__()
         family = family_of(part.name, part.scheme, target)
         self.family, self.target = family.name, target
         self.input_codes = _input_codes(part, target)
@@ -36,9 +33,9 @@ class GpuLinear(nn.Module):
             part.weight.shape if isinstance(part.weight, Tensor) else part.weight.codes_NK.shape
         )
         self.weight = family.prepare(part.weight)
-        self.register_buffer("bias", part.bias_N)
+        self.bias = part.bias_N
 
-    def forward(self, x: Rows) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N], in the dtype of the model."""
         codes, target = self.input_codes, self.target
         if codes is None:
@@ -51,8 +48,8 @@ class GpuLinear(nn.Module):
         multiply = w8a8_int8.multiply if self.family == "w8a8_int8" else w4a8.multiply
         return multiply(rows.codes_TK, scale, codes.zero_point, self.weight, self.bias, target.dtype)
 
-    def extra_repr(self) -> str:
-        """Shape and kernels, for print(model)."""
+    def __repr__(self) -> str:
+        """Shape and kernels."""
         return f"{self.shape[1]} -> {self.shape[0]}, {self.family}"
 
 

@@ -7,7 +7,7 @@ Shape suffixes: T tokens, N out_features, K in_features.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from quantkit.runtime.layers.linear_part import LinearPart
@@ -22,35 +22,30 @@ from quantkit_kernels.weight import LinearWeight
 FIXED_ROWS = 16  # of a product that no batch changes
 
 
-class Linear(nn.Module):
+class Linear:
     """y = x · wᵀ + b with a 16- or 32-bit weight [N, K]."""
 
-    weight: Tensor
-    bias: Tensor | None
     input_codes: Codes | None = None
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight_NK)
-        self.register_buffer("bias", bias_N)
+        self.weight = weight_NK
+        self.bias = bias_N
 
-    def forward(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N]."""
-        return linear(x_TK, self.weight, self.bias)
+        return linear(_plain(x), self.weight, self.bias)
 
 
-class QuantLinear(nn.Module):
+class QuantLinear:
     """y = q(x) · wᵀ + b with a quantized weight, and an input that is quantized first if the scheme says so.
 
     Kernels are chosen here, once: `float_kernels` for few rows up to any number, or `int8_kernel` where the
     input's codes are multiplied as integers.
     """
 
-    bias: Tensor | None
     input_codes: Codes | None = None
 
     def __init__(self, part: LinearPart, *, dtype: torch.dtype) -> None:
-        super().__init__()
         weight, scheme = part.weight, part.scheme
         assert isinstance(weight, LinearWeight) and scheme is not None, f"{part.name} is not quantized"
         self.out_features, self.in_features = weight.codes_NK.shape
@@ -60,11 +55,11 @@ class QuantLinear(nn.Module):
         self.float_kernels = () if self.int8_kernel else choose_float(weight, dtype)
         kernels: list[Kernel] = [self.int8_kernel] if self.int8_kernel else [*self.float_kernels]
         self.operands: list[Any] = [kernel.prepare(weight, dtype) for kernel in kernels]
-        self.register_buffer("bias", part.bias_N)
+        self.bias = part.bias_N
 
-    def forward(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N], in the dtype of x."""
-        y_TN = self._product(x_TK)
+        y_TN = self._product(_plain(x))
         return y_TN if self.bias is None else y_TN + self.bias
 
     def _product(self, x_TK: Tensor) -> Tensor:
@@ -88,23 +83,23 @@ class QuantLinear(nn.Module):
         unique = {tensor.data_ptr(): tensor for tensor in tensors}  # two kernels may share the codes
         return sum(tensor.untyped_storage().nbytes() for tensor in unique.values())
 
-    def extra_repr(self) -> str:
-        """Shape and kernels, for print(model)."""
+    def __repr__(self) -> str:
+        """Shape and kernels."""
         kernels = [self.int8_kernel] if self.int8_kernel else self.float_kernels
         return f"{self.in_features} -> {self.out_features}, {', '.join(k.name for k in kernels)}"
 
 
-class InFixedRows(nn.Module):
+class InFixedRows:
     """A linear of this file that computes FIXED_ROWS rows at a time, so that no batch changes a row's bits."""
 
     input_codes: Codes | None = None
 
     def __init__(self, linear: AnyLinear) -> None:
-        super().__init__()
         self.linear = linear
 
-    def forward(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N]."""
+        x_TK = _plain(x)
         parts = [
             self.linear(pad(part_TK, (0, 0, 0, FIXED_ROWS - len(part_TK))))
             for part_TK in torch.split(x_TK, FIXED_ROWS)
@@ -112,15 +107,14 @@ class InFixedRows(nn.Module):
         return torch.cat(parts)[: len(x_TK)]
 
 
-class SideBySide(nn.Module):
+class SideBySide:
     """Linears of one input that are no one product, since their formats differ: one after the other.
 
     They share the input's codes where all read the same dynamic ones; else each makes its own.
     """
 
     def __init__(self, linears: list[AnyLinear]) -> None:
-        super().__init__()
-        self.linears = nn.ModuleList([linear for linear in linears if isinstance(linear, nn.Module)])
+        self.linears = linears
         wanted = [linear.input_codes for linear in linears]
         first = wanted[0]
         is_shared = (
@@ -128,9 +122,14 @@ class SideBySide(nn.Module):
         )
         self.input_codes = first if is_shared else None
 
-    def forward(self, x: Rows) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N], the outputs of all next to each other."""
         return torch.cat([linear(x) for linear in self.linears], dim=1)
+
+
+def _plain(x: Rows) -> Tensor:
+    assert isinstance(x, Tensor), "codes for a linear that reads none"
+    return x
 
 
 def _takes_int8(spec: Spec | None) -> bool:

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E hidden size, F intermediate features.
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.runtime.layers.rows import AnyLinear, CodedRows, Rows
 from quantkit_kernels.row_codes import Codes
@@ -14,21 +14,16 @@ from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 Activation = Literal["silu", "gelu_tanh"]
 
 
-class GatedMLP(nn.Module):
+class GatedMLP:
     """down(act(gate(x)) · up(x)); gate_up gives gate and up side by side, [T, 2F]."""
 
     def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
-        super().__init__()
         self.gate_up = gate_up
         self.down = down
         self.activation = activation
+        self.input_codes: Codes | None = gate_up.input_codes
 
-    @property
-    def input_codes(self) -> Codes | None:
-        """What it reads."""
-        return self.gate_up.input_codes
-
-    def forward(self, x: Rows) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, E] to [T, E]."""
         gate_up_TF = self.gate_up(x)
         codes = self.down.input_codes

@@ -13,7 +13,7 @@ Shape suffixes: T tokens, E hidden size, X experts, S experts of a token, P pair
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.runtime.layers.mlp import Activation, GatedMLP
 from quantkit.runtime.layers.rows import AnyLinear, CodedRows, Rows, encode
@@ -26,14 +26,13 @@ from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 FIXED_ROWS = 16  # of a tile, where no batch may change a row's bits
 
 
-class ExpertByExpert(nn.Module):
+class ExpertByExpert:
     """Experts as MLPs of their own, in the order of their numbers."""
 
     def __init__(self, experts: Iterable[GatedMLP]) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(experts)
+        self.experts = list(experts)
 
-    def forward(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
+    def __call__(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
         """[T, E] to [T, E]; sums in float32."""
         sum_TE = torch.zeros_like(x_TE, dtype=torch.float32)
         expert_P, weight_P1 = expert_TS.flatten(), weight_TS.reshape(-1, 1)
@@ -46,7 +45,7 @@ class ExpertByExpert(nn.Module):
         return sum_TE.to(x_TE.dtype)
 
 
-class GroupedExperts(nn.Module):
+class GroupedExperts:
     """All experts of a layer in grouped products.
 
     input_codes: what both products read, None: rows in 16 bits.
@@ -61,13 +60,12 @@ class GroupedExperts(nn.Module):
         input_codes: Codes | None,
         batch_invariant: bool,
     ) -> None:
-        super().__init__()
         self.gate_up, self.down = gate_up, down
         self.activation = activation
         self.input_codes = input_codes
         self.batch_invariant = batch_invariant
 
-    def forward(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
+    def __call__(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
         """[T, E] to [T, E]."""
         num_pairs, dtype = expert_TS.numel(), x_TE.dtype
         rows = FIXED_ROWS if self.batch_invariant else moe.rows_for(num_pairs, self.gate_up)
@@ -83,21 +81,20 @@ class GroupedExperts(nn.Module):
         return CodedRows(*gated_activation_codes(gate_up_PF, self.activation, *self.input_codes))
 
 
-class SharedExpert(nn.Module):
+class SharedExpert:
     """An MLP that every token goes to, times the sigmoid of a gate."""
 
     def __init__(self, mlp: GatedMLP, gate: AnyLinear) -> None:
-        super().__init__()
         self.mlp = mlp
         self.gate = gate
 
-    def forward(self, x_TE: Tensor) -> Tensor:
+    def __call__(self, x_TE: Tensor) -> Tensor:
         """[T, E] to [T, E]."""
         result: Tensor = torch.sigmoid(self.gate(x_TE)) * self.mlp(x_TE)
         return result
 
 
-class SparseMLP(nn.Module):
+class SparseMLP:
     """Router and experts, and what a shared one adds to theirs.
 
     is_normalized: the weights of a token's experts are divided by their sum.
@@ -114,14 +111,13 @@ class SparseMLP(nn.Module):
         num_per_token: int,
         is_normalized: bool,
     ) -> None:
-        super().__init__()
         self.router = router
         self.experts = experts
         self.shared = shared
         self.num_per_token = num_per_token
         self.is_normalized = is_normalized
 
-    def forward(self, x: Rows) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, E] to [T, E]."""
         assert isinstance(x, Tensor), "no codes were asked for"
         weight_TX = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)

@@ -7,9 +7,10 @@ Shape suffixes: C positions, R rotated dimensions.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +76,19 @@ class NoRope:
 Rope = DefaultRope | LinearRope | Llama3Rope | YarnRope | LongRope | NoRope
 
 
-class Angles(nn.Module):
+class Angles(NamedTuple):
     """Cosine and sine of every position, float32 [C, R / 2] each: made once, for all layers that rotate alike."""
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, rope: Rope, rotated_dims: int, num_positions: int, device: torch.device) -> None:
-        super().__init__()
-        positions_C1 = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None]
-        angles = positions_C1 * frequencies(rope, rotated_dims, num_positions).to(device)
-        factor = rope.attention_factor if isinstance(rope, YarnRope | LongRope) else 1.0
-        self.register_buffer("cos", angles.cos() * factor)
-        self.register_buffer("sin", angles.sin() * factor)
+
+def make_angles(rope: Rope, rotary_dim: int, num_positions: int, device: torch.device) -> Angles:
+    """The angles of positions from 0 on."""
+    positions_C1 = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None]
+    angles = positions_C1 * frequencies(rope, rotary_dim, num_positions).to(device)
+    factor = rope.attention_factor if isinstance(rope, YarnRope | LongRope) else 1.0
+    return Angles(angles.cos() * factor, angles.sin() * factor)
 
 
 def frequencies(rope: Rope, rotary_dim: int, max_positions: int) -> Tensor:

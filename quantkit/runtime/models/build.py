@@ -12,7 +12,7 @@ from quantkit.runtime.layers.linear_part import LinearPart
 from quantkit.runtime.layers.mlp import GatedMLP
 from quantkit.runtime.layers.moe import SharedExpert, SparseMLP
 from quantkit.runtime.layers.norm import RMSNorm, SumOfNorm
-from quantkit.runtime.layers.rotary import Angles, Rope
+from quantkit.runtime.layers.rotary import Angles, Rope, make_angles
 from quantkit.runtime.models.decoder import Decoder, DecoderLayer
 from quantkit.runtime.models.spec import DecoderSpec, ExpertsSpec, SharedExpertSpec
 from quantkit.runtime.weights import Weights
@@ -27,7 +27,7 @@ def build_decoder(spec: DecoderSpec, weights: Weights) -> Decoder:
     table_VE = weights.tensor(f"{base}embed_tokens.weight", (spec.vocab_size, size))
     ropes = {layer.rope for layer in spec.layers}
     rotary_dim = spec.rotary_dim or spec.head_dim
-    angles = {rope: Angles(rope, rotary_dim, spec.max_positions, target.device) for rope in ropes}
+    angles = {rope: make_angles(rope, rotary_dim, spec.max_positions, target.device) for rope in ropes}
     layers = [_layer(spec, weights, number, angles) for number in range(len(spec.layers))]
     last_layer = f"{base}layers.{len(spec.layers) - 1}"
     norm = _rms_norm(spec, weights, f"{base}norm", inner=_after_mlp(spec, last_layer))

@@ -9,7 +9,7 @@ Shape suffixes: T tokens, E hidden size, V vocab.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.runtime.layers.attention import Attention
 from quantkit.runtime.layers.embedding import Embedding
@@ -21,7 +21,7 @@ from quantkit.runtime.step import Step
 from quantkit_kernels.paged_kv import KVPool
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer:
     """Attention and MLP, each behind a norm of everything before it."""
 
     def __init__(
@@ -32,12 +32,11 @@ class DecoderLayer(nn.Module):
         before_attention: RMSNorm | SumOfNorm,
         before_mlp: RMSNorm | SumOfNorm,
     ) -> None:
-        super().__init__()
         self.attention = attention
         self.mlp = mlp
         self.before_attention, self.before_mlp = before_attention, before_mlp
 
-    def forward(
+    def __call__(
         self, x_TE: Tensor, residual_TE: Tensor | None, step: Step, pool: KVPool
     ) -> tuple[Tensor, Tensor]:
         """x and residual, whose sum is the hidden state, to those after the layer."""
@@ -47,7 +46,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(rows), residual_TE
 
 
-class Decoder(nn.Module):
+class Decoder:
     """Embedding, layers, last norm, head."""
 
     def __init__(
@@ -59,14 +58,13 @@ class Decoder(nn.Module):
         *,
         logit_softcap: float | None,
     ) -> None:
-        super().__init__()
         self.embedding = embedding
-        self.layers = nn.ModuleList(layers)
+        self.layers = layers
         self.norm = norm
         self.head = head
         self.logit_softcap = logit_softcap
 
-    def forward(self, step: Step, pools: Sequence[KVPool]) -> Tensor:
+    def __call__(self, step: Step, pools: Sequence[KVPool]) -> Tensor:
         """Hidden states [T, E] after the last norm; the new tokens' keys and values are in the pools, one per layer."""
         x_TE: Tensor = self.embedding(step.token_ids_T)
         residual_TE: Tensor | None = None

@@ -99,4 +99,4 @@ def test_a_product_that_no_batch_changes(scheme, dtype):
 def test_a_quantized_linear_says_its_kernels():
     linear = build_linear([part("a", "int4-g64-sym")], Target(CPU, torch.bfloat16))
     assert isinstance(linear, QuantLinear)
-    assert linear.extra_repr() == "256 -> 128, int4pack, dequantize"
+    assert repr(linear) == "256 -> 128, int4pack, dequantize"

@@ -23,7 +23,7 @@ PLAN = MemoryPlan(
 
 
 def held_bytes(model):
-    """Of every tensor that a model's modules hold, in whatever they hold it, once."""
+    """Of every tensor that a model's layers hold, in whatever they hold it, once."""
     found = {}
 
     def collect(value):
@@ -32,10 +32,12 @@ def held_bytes(model):
         elif isinstance(value, list | tuple):
             for one in value:
                 collect(one)
+        elif type(value).__module__.startswith(
+            ("quantkit.runtime.layers", "quantkit.runtime.models.decoder")
+        ):
+            collect(list(vars(value).values()))
 
-    for module in model.decoder.modules():
-        for value in (*vars(module).values(), *module.buffers(recurse=False)):
-            collect(value)
+    collect(model.decoder)
     return sum(found.values())
 
 
