@@ -104,7 +104,7 @@ def test_weights_are_float32_and_may_be_normalized():
     seen = {}
 
     class Spy(ExpertByExpert):
-        def forward(self, x_TE, expert_TS, weight_TS):
+        def __call__(self, x_TE, expert_TS, weight_TS):
             seen["expert"], seen["weight"] = expert_TS, weight_TS
             return x_TE
 
