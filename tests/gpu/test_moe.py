@@ -62,6 +62,20 @@ def check(y, x, w, expert_P, row_P, *, sum_bits=24):
         assert (error <= bound).all(), f"expert {expert}: {(error / bound).max():.2f} of the bound"
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32])
+@pytest.mark.parametrize(
+    ("num_tokens", "per_token", "num_experts"), [(1, 2, 8), (33, 4, 60), (4096, 8, 128), (5, 1, 1)]
+)
+def test_the_largest_scores_are_chosen(num_tokens, per_token, num_experts, dtype, normalized):
+    scores = (torch.randn(num_tokens, num_experts, generator=generator(1)) * 4).to(dtype).cuda()
+    expert, weight = moe_routing.choose_experts(scores, per_token, normalized)
+    plain_expert, plain_weight = moe_routing.plain_choose(scores, per_token, normalized)
+    assert torch.equal(scores.gather(1, expert.long()), scores.gather(1, plain_expert.long())), "but for ties"
+    assert (expert.sort(dim=1).values.diff(dim=1) > 0).all(), "each once"
+    torch.testing.assert_close(weight, plain_weight, rtol=1e-5, atol=1e-12)
+
+
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("num_experts", [8, 60, 128])

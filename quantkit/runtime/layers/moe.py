@@ -19,7 +19,7 @@ from quantkit.runtime.layers.mlp import Activation, GatedMLP
 from quantkit.runtime.layers.rows import AnyLinear, CodedRows, Rows, encode
 from quantkit_kernels import moe
 from quantkit_kernels.moe import ExpertWeight
-from quantkit_kernels.moe_routing import combine, sort_by_expert
+from quantkit_kernels.moe_routing import choose_experts, combine, sort_by_expert
 from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 
@@ -120,10 +120,7 @@ class SparseMLP:
     def __call__(self, x: Rows) -> Tensor:
         """[T, E] to [T, E]."""
         assert isinstance(x, Tensor), "no codes were asked for"
-        weight_TX = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)
-        weight_TS, expert_TS = weight_TX.topk(self.num_per_token, dim=-1)
-        if self.is_normalized:
-            weight_TS = weight_TS / weight_TS.sum(dim=-1, keepdim=True)
+        expert_TS, weight_TS = choose_experts(self.router(x), self.num_per_token, self.is_normalized)
         result: Tensor = self.experts(x, expert_TS, weight_TS)
         return result if self.shared is None else result + self.shared(x)
 

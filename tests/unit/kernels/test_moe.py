@@ -42,6 +42,20 @@ def random_ids(num_tokens, per_token):
     )
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_largest_are_chosen_with_their_share_of_the_softmax(normalized):
+    scores = torch.randn(40, NUM_EXPERTS, generator=generator(1)).bfloat16()
+    expert, weight = moe_routing.choose_experts(scores, 3, normalized)
+    probability = torch.softmax(scores.double(), dim=1)
+    chosen = probability.gather(1, expert.long())
+    assert torch.equal(chosen, probability.sort(dim=1, descending=True).values[:, :3])
+    total = chosen.sum(dim=1, keepdim=True) if normalized else 1
+    torch.testing.assert_close(weight.double(), chosen / total, rtol=1e-6, atol=1e-9)
+    torch.library.opcheck(
+        moe_routing.choose_experts, (scores, 3, normalized), test_utils=("test_schema", "test_faketensor")
+    )
+
+
 def test_every_pair_has_one_slot_in_a_tile_of_its_expert():
     for num_tokens, per_token, rows in ((1, 1, 16), (40, 3, 16), (7, 6, 32)):
         ids = random_ids(num_tokens, per_token)
@@ -186,6 +200,9 @@ def test_kernels_compile(capability):
     }
     constants = {"EXPERTS": 128, "ROWS": 16, "CHUNK": moe_routing_kernel.CHUNK}
     assert_in_registers(compile_for(moe_routing_kernel.sort_kernel, capability, types, constants, 8), "")
+    types = {"experts": "*i32", "weights": "*fp32", "scores": "*bf16", "stride_scores": "i32"}
+    constants = {"NUM_EXPERTS": 60, "NUM_CHOSEN": 6, "NORMALIZED": True, "BLOCK": 64, "SLOTS": 8}
+    assert_in_registers(compile_for(moe_routing_kernel.choose_kernel, capability, types, constants, 1), "")
     types = dict.fromkeys(("num_features", "stride_y", "stride_weight", "stride_out"), "i32")
     types |= {"out": "*bf16", "y": "*bf16", "weight": "*fp32"}
     constants = {"PAIRS": 8, "COLUMNS": moe_routing_kernel.COLUMNS}
