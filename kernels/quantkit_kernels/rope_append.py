@@ -127,12 +127,10 @@ def rotate_and_append(*arguments: Any) -> Tensor:
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotate the pairs (i, i + R / 2) in float32; cos_TR, sin_TR: [T, R / 2]."""
     half = cos_TR.shape[1]
-    pairs = x_THD[..., : 2 * half].float().view(*x_THD.shape[:2], 2, half)
-    turned, across = pairs * cos_TR[:, None, None], pairs * sin_TR[:, None, None]
-    turned.select(2, 0).sub_(across.select(2, 1))
-    turned.select(2, 1).add_(across.select(2, 0))
-    turned = turned.flatten(2).to(x_THD.dtype)
-    return turned if x_THD.shape[2] == 2 * half else torch.cat((turned, x_THD[..., 2 * half :]), dim=2)
+    cos_TR, sin_TR = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
+    first, second, rest = x_THD.float().tensor_split((half, 2 * half), dim=2)
+    turned = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest)
+    return torch.cat(turned, dim=2).to(x_THD.dtype)
 
 
 def append(x_THD: Tensor, slots_T: Tensor, page_PHSD: Tensor, scale: Tensor | None) -> None:

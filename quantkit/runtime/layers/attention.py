@@ -12,6 +12,7 @@ from quantkit.runtime.layers.rotary import Angles
 from quantkit.runtime.layers.rows import AnyLinear, Rows
 from quantkit.runtime.step import Step
 from quantkit_kernels.norm_quant import rms_norm
+from quantkit_kernels.operators import for_device
 from quantkit_kernels.paged_attention import paged_decode, paged_prefill
 from quantkit_kernels.paged_kv import KVPool, Masking
 from quantkit_kernels.rope_append import rope_append
@@ -54,6 +55,7 @@ class Attention:
         self.angles = angles
         self.masking = masking
         self.split_tokens = split_tokens
+        self._rope_append = for_device(rope_append, angles.cos.device)
         self.input_codes: Codes | None = qkv.input_codes
 
     def __call__(self, x: Rows, step: Step, pool: KVPool) -> Tensor:
@@ -62,7 +64,7 @@ class Attention:
         if self.norms is not None and not self.norms.is_per_head:
             qkv_TX = _norm_all_heads(qkv_TX, self.norms)
         cos, sin = self.angles
-        q_TQD = rope_append(qkv_TX, step.positions_T, cos, sin, step.slots_T, *self.head_norms, *pool)
+        q_TQD = self._rope_append(qkv_TX, step.positions_T, cos, sin, step.slots_T, *self.head_norms, *pool)
         return self.output(self._attend(q_TQD, step, pool).flatten(1))
 
     def _attend(self, q_TQD: Tensor, step: Step, pool: KVPool) -> Tensor:

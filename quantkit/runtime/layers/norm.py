@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantkit.runtime.layers.rows import CodedRows, Rows, encode
 from quantkit_kernels.norm_quant import Norm, rms_norm, rms_norm_codes
+from quantkit_kernels.operators import for_device
 from quantkit_kernels.row_codes import Codes
 
 
@@ -21,6 +22,7 @@ class RMSNorm:
         self, weight_E: Tensor, eps: float, *, plus_one: bool = False, inner_E: Tensor | None = None
     ) -> None:
         self.norm = Norm(weight_E, eps, plus_one, inner_E)
+        self._rms_norm = for_device(rms_norm, weight_E.device)
 
     def __call__(
         self, x_TE: Tensor, residual_TE: Tensor | None, codes: Codes | None = None
@@ -31,7 +33,7 @@ class RMSNorm:
         """
         rows: Rows
         if codes is None:
-            rows = rms_norm(x_TE, residual_TE, *self.norm)
+            rows = self._rms_norm(x_TE, residual_TE, *self.norm)
         else:
             rows = CodedRows(*rms_norm_codes(x_TE, residual_TE, *self.norm, *codes))
         return rows, x_TE if residual_TE is None else residual_TE
