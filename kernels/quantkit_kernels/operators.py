@@ -29,12 +29,12 @@ def on_its_device(function: Callable[Arguments, Result]) -> Callable[Arguments, 
     return run
 
 
-_cpu_functions: dict[Any, Callable[..., Any]] = {}  # by operator
+_functions: dict[tuple[Any, str], Callable[..., Any]] = {}  # by operator and kind of device
 
 
 def for_device(operator: Callable[Arguments, Result], device: torch.device) -> Callable[Arguments, Result]:
-    """The operator; for a CPU the function behind it, since the dispatcher takes 15 us to call one in Python."""
-    return _cpu_functions.get(operator, operator) if device.type == "cpu" else operator
+    """The function behind an operator, for who needs neither compiler nor tracing: the dispatcher takes 10 to 20 us."""
+    return _functions[operator, device.type]
 
 
 def operator(
@@ -50,11 +50,12 @@ def operator(
     def define(cuda: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         full_name = f"quantkit::{name}"
         torch.library.define(full_name, torch.library.infer_schema(cuda, mutates_args=mutates))
-        torch.library.impl(full_name, "cuda", on_its_device(cuda))
-        torch.library.impl(full_name, "cpu", cpu)
+        functions = {"cuda": on_its_device(cuda), "cpu": cpu}
+        for kind, function in functions.items():
+            torch.library.impl(full_name, kind, function)
         torch.library.register_fake(full_name, fake)
         overload = getattr(torch.ops.quantkit, name).default
-        _cpu_functions[overload] = cpu
+        _functions.update({(overload, kind): function for kind, function in functions.items()})
         return cast(Callable[Arguments, Result], overload)
 
     return define

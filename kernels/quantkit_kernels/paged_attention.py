@@ -30,7 +30,7 @@ def paged_decode(
     if _has_kernels(q_TQD):
         from quantkit_kernels import attention_decode
 
-        return attention_decode.paged_decode(q_TQD, pool, pages, masking, split_tokens=split_tokens)
+        return attention_decode.launch(q_TQD, pool, pages, masking, split_tokens)
     return attend(q_TQD, pool, pages, masking)
 
 
@@ -39,7 +39,7 @@ def paged_prefill(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -
     if _has_kernels(q_TQD):
         from quantkit_kernels import attention_prefill
 
-        return attention_prefill.paged_prefill(q_TQD, pool, pages, masking)
+        return attention_prefill.launch(q_TQD, pool, pages, masking)
     return attend(q_TQD, pool, pages, masking)
 
 
