@@ -47,12 +47,16 @@ def attend(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tenso
     """Either of them in torch. Reads the lengths back from the device."""
     if masking.soft_cap:
         return paged_kv.attend(q_TQD.float(), pool, pages, masking).to(q_TQD.dtype)
-    bounds = pages.cu_seqlens_q.tolist()
-    parts = []
-    for sequence, length in enumerate(pages.lengths_B.tolist()):
-        new_TQD = q_TQD[bounds[sequence] : bounds[sequence + 1]]
-        parts.append(_attend_one(new_TQD, pool, pages.block_table_BL[sequence], length, masking))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    lengths, bounds = pages.lengths_B.tolist(), pages.cu_seqlens_q.tolist()
+    if len(lengths) == 1:
+        return _attend_one(q_TQD, pool, pages.block_table_BL[0], lengths[0], masking)
+    parts = [
+        _attend_one(q_TQD[first:last], pool, blocks_L, length, masking)
+        for first, last, blocks_L, length in zip(
+            bounds[:-1], bounds[1:], pages.block_table_BL, lengths, strict=True
+        )
+    ]
+    return torch.cat(parts)
 
 
 def _has_kernels(q_TQD: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from quantkit.runtime.layers.rows import AnyLinear, CodedRows, Rows
+from quantkit_kernels.operators import for_device
 from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 
@@ -26,7 +27,8 @@ class GatedMLP:
     def __call__(self, x: Rows) -> Tensor:
         """[T, E] to [T, E]."""
         gate_up_TF = self.gate_up(x)
-        codes = self.down.input_codes
+        device, codes = gate_up_TF.device, self.down.input_codes
         if codes is None:
-            return self.down(gated_activation(gate_up_TF, self.activation))
-        return self.down(CodedRows(*gated_activation_codes(gate_up_TF, self.activation, *codes)))
+            return self.down(for_device(gated_activation, device)(gate_up_TF, self.activation))
+        activate = for_device(gated_activation_codes, device)
+        return self.down(CodedRows(*activate(gate_up_TF, self.activation, *codes)))

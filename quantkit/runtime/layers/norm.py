@@ -23,6 +23,7 @@ class RMSNorm:
     ) -> None:
         self.norm = Norm(weight_E, eps, plus_one, inner_E)
         self._rms_norm = for_device(rms_norm, weight_E.device)
+        self._rms_norm_codes = for_device(rms_norm_codes, weight_E.device)
 
     def __call__(
         self, x_TE: Tensor, residual_TE: Tensor | None, codes: Codes | None = None
@@ -35,7 +36,7 @@ class RMSNorm:
         if codes is None:
             rows = self._rms_norm(x_TE, residual_TE, *self.norm)
         else:
-            rows = CodedRows(*rms_norm_codes(x_TE, residual_TE, *self.norm, *codes))
+            rows = CodedRows(*self._rms_norm_codes(x_TE, residual_TE, *self.norm, *codes))
         return rows, x_TE if residual_TE is None else residual_TE
 
 

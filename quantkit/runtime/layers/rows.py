@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from quantkit_kernels.operators import for_device
 from quantkit_kernels.row_codes import Codes, quantize_rows
 
 
@@ -35,4 +36,4 @@ class AnyLinear(Protocol):
 
 def encode(x_TK: Tensor, codes: Codes) -> CodedRows:
     """Rows as codes."""
-    return CodedRows(*quantize_rows(x_TK, *codes))
+    return CodedRows(*for_device(quantize_rows, x_TK.device)(x_TK, *codes))
