@@ -55,7 +55,8 @@ def operator(
             torch.library.impl(full_name, kind, function)
         torch.library.register_fake(full_name, fake)
         overload = getattr(torch.ops.quantkit, name).default
-        _functions.update({(overload, kind): function for kind, function in functions.items()})
+        for kind, function in functions.items():
+            _functions[overload, kind] = function
         return cast(Callable[Arguments, Result], overload)
 
     return define
