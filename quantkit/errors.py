@@ -52,6 +52,10 @@ class UnsupportedModelError(QuantkitError):
     """The runtime has no definition for this architecture, or not for a feature it uses."""
 
 
+class MemoryPlanError(QuantkitError):
+    """The device has not the memory for what is asked of it."""
+
+
 class EvaluationError(QuantkitError):
     """Reference and candidate cannot be compared."""
 

@@ -8,12 +8,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from quantkit.formats.checkpoint import open_checkpoint
@@ -47,6 +55,19 @@ GEMMA_ROPE = {
     "full_attention": {**LINEAR, "rope_theta": 1000000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4],
+    "long_factor": [1.1, 1.5, 2.5, 4.0, 8.0, 16.0],
+    "original_max_position_embeddings": 8,
+}
+SPECIAL = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # where defaults are outside of the vocabulary
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**COMMON),
@@ -75,6 +96,53 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         final_logit_softcapping=3.0,
         rope_parameters=GEMMA_ROPE,
     ),
+    "gemma2": Gemma2Config(
+        **COMMON,
+        head_dim=32,
+        sliding_window=6,
+        query_pre_attn_scalar=48,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "phi3": Phi3Config(**COMMON, **SPECIAL, sliding_window=7),
+    "phi3-partial": Phi3Config(
+        **COMMON,
+        **SPECIAL,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    ),
+    "phi3-long": Phi3Config(**COMMON, **SPECIAL, rope_parameters=LONG, original_max_position_embeddings=8),
+    "olmo2": Olmo2Config(**COMMON, **SPECIAL),
+    "smollm3": SmolLM3Config(**{**COMMON, "num_hidden_layers": 4}, **SPECIAL),
+    "smollm3-window": SmolLM3Config(
+        **COMMON, **SPECIAL, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=5
+    ),
+    "mixtral": MixtralConfig(**COMMON, num_local_experts=6, num_experts_per_tok=2, sliding_window=7),
+    "qwen2-moe": Qwen2MoeConfig(
+        **COMMON,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=3,
+        mlp_only_layers=[1],
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **COMMON,
+        head_dim=32,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+    ),
+    "qwen3-moe-mixed": Qwen3MoeConfig(
+        **{**COMMON, "num_hidden_layers": 4},
+        head_dim=32,
+        moe_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=3,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    "olmoe": OlmoeConfig(**COMMON, **SPECIAL, num_experts=8, num_experts_per_tok=3),
 }
 
 
@@ -85,7 +153,7 @@ def save_tiny(
     torch.manual_seed(sum(name.encode()))
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim == 2 else 0.5)
+        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return folder
 
@@ -121,7 +189,7 @@ def quantize_tiny(source: Path, folder: Path, scheme: Scheme | None, kv: KVSchem
         module = name.removesuffix(".weight")
         if scheme is None or not module.endswith("_proj"):
             tensors[name] = checkpoint.read(name)
-            schemes |= {module: None} if module.endswith("_proj") else {}
+            schemes |= {module: None} if module.endswith(("_proj", ".gate")) else {}
             continue
         stored = round_to_nearest(checkpoint.read(name).float(), scheme)
         tensors |= {f"{module}.{suffix}": part for suffix, part in encode_linear(stored, scheme).items()}

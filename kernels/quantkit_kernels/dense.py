@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 1 << 20  # weights in float32 at a time: 4 MB
 def linear(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x · wᵀ + b, [M, N], in the dtype of x and w; any float dtype, M, N and K."""
     is_slow = x_MK.dtype == torch.bfloat16 and not x_MK.is_cuda and not has_bf16_units()
-    if not is_slow or len(x_MK) < MIN_ROWS:
+    if not is_slow or x_MK.shape[0] < MIN_ROWS:
         return functional.linear(x_MK, w_NK, bias_N)
     wide_MK = x_MK.float()
     y_MN = x_MK.new_empty(len(x_MK), len(w_NK))

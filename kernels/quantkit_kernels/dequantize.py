@@ -56,7 +56,7 @@ def prepare(weight: LinearWeight, dtype: torch.dtype) -> Dequantized:
     if weight.zero_point_RG is not None:
         offset = weight.zero_point_RG.to(compute_dtype) + shift
     elif shift:
-        offset = torch.full((1, 1), shift, dtype=compute_dtype)
+        offset = torch.full((1, 1), shift, dtype=compute_dtype, device=stored.device)
     scale = weight.scale_RG.to(compute_dtype) * (REBIAS if is_float8 else 1)
     num_rows, num_cols = weight.codes_NK.shape
     return Dequantized(stored, scale, offset, weight.tile, (num_rows, num_cols), weight.bits, dtype)
@@ -103,7 +103,7 @@ def _codes(weight: Dequantized, start: int, stop: int) -> Tensor:
     num_cols, dtype = weight.shape[1], weight.scale_RG.dtype
     if weight.bits not in (2, 4):
         return stored.to(dtype, copy=True)
-    w = torch.empty(stop - start, num_cols, dtype=dtype)
+    w = torch.empty(stop - start, num_cols, dtype=dtype, device=stored.device)
     width = stored.shape[1]
     for number in range(8 // weight.bits):
         plane = (stored >> (number * weight.bits)) & (2**weight.bits - 1)
@@ -125,7 +125,7 @@ def _apply(
     if per_tile.numel() == 1:
         operation(w, per_tile)
         return
-    of_row = torch.arange(start, start + w.shape[0]) // rows
+    of_row = torch.arange(start, start + w.shape[0], device=w.device) // rows
     values = per_tile if rows == 1 and w.shape[0] == per_tile.shape[0] else per_tile[of_row]
     if w.shape[1] % cols == 0:
         operation(w.view(w.shape[0], -1, cols), values.unsqueeze(-1))

@@ -8,15 +8,18 @@ Rows of y are those of pairs, wherever the tile was; `moe_routing` sorts them an
     INT4 in fragment order         bf16, fp16           groups of 32, 64, 128: each group's sum; per row: the end
     FP8 e4m3 rows                  bf16, fp16           128-blocks: each block's sum; per row: the end
     FP8 e4m3 rows                  FP8, scale per token, or per token and 128 columns with blocks
+    rows in 16 bits                of the same dtype; no scale
 
 Bound: the bytes of the experts that got a token; with many tokens each, multiplications.
 Shape suffixes: E experts, N out_features, K in_features, P pairs, G groups, M rows of a tile.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quantkit_kernels import strip_weight, w8a8_fp8
 from quantkit_kernels.capability import converts_float8
@@ -26,38 +29,67 @@ from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
+ALIGNED = 16  # columns of rows
+FLOATS = (torch.bfloat16, torch.float16)
 
 
 class ExpertWeight(NamedTuple):
     """Weights of all experts.
 
-    stored: INT4 fragments, int32 [E, N / 16, K / 64, 32, 4], or float8_e4m3fn [E, N, K], columns padded to 16. scale:
-    [E, N / 16, G, 16] in groups of INT4, float32 [E, N / 128, K / 128] in blocks of FP8, float32 [E, N] per row.
-    zero_point: int8 like scale. group: 0: a scale per row.
+    stored: INT4 fragments, int32 [E, N / 16, K / 64, 32, 4], or rows of float8_e4m3fn or 16-bit values [E, N, K], with
+    columns padded to 16. scale: [E, N / 16, G, 16] in groups of INT4, float32 [E, N / 128, K / 128] in blocks of FP8,
+    float32 [E, N] per row, None for 16 bits. zero_point: int8 like scale. group: 0: a scale per row, or none.
     """
 
     stored: Tensor
-    scale: Tensor
+    scale: Tensor | None
     zero_point: Tensor | None
     shape: tuple[int, int]
     group: int
 
 
-def prepare(weights: list[LinearWeight]) -> ExpertWeight:
-    """Lay out and stack weights of one shape and format."""
-    if weights[0].bits == 4:
-        laid = [strip_weight.prepare(weight) for weight in weights]
-        zero_points = [w.zero_point for w in laid if w.zero_point is not None]
-        stored = torch.stack([w.stored for w in laid])
-        scale = torch.stack([w.scale for w in laid if w.scale is not None])
-        zero_point = torch.stack(zero_points) if zero_points else None
-        return ExpertWeight(stored, scale, zero_point, laid[0].shape, laid[0].group_size)
-    rows = [w8a8_fp8.prepare(weight) for weight in weights]
-    n, k = rows[0].shape
-    group = BLOCK if rows[0].in_blocks else 0
-    scale = torch.stack([w.scale if group else w.scale[:n] for w in rows])
-    stored = torch.stack([w.codes_NK[:n].view(torch.int8) for w in rows]).view(torch.float8_e4m3fn)
-    return ExpertWeight(stored, scale, None, (n, k), group)
+def prepare(weights: Iterable[LinearWeight], num_experts: int) -> ExpertWeight:
+    """Lay out and stack quantized weights of one shape and format, taken one after another."""
+    return _stack(map(_laid_out, weights), num_experts)
+
+
+def prepare_dense(weights: Iterable[Tensor], num_experts: int) -> ExpertWeight:
+    """Stack weights [N, K] in 16 bits, taken one after another."""
+    padded = (
+        ExpertWeight(pad(w_NK, (0, -w_NK.shape[1] % ALIGNED)), None, None, (w_NK.shape[0], w_NK.shape[1]), 0)
+        for w_NK in weights
+    )
+    return _stack(padded, num_experts)
+
+
+def _laid_out(weight: LinearWeight) -> ExpertWeight:
+    """Of one expert: tensors without the first dimension."""
+    if weight.bits == 4:
+        strips = strip_weight.prepare(weight)
+        return ExpertWeight(strips.stored, strips.scale, strips.zero_point, strips.shape, strips.group_size)
+    rows = w8a8_fp8.prepare(weight)
+    n, k = rows.shape
+    scale, group = (rows.scale, BLOCK) if rows.in_blocks else (rows.scale[:n], 0)
+    return ExpertWeight(rows.codes_NK[:n], scale, None, (n, k), group)
+
+
+def _stack(experts: Iterable[ExpertWeight], num_experts: int) -> ExpertWeight:
+    """All experts in one tensor each, holding no more than one of them twice."""
+    stored = torch.empty(0)
+    scales: list[Tensor | None] = []
+    zero_points: list[Tensor | None] = []
+    for number, expert in enumerate(experts):
+        if number == 0:
+            stored = expert.stored.new_empty(num_experts, *expert.stored.shape)
+        stored[number] = expert.stored
+        scales.append(expert.scale)
+        zero_points.append(expert.zero_point)
+    return ExpertWeight(stored, _stacked(scales), _stacked(zero_points), expert.shape, expert.group)
+
+
+def _stacked(parts: list[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.stack(tensors) if tensors else None
 
 
 def rows_for(num_pairs: int, weight: ExpertWeight) -> int:
@@ -86,7 +118,7 @@ def plain(
     x_MK: Tensor,
     x_scale: Tensor | None,
     stored: Tensor,
-    w_scale: Tensor,
+    w_scale: Tensor | None,
     w_zero_point: Tensor | None,
     slots: Tensor,
     expert_of_tile: Tensor,
@@ -109,8 +141,9 @@ def plain(
         if (expert_of_tile == expert).any():
             pairs = pairs_of_tile[expert_of_tile == expert].flatten().long()
             pairs = pairs[pairs < num_pairs]
+            scale = None if w_scale is None else w_scale[expert]
             zero_point = None if w_zero_point is None else w_zero_point[expert]
-            w_NK = dequantized(stored[expert], w_scale[expert], zero_point, num_outputs, num_cols, group)
+            w_NK = dequantized(stored[expert], scale, zero_point, num_outputs, num_cols, group)
             y_PN[pairs] = (x[pairs // (num_pairs // len(x))] @ w_NK.T).to(out_dtype)
     return y_PN
 
@@ -119,7 +152,7 @@ def _fake(
     x_MK: Tensor,
     x_scale: Tensor | None,
     stored: Tensor,
-    w_scale: Tensor,
+    w_scale: Tensor | None,
     w_zero_point: Tensor | None,
     slots: Tensor,
     expert_of_tile: Tensor,
@@ -136,7 +169,7 @@ def moe_linear(
     x_MK: Tensor,
     x_scale: Tensor | None,
     stored: Tensor,
-    w_scale: Tensor,
+    w_scale: Tensor | None,
     w_zero_point: Tensor | None,
     slots: Tensor,
     expert_of_tile: Tensor,
@@ -154,7 +187,7 @@ def moe_linear(
     if num_pairs == 0:
         return x_MK.new_empty(0, num_outputs, dtype=out_dtype)
     check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
-    if stored.dtype != torch.int32 and not converts_float8(x_MK.device):
+    if stored.dtype == torch.float8_e4m3fn and not converts_float8(x_MK.device):
         return plain(
             x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, num_pairs, num_outputs, group,
             out_dtype,
@@ -167,9 +200,11 @@ def moe_linear(
 
 
 def dequantized(
-    stored: Tensor, scale: Tensor, zero_point: Tensor | None, num_rows: int, num_cols: int, group: int
+    stored: Tensor, scale: Tensor | None, zero_point: Tensor | None, num_rows: int, num_cols: int, group: int
 ) -> Tensor:
     """One expert's weight, float32 [N, K]."""
+    if scale is None:
+        return stored[:, :num_cols].float()
     if stored.dtype == torch.int32 or not group:
         bits = 4 if stored.dtype == torch.int32 else 8
         weight = StripWeight(stored, scale, zero_point, None, (num_rows, num_cols), bits, group)
@@ -182,7 +217,7 @@ def check(
     x_MK: Tensor,
     x_scale: Tensor | None,
     stored: Tensor,
-    w_scale: Tensor,
+    w_scale: Tensor | None,
     slots: Tensor,
     expert_of_tile: Tensor,
     num_pairs: int,
@@ -192,14 +227,20 @@ def check(
     """What `moe_linear` says about its operands."""
     num_rows, num_cols = x_MK.shape
     is_int4, is_codes = stored.dtype == torch.int32, x_MK.dtype == torch.float8_e4m3fn
-    assert is_int4 or stored.dtype == torch.float8_e4m3fn, f"weights of {stored.dtype}"
-    assert x_MK.dtype in (torch.bfloat16, torch.float16) or (is_codes and not is_int4), f"x of {x_MK.dtype}"
+    is_fp8, is_dense = stored.dtype == torch.float8_e4m3fn, stored.dtype in FLOATS
+    assert is_int4 or is_fp8 or is_dense, f"weights of {stored.dtype}"
+    assert x_MK.dtype in FLOATS or (is_codes and is_fp8), f"x of {x_MK.dtype}"
+    assert not is_dense or x_MK.dtype == stored.dtype, f"x of {x_MK.dtype}, weights of {stored.dtype}"
     assert (x_scale is not None) == is_codes, "FP8 activations come with scales, others without"
     assert x_MK.stride(1) == 1 and stored.is_contiguous(), "columns have to be next to each other"
     assert num_rows > 0 and num_pairs % num_rows == 0, f"{num_pairs} pairs for {num_rows} rows"
     assert len(slots) % len(expert_of_tile) == 0, f"{len(slots)} slots in {len(expert_of_tile)} tiles"
     fragments = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
-    expected = fragments if is_int4 else (num_outputs, -(-num_cols // 16) * 16)
+    expected = fragments if is_int4 else (num_outputs, -(-num_cols // ALIGNED) * ALIGNED)
     assert tuple(stored.shape[1:]) == expected, f"weights {tuple(stored.shape)}, not [E, {expected}]"
-    assert group in ((0, 32, 64, 128) if is_int4 else (0, BLOCK)), f"groups of {group} columns"
-    assert w_scale.ndim == (2 if not group else 4 if is_int4 else 3), f"scales {tuple(w_scale.shape)}"
+    assert group in ((0, 32, 64, 128) if is_int4 else (0, BLOCK) if is_fp8 else (0,)), (
+        f"groups of {group} columns"
+    )
+    assert (w_scale is None) == is_dense, "quantized weights come with scales, others without"
+    if w_scale is not None:
+        assert w_scale.ndim == (2 if not group else 4 if is_int4 else 3), f"scales {tuple(w_scale.shape)}"

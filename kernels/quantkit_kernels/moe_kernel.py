@@ -76,7 +76,8 @@ def grouped_kernel(
         cols_w = tl.cdiv(num_cols, 16) * 16
         if not IS_INT4:
             w_at = w + tl.minimum(n, num_outputs - 1).to(tl.int64)[:, None] * cols_w
-        w_scale += expert * stride_scale
+        if w_scale is not None:
+            w_scale += expert * stride_scale
         if w_zero_point is not None:
             w_zero_point += expert * stride_scale
         acc = tl.zeros((BN, BM), dtype=tl.float32)
@@ -120,7 +121,8 @@ def grouped_kernel(
                     scale_M = tl.load(x_scale + row * x_scale_step + step, mask=is_pair, other=0.0)
                 acc += tl.dot(w_NK, x_KM) * (scale_M * scale)[None, :]
         if GROUP == 0:
-            acc *= tl.load(w_scale + n, mask=n < num_outputs, other=0.0)[:, None]
+            if w_scale is not None:
+                acc *= tl.load(w_scale + n, mask=n < num_outputs, other=0.0)[:, None]
             if x_scale is not None:
                 acc *= tl.load(x_scale + row * x_scale_step, mask=is_pair, other=0.0)[None, :]
         at = slot.to(tl.int64)[:, None] * stride_y + n[None, :]
@@ -142,11 +144,14 @@ class Tile(NamedTuple):
 
 def tile_for(rows: int, group: int, w_dtype: torch.dtype, x_dtype: torch.dtype, *, is_hopper: bool) -> Tile:
     """Of programs with so many rows of x; measured on an H100, elsewhere what stays in registers."""
-    cols = 64 if group in (32, 64) else 128
+    is_dense = w_dtype not in (torch.int32, torch.float8_e4m3fn)
+    cols = 64 if group in (32, 64) or is_dense else 128
     if not is_hopper:
         return Tile(64, cols, 4 if rows <= 32 else 8, 3)
     if w_dtype == torch.int32:
         return Tile(128, cols, 4 if rows == 64 else 8, 4)
+    if is_dense:
+        return Tile(64 if rows <= 32 else 128, cols, 4 if rows <= 32 else 8, 4)
     if rows <= 32:
         return Tile(64, 128, 4, 6 if x_dtype == torch.float8_e4m3fn else 4)
     return Tile(128, 128, 4 if rows == 64 and x_dtype == torch.float8_e4m3fn else 8, 4)
@@ -156,7 +161,7 @@ def launch(
     x_MK: Tensor,
     x_scale: Tensor | None,
     stored: Tensor,
-    w_scale: Tensor,
+    w_scale: Tensor | None,
     w_zero_point: Tensor | None,
     slots: Tensor,
     expert_of_tile: Tensor,
@@ -171,14 +176,14 @@ def launch(
     tile = tile or tile_for(
         rows, group, stored.dtype, x_MK.dtype, is_hopper=capability(x_MK.device) == HOPPER
     )
-    num_groups = w_scale.shape[2] if group else 1
+    num_groups = w_scale.shape[2] if w_scale is not None and group else 1
     w = stored.view(torch.int8) if is_int4 else stored
     _grouped(
         (len(expert_of_tile), num_parts(num_outputs, tile.rows_w)),
         (
             y_PN, x_MK, w, x_scale, w_scale, w_zero_point, slots, expert_of_tile,
             num_pairs, num_pairs // len(x_MK), num_outputs, x_MK.shape[1], num_groups,
-            w.stride(0), w_scale.stride(0), x_MK.stride(0), y_PN.stride(0),
+            w.stride(0), 0 if w_scale is None else w_scale.stride(0), x_MK.stride(0), y_PN.stride(0),
             0 if x_scale is None else x_scale.stride(0),
         ),
         (is_int4, group, tile.rows_w, rows, tile.cols, tile.num_stages),

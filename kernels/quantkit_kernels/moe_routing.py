@@ -1,7 +1,8 @@
 """Tokens to their experts and back: what stands before and after the products of experts.
 
-A pair is one token with one of its experts: pair p = token · S + s. Pairs are sorted by expert, each run padded to
-whole tiles of rows, so that a tile of the product has one expert's weights:
+`choose_experts` takes the S largest of a router's scores. A pair is one token with one of its experts: pair
+p = token · S + s. Pairs are sorted by expert, each run padded to whole tiles of rows, so that a tile of the product has
+one expert's weights:
 
     expert ids [T, S]   2 0 | 1 2 | 2 0                      tiles of 2 rows, P = 6 pairs, "6" is nobody
     slots               1 5 | 2 6 | 0 3 | 4 6 | . . | …      pairs in order of tokens within an expert
@@ -11,7 +12,7 @@ The number of tiles is known on the device alone; the arrays have their largest 
 `combine` adds a token's experts up in order of s, in float32: the same bits on every run.
 
 Bound: launches for few tokens; bytes of the experts' outputs for many.
-Shape suffixes: T tokens, S experts of a token, P pairs, E experts, N features.
+Shape suffixes: T tokens, S experts of a token, P pairs, E or X experts, N features.
 """
 
 import torch
@@ -23,6 +24,16 @@ from quantkit_kernels.operators import operator
 def max_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
     """Tiles of `rows` rows that pairs can need, however they fall."""
     return min(num_pairs, num_pairs // rows + num_experts)
+
+
+def plain_choose(scores_TX: Tensor, num_per_token: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """`choose_experts` in plain torch."""
+    check_choose(scores_TX, num_per_token)
+    weight_TX = torch.softmax(scores_TX, dim=1, dtype=torch.float32)
+    weight_TS, expert_TS = weight_TX.topk(num_per_token, dim=1)
+    if normalized:
+        weight_TS = weight_TS / weight_TS.sum(dim=1, keepdim=True)
+    return expert_TS.to(torch.int32), weight_TS
 
 
 def plain_sort(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -50,6 +61,26 @@ def plain_combine(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Te
     for s in range(num_pairs):
         out_TN += y_TSN[:, s] * weight_TS[:, s, None].float()
     return out_TN.to(out_dtype)
+
+
+def _fake_choice(scores_TX: Tensor, num_per_token: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    return empty_choice(scores_TX, num_per_token)
+
+
+@operator("choose_experts", cpu=plain_choose, fake=_fake_choice)
+def choose_experts(scores_TX: Tensor, num_per_token: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The experts with a token's S largest scores, int32 [T, S], largest first, and their weights, float32 [T, S].
+
+    Weights are the softmax of all X scores, in float32; normalized: divided by the sum of those chosen. scores_TX: any
+    float dtype, experts contiguous.
+    """
+    check_choose(scores_TX, num_per_token)
+    from quantkit_kernels import moe_routing_kernel
+
+    expert_TS, weight_TS = empty_choice(scores_TX, num_per_token)
+    if len(scores_TX) > 0:
+        moe_routing_kernel.choose(scores_TX, normalized, expert_TS, weight_TS)
+    return expert_TS, weight_TS
 
 
 def _fake_sum(y_PN: Tensor, weight_TS: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -85,6 +116,18 @@ def sort_by_expert(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tens
     if len(expert_of_tile) > 0:
         moe_routing_kernel.sort(expert_TS, num_experts, slots, expert_of_tile)
     return slots, expert_of_tile
+
+
+def empty_choice(scores_TX: Tensor, num_per_token: int) -> tuple[Tensor, Tensor]:
+    shape = (len(scores_TX), num_per_token)
+    return scores_TX.new_empty(shape, dtype=torch.int32), scores_TX.new_empty(shape, dtype=torch.float32)
+
+
+def check_choose(scores_TX: Tensor, num_per_token: int) -> None:
+    assert scores_TX.ndim == 2 and scores_TX.stride(1) == 1, (
+        f"scores {tuple(scores_TX.shape)}, not contiguous"
+    )
+    assert 0 < num_per_token <= scores_TX.shape[1], f"{num_per_token} of {scores_TX.shape[1]} experts"
 
 
 def empty_tiles(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:

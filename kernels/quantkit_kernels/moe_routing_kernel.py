@@ -1,4 +1,4 @@
-"""`sort_by_expert` and `combine` on a GPU.
+"""`choose_experts`, `sort_by_expert` and `combine` on a GPU.
 
 Each program of the sort counts all pairs, so that it knows where its expert's tiles begin, and then places its own: no
 program waits for another, and pairs stay in order. Pairs are few: 32768 for 4096 tokens with 8 experts.
@@ -13,6 +13,34 @@ from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 
 CHUNK = 1024
 COLUMNS = 1024
+
+
+@triton.jit
+def choose_kernel(
+    experts, weights, scores, stride_scores,
+    NUM_EXPERTS: tl.constexpr, NUM_CHOSEN: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """A program: one token. Of equal scores the one with the smaller number is larger. BLOCK, SLOTS: powers of two."""
+    token = tl.program_id(0).to(tl.int64)
+    expert_X, slot_S = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
+    is_expert = expert_X < NUM_EXPERTS
+    score_X = tl.load(scores + token * stride_scores + expert_X, mask=is_expert, other=-float("inf")).to(
+        tl.float32
+    )
+    weight_X = tl.exp(score_X - tl.max(score_X, axis=0))
+    total = tl.sum(weight_X, axis=0)
+    weight_X = tl.where(is_expert, weight_X, -1.0)
+    chosen_S, weight_S = tl.zeros((SLOTS,), tl.int32), tl.zeros((SLOTS,), tl.float32)
+    for s in tl.static_range(NUM_CHOSEN):
+        weight, expert = tl.max(weight_X, axis=0, return_indices=True)
+        chosen_S, weight_S = tl.where(slot_S == s, expert, chosen_S), tl.where(slot_S == s, weight, weight_S)
+        weight_X = tl.where(expert_X == expert, -1.0, weight_X)
+    if NORMALIZED:
+        total = tl.sum(weight_S, axis=0)
+    at = token * NUM_CHOSEN + slot_S
+    tl.store(experts + at, chosen_S, mask=slot_S < NUM_CHOSEN)
+    tl.store(weights + at, weight_S / total, mask=slot_S < NUM_CHOSEN)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "max_tiles"])
@@ -74,7 +102,15 @@ def combine_kernel(
     tl.store(out + token * stride_out + n, sum_N.to(out.dtype.element_ty), mask=n < num_features)
 
 
-_sort, _combine = Launcher(sort_kernel), Launcher(combine_kernel)
+_choose, _sort, _combine = Launcher(choose_kernel), Launcher(sort_kernel), Launcher(combine_kernel)
+
+
+def choose(scores_TX: Tensor, normalized: bool, expert_TS: Tensor, weight_TS: Tensor) -> None:
+    """Write expert_TS and weight_TS."""
+    num_experts, num_chosen = scores_TX.shape[1], expert_TS.shape[1]
+    arguments = (expert_TS, weight_TS, scores_TX, scores_TX.stride(0))
+    constants = (num_experts, num_chosen, normalized, power_above(num_experts), power_above(num_chosen))
+    _choose((len(scores_TX), 1), arguments, constants, num_warps=1, early=False)
 
 
 def sort(expert_TS: Tensor, num_experts: int, slots: Tensor, expert_of_tile: Tensor) -> None:

@@ -168,14 +168,14 @@ def _attend_one(q_TQD: Tensor, pool: KVPool, blocks_L: Tensor, length: int, mask
     score = (q_HRD @ k_HCD.mT) * masking.softmax_scale
     if masking.soft_cap:
         score = masking.soft_cap * torch.tanh(score / masking.soft_cap)
-    is_seen_TC = _visible(num_tokens, first, length, masking.window, q_TQD.device)
+    is_seen_TC = visible(num_tokens, first, length, masking.window, q_TQD.device)
     score = score.reshape(num_heads, -1, num_tokens, length - first).masked_fill(~is_seen_TC, -torch.inf)
     probability = torch.softmax(score, dim=-1).masked_fill(~is_seen_TC.any(dim=1, keepdim=True), 0.0)
     out_QTD = (probability.flatten(1, 2) @ v_HCD).reshape(num_queries, num_tokens, head_dim)
     return out_QTD.transpose(0, 1)
 
 
-def _visible(num_tokens: int, first: int, length: int, window: int, device: torch.device) -> Tensor:
+def visible(num_tokens: int, first: int, length: int, window: int, device: torch.device) -> Tensor:
     """Which of the tokens first … length − 1 each of the last num_tokens sees: bool [T, C]."""
     position_T = torch.arange(length - num_tokens, length, device=device).unsqueeze(1)
     token_C = torch.arange(first, length, device=device)

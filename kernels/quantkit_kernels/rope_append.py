@@ -109,17 +109,19 @@ def rotate_and_append(*arguments: Any) -> Tensor:
     step = Append(*arguments)
     step.check()
     num_heads, head_dim = step.k_PHSD.shape[1], step.k_PHSD.shape[3]
-    heads = step.qkv_TX.reshape(len(step.qkv_TX), -1, head_dim)
-    q_TQD, k_THD, v_THD = heads.tensor_split((step.num_queries, step.num_queries + num_heads), dim=1)
-    if step.q_weight_D is not None:
-        q_TQD = _norm_heads(q_TQD, Norm(step.q_weight_D, step.eps, step.plus_one))
-    if step.k_weight_D is not None:
-        k_THD = _norm_heads(k_THD, Norm(step.k_weight_D, step.eps, step.plus_one))
-    positions_T = step.positions_T.long()
-    angles = step.cos[positions_T], step.sin[positions_T]
-    append(rotate(k_THD, *angles), step.slots_T, step.k_PHSD, step.k_scale)
-    append(v_THD, step.slots_T, step.v_PHSD, step.v_scale)
-    return rotate(q_TQD, *angles)
+    heads = step.qkv_TX.reshape(step.qkv_TX.shape[0], -1, head_dim)
+    qk_TXD, v_THD = heads.tensor_split((step.num_queries + num_heads,), dim=1)
+    if step.q_weight_D is not None or step.k_weight_D is not None:
+        q_TQD, k_THD = qk_TXD.tensor_split((step.num_queries,), dim=1)
+        qk_TXD = torch.cat(
+            (_norm_heads(q_TQD, step.q_weight_D, step), _norm_heads(k_THD, step.k_weight_D, step)), 1
+        )
+    cos, sin = (table.index_select(0, step.positions_T) for table in (step.cos, step.sin))
+    q_TQD, k_THD = rotate(qk_TXD, cos, sin).tensor_split((step.num_queries,), dim=1)
+    places = _Places.of(step.slots_T, step.k_PHSD.shape[2])
+    _store(k_THD, places, step.k_PHSD, step.k_scale)
+    _store(v_THD, places, step.v_PHSD, step.v_scale)
+    return q_TQD.contiguous()
 
 
 def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -133,9 +135,30 @@ def rotate(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 def append(x_THD: Tensor, slots_T: Tensor, page_PHSD: Tensor, scale: Tensor | None) -> None:
     """Store the tokens that have a slot; scale: None, [H], or [P, H, S], which is written."""
-    is_kept_T = slots_T >= 0
-    x_THD, slots_T = x_THD[is_kept_T], slots_T[is_kept_T].long()
-    block_T, slot_T = slots_T // page_PHSD.shape[2], slots_T % page_PHSD.shape[2]
+    _store(x_THD, _Places.of(slots_T, page_PHSD.shape[2]), page_PHSD, scale)
+
+
+class _Places(NamedTuple):
+    """Where tokens go. is_kept_T: which have a slot, None: all; block, slot: of those that have."""
+
+    is_kept_T: Tensor | None
+    block_T: Tensor
+    slot_T: Tensor
+
+    @classmethod
+    def of(cls, slots_T: Tensor, block_size: int) -> "_Places":
+        is_kept_T = None
+        if slots_T.shape[0] and int(slots_T.min()) < 0:
+            is_kept_T = slots_T >= 0
+            slots_T = slots_T[is_kept_T]
+        slots_T = slots_T.long()
+        return cls(is_kept_T, slots_T // block_size, slots_T % block_size)
+
+
+def _store(x_THD: Tensor, places: _Places, page_PHSD: Tensor, scale: Tensor | None) -> None:
+    is_kept_T, block_T, slot_T = places
+    if is_kept_T is not None:
+        x_THD = x_THD[is_kept_T]
     if scale is None:
         page_PHSD[block_T, :, slot_T] = x_THD
         return
@@ -143,12 +166,15 @@ def append(x_THD: Tensor, slots_T: Tensor, page_PHSD: Tensor, scale: Tensor | No
         scale_TH = nonzero(x_THD.abs().amax(dim=2) / LARGEST_CODE[page_PHSD.dtype])
         scale[block_T, :, slot_T] = scale_TH.float()
     else:
-        scale_TH = scale.to(x_THD.dtype).expand(len(x_THD), -1)
+        scale_TH = scale.to(x_THD.dtype).expand(x_THD.shape[0], -1)
     codes_THD = nearest(x_THD / scale_TH.unsqueeze(2), page_PHSD.dtype)
     page_PHSD.view(torch.int8)[block_T, :, slot_T] = codes_THD.view(torch.int8)  # float8 cannot be indexed
 
 
-def _norm_heads(x_THD: Tensor, norm: Norm) -> Tensor:
+def _norm_heads(x_THD: Tensor, weight_D: Tensor | None, step: Append) -> Tensor:
+    if weight_D is None:
+        return x_THD
+    norm = Norm(weight_D, step.eps, step.plus_one)
     return norm_rows(x_THD.reshape(-1, x_THD.shape[2]), None, norm).view(x_THD.shape)
 
 

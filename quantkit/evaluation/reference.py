@@ -19,7 +19,7 @@ from quantkit.numerics.logit_codes import LogitCodes
 from quantkit.runtime.load import model_dtype
 from quantkit.version import __version__
 
-CACHE_VERSION = 1  # raise it when the runtime's float32 logits or the stored tensors change
+CACHE_VERSION = 2  # raise it when the runtime's float32 logits or the stored tensors change
 
 Say = Callable[[str], None]
 

@@ -1,13 +1,20 @@
 """The tensors of a checkpoint as a decoder asks for them: checked against the config, counted, nothing left over."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import StoredLinear, linear_layout, read_linear
 from quantkit.formats.quantization_config import QuantizedModules
-from quantkit.runtime.layers.linear import Linear, QuantLinear
+from quantkit.runtime.device_checkpoint import DeviceCheckpoint
+from quantkit.runtime.heap import release_freed_memory
+from quantkit.runtime.layers.build_linear import build_linear
+from quantkit.runtime.layers.linear_part import LinearPart, quantized_part
+from quantkit.runtime.layers.rows import AnyLinear
+from quantkit.runtime.target import Target
 from quantkit.schemes import PerGroup, Scheme
 from quantkit_kernels.float8 import has_nan
 
@@ -18,18 +25,27 @@ PLACES = (
     ("language_model.model.", "language_model.lm_head"),
     ("model.language_model.", "lm_head"),
 )
-UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")  # computed here; read by the KV cache
+UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")  # computed here; read by the KV pool
 
 
 class Weights:
     """One checkpoint being read. `base` starts the decoder's tensor names, `head` is the output head's name."""
 
-    def __init__(self, checkpoint: Checkpoint, quantized: QuantizedModules, dtype: torch.dtype) -> None:
-        self.base, self.head = _place(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, quantized: QuantizedModules, target: Target) -> None:
+        self.base, self.head = find_place(checkpoint)
+        self.target = target
         self._checkpoint = checkpoint
         self._quantized = quantized
-        self._dtype = dtype
         self._used: set[str] = set()
+
+    def begin_layer(self, number: int) -> None:
+        """Say that a layer's tensors are asked for from here on: on a GPU the next layer's are read meanwhile."""
+        release_freed_memory()  # of the layer before
+        if isinstance(self._checkpoint, DeviceCheckpoint):
+            for ahead in (number, number + 1):
+                prefix = f"{self.base}layers.{ahead}."
+                names = [name for name in self._checkpoint.tensors if name.startswith(prefix)]
+                self._checkpoint.expect(name for name in names if name not in self._used)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor in the model's dtype. Raises SourceError if it is missing, or of another shape or kind."""
@@ -39,14 +55,23 @@ class Weights:
         if info.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise self._wrong(name, f"holds {info.dtype}", "does not say that it is quantized")
         self._used.add(name)
-        return self._checkpoint.read(name).to(self._dtype)
+        return self._checkpoint.read(name).to(self.target.dtype)
 
-    def linear(self, module: str, num_rows: int, num_cols: int, *, has_bias: bool) -> nn.Module:
-        """A linear [num_rows, num_cols], quantized if config.json says so."""
+    def linear(self, modules: Mapping[str, int], num_cols: int, *, has_bias: bool) -> AnyLinear:
+        """Linears of one input with their numbers of rows, as one whose outputs lie side by side in that order."""
+        parts = [self.part(module, rows, num_cols, has_bias=has_bias) for module, rows in modules.items()]
+        return build_linear(parts, self.target)
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """How a linear is quantized; None: not."""
+        return self._quantized.scheme_of(module)
+
+    def part(self, module: str, num_rows: int, num_cols: int, *, has_bias: bool) -> LinearPart:
+        """A linear [num_rows, num_cols] as stored, quantized if config.json says so."""
         bias = self.tensor(f"{module}.bias", (num_rows,)) if has_bias else None
         scheme = self._quantized.scheme_of(module)
         if scheme is None:
-            return Linear(self.tensor(f"{module}.weight", (num_rows, num_cols)), bias)
+            return LinearPart(module, self.tensor(f"{module}.weight", (num_rows, num_cols)), bias_N=bias)
         stored = read_linear(self._checkpoint, module, scheme)
         if stored.codes_NK.shape != (num_rows, num_cols):
             raise self._wrong(
@@ -55,7 +80,7 @@ class Weights:
         self._check_numbers(module, stored, scheme)
         layout = linear_layout(scheme, num_rows, num_cols, torch.bfloat16)
         self._used.update(f"{module}.{suffix}" for suffix in layout)
-        return QuantLinear(stored, scheme, bias, dtype=self._dtype)
+        return quantized_part(module, stored, scheme, bias)
 
     def _check_numbers(self, module: str, stored: StoredLinear, scheme: Scheme) -> None:
         for values in (stored.qparams, stored.input_qparams):
@@ -91,6 +116,7 @@ class Weights:
                     fix="use a checkpoint whose tensors and config.json are of one version; "
                     "if they are, the model is of a variant that the runtime does not have",
                 )
+        release_freed_memory()
 
     def _wrong(self, name: str, found: str, expected: str) -> SourceError:
         return SourceError(
@@ -105,7 +131,8 @@ class Weights:
         )
 
 
-def _place(checkpoint: Checkpoint) -> tuple[str, str]:
+def find_place(checkpoint: Checkpoint) -> tuple[str, str]:
+    """What the decoder's tensor names start with, and the head's name. Raises SourceError: no embedding."""
     for base, head in PLACES:
         if f"{base}embed_tokens.weight" in checkpoint.tensors:
             return base, head

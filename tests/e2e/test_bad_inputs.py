@@ -315,7 +315,7 @@ MODELS = (
         "high_freq_factor is 1.0", "fetch"),
     Bad("no hidden size", broken.config(hidden_size=None), (*GENERATE, "hi"), "no hidden_size", "fetch"),
     Bad("unknown activation", broken.config(hidden_act="sinus"), (*GENERATE, "hi"), "hidden_act 'sinus'", "supported"),
-    Bad("not for the runtime", broken.config(model_type="phi3"), (*GENERATE, "hi"), "model_type 'phi3'", "llama"),
+    Bad("not for the runtime", broken.config(model_type="granite"), (*GENERATE, "hi"), "model_type 'granite'", "llama"),
     Bad("a billion layers to run", broken.config(num_hidden_layers=10**9), (*GENERATE, "hi"), "possible with", "fetch"),
     Bad("weights of another size", broken.config(intermediate_size=96), (*GENERATE, "hi"),
         "gate_proj.weight has shape", "fetch"),

@@ -34,7 +34,13 @@ def random_experts(num_experts, n, k, kind, *, group=0, asymmetric=False, scale_
         weights.append(LinearWeight(codes.cuda(), scale.cuda(), on_device, tile, 8 if kind == "fp8" else 4))
         w = codes.double() - (0 if zero is None else zero.double()[by_weight])
         values.append((w * scale.double()[by_weight]).cuda())
-    return moe.prepare(weights), torch.stack(values)
+    return moe.prepare(weights, num_experts), torch.stack(values)
+
+
+def random_dense(num_experts, n, k, dtype):
+    """16-bit weights on the device, and float64 [E, N, K] of them."""
+    w = torch.randn(num_experts, n, k, generator=generator(1)).to(dtype).cuda()
+    return moe.prepare_dense(w, num_experts), w.double()
 
 
 def random_ids(num_tokens, per_token, num_experts, *, seed=2, few=False):
@@ -54,6 +60,20 @@ def check(y, x, w, expert_P, row_P, *, sum_bits=24):
         bound = torch.finfo(y.dtype).eps * expected.abs() + (2.0**-21 + 2.0 ** (3 - sum_bits)) * magnitude
         error = (y[mine].double() - expected).abs()
         assert (error <= bound).all(), f"expert {expert}: {(error / bound).max():.2f} of the bound"
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32])
+@pytest.mark.parametrize(
+    ("num_tokens", "per_token", "num_experts"), [(1, 2, 8), (33, 4, 60), (4096, 8, 128), (5, 1, 1)]
+)
+def test_the_largest_scores_are_chosen(num_tokens, per_token, num_experts, dtype, normalized):
+    scores = (torch.randn(num_tokens, num_experts, generator=generator(1)) * 4).to(dtype).cuda()
+    expert, weight = moe_routing.choose_experts(scores, per_token, normalized)
+    plain_expert, plain_weight = moe_routing.plain_choose(scores, per_token, normalized)
+    assert torch.equal(scores.gather(1, expert.long()), scores.gather(1, plain_expert.long())), "but for ties"
+    assert (expert.sort(dim=1).values.diff(dim=1) > 0).all(), "each once"
+    torch.testing.assert_close(weight, plain_weight, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [16, 64])
@@ -88,6 +108,7 @@ CASES = [
     ("int4", 128, False, BF16), ("int4", 128, True, BF16), ("int4", 128, False, FP16), ("int4", 64, False, BF16),
     ("int4", 32, False, FP16), ("int4", 32, True, BF16), ("int4", 0, False, BF16), ("int4", 0, True, FP16),
     ("fp8", 0, False, BF16), ("fp8", 0, False, FP16), ("fp8", 128, False, BF16),
+    ("dense", 0, False, BF16), ("dense", 0, False, FP16),
 ]  # fmt: skip
 
 
@@ -95,7 +116,10 @@ CASES = [
 @pytest.mark.parametrize(("n", "k"), [(256, 384), (129, 200)])
 def test_16_bit_inputs(n, k, kind, group, asymmetric, dtype):
     num_experts = 8
-    weight, w = random_experts(num_experts, n, k, kind, group=group, asymmetric=asymmetric)
+    if kind == "dense":
+        weight, w = random_dense(num_experts, n, k, dtype)
+    else:
+        weight, w = random_experts(num_experts, n, k, kind, group=group, asymmetric=asymmetric)
     for num_tokens, per_token, rows, few in (
         (1, 2, 16, False),
         (40, 2, 16, True),

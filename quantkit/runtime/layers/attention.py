@@ -1,81 +1,87 @@
-"""Self-attention of one layer over the KV cache; scores, softmax and sums stay in 16 or 32 bits.
+"""Self-attention of one layer over paged keys and values; scores, softmax and sums stay in 16 or 32 bits.
 
-Shape suffixes: T new tokens, S cached tokens with the new ones, H heads, D head_dim, E hidden size.
+Shape suffixes: T new tokens, Q query heads, D head_dim, E hidden size, X features of q, k and v side by side.
 """
 
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from typing import NamedTuple
 
-from quantkit.runtime.layers.norm import RMSNorm
-from quantkit.runtime.layers.rotary import Rope, rotate
+import torch
+from torch import Tensor
+
+from quantkit.runtime.layers.rotary import Angles
+from quantkit.runtime.layers.rows import AnyLinear, Rows
 from quantkit.runtime.step import Step
+from quantkit_kernels.norm_quant import rms_norm
+from quantkit_kernels.operators import for_device
+from quantkit_kernels.paged_attention import paged_decode, paged_prefill
+from quantkit_kernels.paged_kv import KVPool, Masking
+from quantkit_kernels.rope_append import rope_append
+from quantkit_kernels.row_codes import Codes
+
+_HeadNorms = tuple[Tensor | None, Tensor | None, float, bool]  # as `rope_append` takes them
 
 
-class Attention(nn.Module):
-    """Projections, optional norms of q and k, rotation, cache, attention, output projection.
+class QKNorms(NamedTuple):
+    """Weights of the norms of queries and keys: of one head, the same for all, or of all heads at once."""
 
-    scale: what q · k is multiplied by. window: how many last tokens, its own included, a token sees; None: all.
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    plus_one: bool
+    is_per_head: bool
+
+
+class Attention:
+    """Projection to q, k and v, optional norms of q and k, rotation, pages, attention, output projection.
+
+    split_tokens: parts in which contexts are cut whatever else is in the batch; 0: as suits the device.
     """
 
     def __init__(
         self,
-        q_proj: nn.Module,
-        k_proj: nn.Module,
-        v_proj: nn.Module,
-        o_proj: nn.Module,
+        qkv: AnyLinear,
+        output: AnyLinear,
         *,
-        q_norm: RMSNorm | None,
-        k_norm: RMSNorm | None,
-        layer: int,
-        head_dim: int,
-        scale: float,
-        rope: Rope,
-        window: int | None,
+        norms: QKNorms | None,
+        angles: Angles,
+        masking: Masking,
+        split_tokens: int = 0,
     ) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
-        self.q_norm, self.k_norm = q_norm, k_norm
-        self.layer = layer
-        self.head_dim = head_dim
-        self.scale = scale
-        self.rope = rope
-        self.window = window
+        self.qkv, self.output = qkv, output
+        self.norms = norms
+        self.head_norms: _HeadNorms = (None, None, 0.0, False)
+        if norms is not None and norms.is_per_head:
+            self.head_norms = norms.q_weight, norms.k_weight, norms.eps, norms.plus_one
+        self.angles = angles
+        self.masking = masking
+        self.split_tokens = split_tokens
+        self._rope_append = for_device(rope_append, angles.cos.device)
+        self.input_codes: Codes | None = qkv.input_codes
 
-    def forward(self, hidden_TE: Tensor, step: Step) -> Tensor:
-        """[T, E] to [T, E]; appends this layer's keys and values to the step's cache."""
-        q_THD = self.q_proj(hidden_TE).unflatten(-1, (-1, self.head_dim))
-        k_THD = self.k_proj(hidden_TE).unflatten(-1, (-1, self.head_dim))
-        v_THD = self.v_proj(hidden_TE).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_THD = self.q_norm(q_THD), self.k_norm(k_THD)
-        cos_TD, sin_TD = step.cos_sin[self.rope]
-        q_THD, k_THD = rotate(q_THD, cos_TD, sin_TD), rotate(k_THD, cos_TD, sin_TD)
-        k_HSD, v_HSD = step.cache.append(self.layer, k_THD.transpose(0, 1), v_THD.transpose(0, 1))
-        first = step.first_visible(self.window)
-        attended_TE = attend(
-            q_THD.transpose(0, 1), k_HSD[:, first:], v_HSD[:, first:], self.scale, step.mask(self.window)
-        )
-        result: Tensor = self.o_proj(attended_TE)
-        return result
+    def __call__(self, x: Rows, step: Step, pool: KVPool) -> Tensor:
+        """[T, E] to [T, E]; the new keys and values are in the pool afterwards."""
+        qkv_TX = self.qkv(x)
+        if self.norms is not None and not self.norms.is_per_head:
+            qkv_TX = _norm_all_heads(qkv_TX, self.norms)
+        cos, sin = self.angles
+        q_TQD = self._rope_append(qkv_TX, step.positions_T, cos, sin, step.slots_T, *self.head_norms, *pool)
+        return self.output(self._attend(q_TQD, step, pool).flatten(1))
+
+    def _attend(self, q_TQD: Tensor, step: Step, pool: KVPool) -> Tensor:
+        if step.prefill is None:
+            assert step.decode is not None, "a step has rows"
+            return paged_decode(q_TQD, pool, step.decode, self.masking, split_tokens=self.split_tokens)
+        if step.decode is None:
+            return paged_prefill(q_TQD, pool, step.prefill, self.masking)
+        few_TQD, many_TQD = q_TQD.tensor_split((step.num_decode_tokens,))
+        decoded = paged_decode(few_TQD, pool, step.decode, self.masking, split_tokens=self.split_tokens)
+        return torch.cat((decoded, paged_prefill(many_TQD, pool, step.prefill, self.masking)))
 
 
-def attend(q_HTD: Tensor, k_HSD: Tensor, v_HSD: Tensor, scale: float, visible_TS: Tensor | None) -> Tensor:
-    """Softmax(q · k · scale) · v for grouped heads, [T, H · D]; float32 softmax inside.
-
-    visible_TS: bool, which keys each query may see; None: all for one query, else as many as causality allows.
-    """
-    num_heads, num_tokens, head_dim = q_HTD.shape
-    if num_tokens == 1:  # one query sees everything: its heads of a group become rows of one small matmul
-        grouped = q_HTD.reshape(1, k_HSD.shape[0], -1, head_dim)
-        out = scaled_dot_product_attention(grouped, k_HSD[None], v_HSD[None], scale=scale)
-        return out.reshape(1, num_heads * head_dim)
-    out_HTD = scaled_dot_product_attention(
-        q_HTD[None],
-        k_HSD[None],
-        v_HSD[None],
-        attn_mask=visible_TS,
-        is_causal=visible_TS is None,
-        scale=scale,
-        enable_gqa=num_heads != k_HSD.shape[0],
-    )[0]
-    return out_HTD.transpose(0, 1).reshape(num_tokens, num_heads * head_dim)
+def _norm_all_heads(qkv_TX: Tensor, norms: QKNorms) -> Tensor:
+    """Queries of all heads, and keys of all heads, each normed as one."""
+    q_size, k_size = len(norms.q_weight), len(norms.k_weight)
+    q_TX, k_TX, v_TX = qkv_TX.tensor_split((q_size, q_size + k_size), dim=1)
+    q_TX = rms_norm(q_TX, None, norms.q_weight, norms.eps, norms.plus_one, None)
+    k_TX = rms_norm(k_TX, None, norms.k_weight, norms.eps, norms.plus_one, None)
+    return torch.cat((q_TX, k_TX, v_TX), dim=1)

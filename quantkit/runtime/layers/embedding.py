@@ -1,22 +1,18 @@
 """Token embeddings."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import embedding
 
 
-class Embedding(nn.Module):
+class Embedding:
     """Rows of a table [V, E], times a constant that is rounded to the table's dtype first (1 for most models)."""
 
-    weight: Tensor
-    multiplier: Tensor
-
     def __init__(self, weight_VE: Tensor, multiplier: float) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight_VE)
-        self.register_buffer("multiplier", torch.tensor(multiplier, dtype=weight_VE.dtype))
-        self.is_scaled = multiplier != 1.0
+        self.weight = weight_VE
+        self.multiplier = float(torch.tensor(multiplier, dtype=weight_VE.dtype))
 
-    def forward(self, token_ids_T: Tensor) -> Tensor:
+    def __call__(self, token_ids_T: Tensor) -> Tensor:
         """[T] token ids to [T, E]."""
-        hidden_TE = nn.functional.embedding(token_ids_T, self.weight)
-        return hidden_TE * self.multiplier if self.is_scaled else hidden_TE
+        hidden_TE = embedding(token_ids_T, self.weight)
+        return hidden_TE if self.multiplier == 1 else hidden_TE * self.multiplier

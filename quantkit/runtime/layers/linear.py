@@ -1,64 +1,65 @@
-"""Linears: one dense, one that owns a quantized weight in the layout its kernels want.
+"""Linears in torch, on a CPU and in float32: a dense one, a quantized one in the layouts its kernels want.
 
+They take x itself: a quantized input is quantized here, step by step in the dtype of x as the checkpoint's format says.
 Shape suffixes: T tokens, N out_features, K in_features.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 
-from quantkit.formats.compressed_tensors import StoredLinear
-from quantkit.schemes import IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme, Spec
+from quantkit.runtime.layers.linear_part import LinearPart
+from quantkit.runtime.layers.rows import AnyLinear, Rows
+from quantkit.schemes import IntSpec, PerTensor, PerToken, Spec
 from quantkit.schemes.activation import fake_quantize_input, input_qparams, to_codes
 from quantkit_kernels.catalog import Kernel, choose_float, choose_int8
 from quantkit_kernels.dense import linear
+from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.weight import LinearWeight
 
+FIXED_ROWS = 16  # of a product that no batch changes
 
-class Linear(nn.Module):
+
+class Linear:
     """y = x · wᵀ + b with a 16- or 32-bit weight [N, K]."""
 
-    weight: Tensor
-    bias: Tensor | None
+    input_codes: Codes | None = None
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight_NK)
-        self.register_buffer("bias", bias_N)
+        self.weight = weight_NK
+        self.bias = bias_N
 
-    def forward(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N]."""
-        return linear(x_TK, self.weight, self.bias)
+        return linear(_plain(x), self.weight, self.bias)
 
 
-class QuantLinear(nn.Module):
+class QuantLinear:
     """y = q(x) · wᵀ + b with a quantized weight, and an input that is quantized first if the scheme says so.
 
     Kernels are chosen here, once: `float_kernels` for few rows up to any number, or `int8_kernel` where the
     input's codes are multiplied as integers.
     """
 
-    bias: Tensor | None
+    input_codes: Codes | None = None
 
-    def __init__(
-        self, stored: StoredLinear, scheme: Scheme, bias_N: Tensor | None, *, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = stored.codes_NK.shape
-        self.dtype = dtype
+    def __init__(self, part: LinearPart, *, dtype: torch.dtype) -> None:
+        weight, scheme = part.weight, part.scheme
+        assert isinstance(weight, LinearWeight) and scheme is not None, f"{part.name} is not quantized"
+        self.out_features, self.in_features = weight.codes_NK.shape
         self.scheme = scheme
-        self.input_qparams = stored.input_qparams
-        weight = as_linear_weight(stored, scheme.weight)
+        self.input_qparams = part.input_qparams
         self.int8_kernel = choose_int8(weight, dtype) if _takes_int8(scheme.activation) else None
         self.float_kernels = () if self.int8_kernel else choose_float(weight, dtype)
         kernels: list[Kernel] = [self.int8_kernel] if self.int8_kernel else [*self.float_kernels]
         self.operands: list[Any] = [kernel.prepare(weight, dtype) for kernel in kernels]
-        self.register_buffer("bias", bias_N)
+        self.bias = part.bias_N
 
-    def forward(self, x_TK: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N], in the dtype of x."""
-        y_TN = self._product(x_TK)
+        y_TN = self._product(_plain(x))
         return y_TN if self.bias is None else y_TN + self.bias
 
     def _product(self, x_TK: Tensor) -> Tensor:
@@ -82,30 +83,53 @@ class QuantLinear(nn.Module):
         unique = {tensor.data_ptr(): tensor for tensor in tensors}  # two kernels may share the codes
         return sum(tensor.untyped_storage().nbytes() for tensor in unique.values())
 
-    def extra_repr(self) -> str:
-        """Shape and kernels, for print(model)."""
+    def __repr__(self) -> str:
+        """Shape and kernels."""
         kernels = [self.int8_kernel] if self.int8_kernel else self.float_kernels
         return f"{self.in_features} -> {self.out_features}, {', '.join(k.name for k in kernels)}"
 
 
-def as_linear_weight(stored: StoredLinear, spec: Spec) -> LinearWeight:
-    """A stored weight in the kernels' terms: scales as a 2-D grid of tiles."""
-    num_rows, num_cols = stored.codes_NK.shape
-    match spec.granularity:
-        case PerTensor():
-            tile = (num_rows, num_cols)
-        case PerChannel():
-            tile = (1, num_cols)
-        case PerGroup(size):
-            tile = (1, size)
-        case PerBlock(rows, cols):
-            tile = (rows, cols)
-        case PerToken():
-            raise AssertionError("no weight has tokens")
-    scale, zero_point = stored.qparams
-    grid = (-(-num_rows // tile[0]), -(-num_cols // tile[1]))
-    zero_grid = None if zero_point is None else zero_point.reshape(grid)
-    return LinearWeight(stored.codes_NK, scale.reshape(grid), zero_grid, tile, spec.bits)
+class InFixedRows:
+    """A linear of this file that computes FIXED_ROWS rows at a time, so that no batch changes a row's bits."""
+
+    input_codes: Codes | None = None
+
+    def __init__(self, linear: AnyLinear) -> None:
+        self.linear = linear
+
+    def __call__(self, x: Rows) -> Tensor:
+        """[T, K] to [T, N]."""
+        x_TK = _plain(x)
+        parts = [
+            self.linear(pad(part_TK, (0, 0, 0, FIXED_ROWS - len(part_TK))))
+            for part_TK in torch.split(x_TK, FIXED_ROWS)
+        ]
+        return torch.cat(parts)[: len(x_TK)]
+
+
+class SideBySide:
+    """Linears of one input that are no one product, since their formats differ: one after the other.
+
+    They share the input's codes where all read the same dynamic ones; else each makes its own.
+    """
+
+    def __init__(self, linears: list[AnyLinear]) -> None:
+        self.linears = linears
+        wanted = [linear.input_codes for linear in linears]
+        first = wanted[0]
+        is_shared = (
+            first is not None and first.static_scale is None and all(codes == first for codes in wanted)
+        )
+        self.input_codes = first if is_shared else None
+
+    def __call__(self, x: Rows) -> Tensor:
+        """[T, K] to [T, N], the outputs of all next to each other."""
+        return torch.cat([linear(x) for linear in self.linears], dim=1)
+
+
+def _plain(x: Rows) -> Tensor:
+    assert isinstance(x, Tensor), "codes for a linear that reads none"
+    return x
 
 
 def _takes_int8(spec: Spec | None) -> bool:

@@ -1,32 +1,34 @@
-"""The gated feed-forward part of a decoder layer."""
+"""The gated feed-forward part of a decoder layer.
 
-from collections.abc import Callable, Mapping
-from functools import partial
+Shape suffixes: T tokens, E hidden size, F intermediate features.
+"""
+
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from quantkit.runtime.layers.rows import AnyLinear, CodedRows, Rows
+from quantkit_kernels.operators import for_device
+from quantkit_kernels.row_codes import Codes
+from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 
 Activation = Literal["silu", "gelu_tanh"]
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
-}
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) · up(x))."""
+class GatedMLP:
+    """down(act(gate(x)) · up(x)); gate_up gives gate and up side by side, [T, 2F]."""
 
-    def __init__(
-        self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: Activation
-    ) -> None:
-        super().__init__()
-        self.gate_proj = gate_proj
-        self.up_proj = up_proj
-        self.down_proj = down_proj
+    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
+        self.gate_up = gate_up
+        self.down = down
         self.activation = activation
+        self.input_codes: Codes | None = gate_up.input_codes
 
-    def forward(self, hidden_TE: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[T, E] to [T, E]."""
-        gate = self.gate_proj(hidden_TE)
-        result: Tensor = self.down_proj(ACTIVATIONS[self.activation](gate) * self.up_proj(hidden_TE))
-        return result
+        gate_up_TF = self.gate_up(x)
+        device, codes = gate_up_TF.device, self.down.input_codes
+        if codes is None:
+            return self.down(for_device(gated_activation, device)(gate_up_TF, self.activation))
+        activate = for_device(gated_activation_codes, device)
+        return self.down(CodedRows(*activate(gate_up_TF, self.activation, *codes)))

@@ -1,11 +1,13 @@
-"""Rotary position embeddings: the frequencies of each published variant, and the rotation.
+"""Rotary position embeddings: the frequencies of each published variant, and the angles of all positions.
 
-Frequencies and angles are float32; cosine and sine are rounded to the dtype of the model, as transformers does.
-Shape suffixes: T tokens, H heads, D head_dim.
+Frequencies, angles, cosine and sine are float32, and so is the rotation. (transformers rounds cosine and sine to the
+dtype of the model first: in 16 bits its queries and keys have one rounding more.)
+Shape suffixes: C positions, R rotated dimensions.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,27 +52,50 @@ class YarnRope:
     truncate: bool
 
 
-Rope = DefaultRope | LinearRope | Llama3Rope | YarnRope
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRope:
+    """Each frequency divided by a factor of its own, cosine and sine scaled by `attention_factor` (arXiv:2402.13753).
+
+    There are two sets of factors: `short` for contexts up to `original_positions`, else `long`. Keys rotated by one
+    set cannot be met by queries rotated by the other, so a model has one set for all that it does: `long` if its
+    context may exceed `original_positions`, however short a text is.
+    """
+
+    theta: float
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_positions: int
+    attention_factor: float
 
 
-def cos_sin(rope: Rope, head_dim: int, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, each [T, D], the halves of D alike."""
-    angles = positions_T.to(torch.float32)[:, None] * frequencies(rope, head_dim)
-    angles_TD = torch.cat((angles, angles), dim=-1)
-    factor = rope.attention_factor if isinstance(rope, YarnRope) else 1.0
-    return (angles_TD.cos() * factor).to(dtype), (angles_TD.sin() * factor).to(dtype)
+@dataclass(frozen=True, slots=True)
+class NoRope:
+    """No dimension is rotated."""
 
 
-def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of every head by the angle of its token."""
-    first, second = x_THD.chunk(2, dim=-1)
-    turned_THD = torch.cat((-second, first), dim=-1)
-    return x_THD * cos_TD.unsqueeze(1) + turned_THD * sin_TD.unsqueeze(1)
+Rope = DefaultRope | LinearRope | Llama3Rope | YarnRope | LongRope | NoRope
 
 
-def frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position, float32 [D/2]."""
-    plain = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+class Angles(NamedTuple):
+    """Cosine and sine of every position, float32 [C, R / 2] each: made once, for all layers that rotate alike."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def make_angles(rope: Rope, rotary_dim: int, num_positions: int, device: torch.device) -> Angles:
+    """The angles of positions from 0 on."""
+    positions_C1 = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None]
+    angles = positions_C1 * frequencies(rope, rotary_dim, num_positions).to(device)
+    factor = rope.attention_factor if isinstance(rope, YarnRope | LongRope) else 1.0
+    return Angles(angles.cos() * factor, angles.sin() * factor)
+
+
+def frequencies(rope: Rope, rotary_dim: int, max_positions: int) -> Tensor:
+    """Radians per position, float32 [R/2]. max_positions: that the model is ever run with."""
+    if isinstance(rope, NoRope):
+        return torch.empty(0)
+    plain = 1.0 / rope.theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
     match rope:
         case DefaultRope():
             return plain
@@ -79,7 +104,9 @@ def frequencies(rope: Rope, head_dim: int) -> Tensor:
         case Llama3Rope():
             return _llama3(plain, rope)
         case YarnRope():
-            return _yarn(plain, rope, head_dim)
+            return _yarn(plain, rope, rotary_dim)
+        case LongRope():
+            return plain / torch.tensor(rope.long if max_positions > rope.original_positions else rope.short)
 
 
 def _llama3(plain: Tensor, rope: Llama3Rope) -> Tensor:

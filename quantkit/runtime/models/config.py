@@ -18,6 +18,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "embedding_multiplier": (None, 1.0),
     "final_logit_softcapping": (None,),
     "layer_types": (None,),
+    "lm_head_bias": (None, False),
     "logit_scale": (None, 1.0),
     "logits_scaling": (None, 1.0),
     "mlp_bias": (None, False),
@@ -27,10 +28,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "pretraining_tp": (None, 0, 1),
     "qk_layernorm": (None, False),
+    "qkv_bias": (None, False),
     "query_pre_attn_scalar": (None,),
     "residual_multiplier": (None, 1.0),
     "rope_interleaved": (None, False),
     "rope_local_base_freq": (None,),
+    "shared_expert_intermediate_size": (None, 0),
     "sliding_window": (None,),
     "sliding_window_pattern": (None,),
     "use_bidirectional_attention": (None, False),
@@ -67,13 +70,19 @@ class Config:
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number; without a default the key is required."""
         value = self._get(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
+        if not _is_positive(value):
             raise self.wrong(key, value, "a positive number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
         """A positive number, or None where the key is absent or null."""
         return None if self._peek(key) is None else self.number(key)
+
+    def nullable_number(self, key: str) -> float | None:
+        """A positive number or null; the key is required."""
+        if key not in self._values:
+            raise self.missing(key)
+        return self.optional_number(key)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
@@ -100,6 +109,24 @@ class Config:
             if name not in allowed:
                 raise self.unsupported(key, name, f"supported: {', '.join(allowed)}")
         return tuple(value)
+
+    def integers(self, key: str) -> tuple[int, ...] | None:
+        """A list of integers, 0 or more, or None where the key is absent or null."""
+        value = self._peek(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+            raise self.wrong(key, value, "a list of integers, 0 or more")
+        return tuple(value)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of positive finite numbers; the key is required."""
+        value = self._peek(key)
+        if value is None:
+            raise self.missing(key)
+        if not isinstance(value, list) or any(not _is_positive(item) for item in value):
+            raise self.wrong(key, value, "a list of positive numbers")
+        return tuple(float(item) for item in value)
 
     def section(self, key: str) -> "Config | None":
         """A nested object, or None where the key is absent or null."""
@@ -154,6 +181,10 @@ class Config:
         if value is None:
             raise self.missing(key)
         return value
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def _list(values: tuple[Any, ...]) -> str:

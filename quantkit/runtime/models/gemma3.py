@@ -7,7 +7,7 @@ The defaults are those of transformers' Gemma3TextConfig: the published 4B to 27
 from quantkit.runtime.layers.rotary import DefaultRope, Rope
 from quantkit.runtime.models.config import Config
 from quantkit.runtime.models.rope import read_rope_section
-from quantkit.runtime.models.spec import DecoderSpec, LayerSpec
+from quantkit.runtime.models.spec import DecoderSpec, LayerSpec, Norms
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
@@ -35,8 +35,8 @@ def read_gemma3(config: Config) -> DecoderSpec:
         ),
         has_qkv_bias=bias,
         has_o_bias=bias,
-        has_qk_norm=True,
-        has_sandwich_norms=True,
+        qk_norm="head",
+        norms=Norms.AROUND,
         norm_plus_one=True,
         attention_scale=config.number("query_pre_attn_scalar", 256.0) ** -0.5,
         embedding_multiplier=hidden_size**0.5,

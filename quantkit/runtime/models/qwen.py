@@ -1,5 +1,7 @@
 """Qwen2, Qwen2.5 (biases on q, k, v) and Qwen3 (norms on q and k); the later layers may have a sliding window."""
 
+from typing import Literal
+
 from quantkit.runtime.models.config import Config
 from quantkit.runtime.models.rope import read_rope
 from quantkit.runtime.models.spec import DecoderSpec, LayerSpec
@@ -11,18 +13,24 @@ def read_qwen2(config: Config) -> DecoderSpec:
     """Biases on q, k and v are part of the architecture; no key says so."""
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", hidden_size // num_heads)
-    return _read(config, "qwen2", head_dim, has_qkv_bias=True, has_o_bias=False, has_qk_norm=False)
+    return _read(config, "qwen2", head_dim, has_qkv_bias=True, has_o_bias=False, qk_norm=None)
 
 
 def read_qwen3(config: Config) -> DecoderSpec:
     """`head_dim` is independent of the hidden size; `attention_bias` covers all four projections."""
     bias = config.flag("attention_bias", False)
     head_dim = config.integer("head_dim")
-    return _read(config, "qwen3", head_dim, has_qkv_bias=bias, has_o_bias=bias, has_qk_norm=True)
+    return _read(config, "qwen3", head_dim, has_qkv_bias=bias, has_o_bias=bias, qk_norm="head")
 
 
 def _read(
-    config: Config, family: str, head_dim: int, *, has_qkv_bias: bool, has_o_bias: bool, has_qk_norm: bool
+    config: Config,
+    family: str,
+    head_dim: int,
+    *,
+    has_qkv_bias: bool,
+    has_o_bias: bool,
+    qk_norm: Literal["head"] | None,
 ) -> DecoderSpec:
     num_heads = config.integer("num_attention_heads")
     max_positions = config.integer("max_position_embeddings")
@@ -42,7 +50,7 @@ def _read(
         activation=config.choice("hidden_act", {"silu": "silu"}),
         has_qkv_bias=has_qkv_bias,
         has_o_bias=has_o_bias,
-        has_qk_norm=has_qk_norm,
+        qk_norm=qk_norm,
         attention_scale=head_dim**-0.5,
     )
 

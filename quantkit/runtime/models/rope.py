@@ -6,31 +6,47 @@ transformers 5 writes `rope_parameters` {rope_type, rope_theta, …}; before it 
 
 import math
 
-from quantkit.runtime.layers.rotary import DefaultRope, LinearRope, Llama3Rope, Rope, YarnRope
+from quantkit.runtime.layers.rotary import DefaultRope, LinearRope, Llama3Rope, LongRope, Rope, YarnRope
 from quantkit.runtime.models.config import Config
 
-TYPES = {name: name for name in ("default", "linear", "llama3", "yarn")}
+TYPES = {name: name for name in ("default", "linear", "llama3", "longrope", "yarn")}
+TYPES["su"] = "longrope"  # as Phi-3 first called it
 
 
-def read_rope(config: Config, max_positions: int) -> Rope:
-    """The one rotation of a model whose layers all share it. Raises SourceError if there is no theta."""
+def read_rope(config: Config, max_positions: int, *, rotates_all: bool = True) -> Rope:
+    """The one rotation of a model whose layers all share it. Raises SourceError if there is no theta.
+
+    rotates_all: refuse a `partial_rotary_factor`; else it is the caller's to read.
+    """
     original = config.optional_integer("original_max_position_embeddings")
     theta = config.optional_number("rope_theta")
-    section = config.section("rope_parameters") or config.section("rope_scaling")
-    config.ignore("rope_scaling")
+    section = rope_section(config)
     if section is None:
         if theta is None:
             raise config.missing("rope_theta (or rope_parameters)")
         return DefaultRope(theta=theta)
-    return read_rope_section(section, theta=theta, original=original, max_positions=max_positions)
+    return read_rope_section(
+        section, theta=theta, original=original, max_positions=max_positions, rotates_all=rotates_all
+    )
+
+
+def rope_section(config: Config) -> Config | None:
+    """The rope object of either spelling."""
+    config.ignore("rope_scaling")
+    return config.section("rope_parameters") or config.section("rope_scaling")
 
 
 def read_rope_section(
-    section: Config, *, theta: float | None, original: int | None, max_positions: int
+    section: Config,
+    *,
+    theta: float | None,
+    original: int | None,
+    max_positions: int,
+    rotates_all: bool = True,
 ) -> Rope:
     """One rope object. theta, original: what stands outside of it; inside, theta goes first, original last."""
     theta = section.number("rope_theta", theta)
-    if section.number("partial_rotary_factor", 1.0) != 1.0:
+    if section.number("partial_rotary_factor", 1.0) != 1.0 and rotates_all:
         raise section.unsupported(
             "partial_rotary_factor", section.number("partial_rotary_factor"), "supported: 1"
         )
@@ -56,6 +72,8 @@ def read_rope_section(
             high_freq_factor=high,
             original_positions=_original(section, original, max_positions),
         )
+    elif kind == "longrope":
+        rope = _long(section, theta, _original(section, original, max_positions), max_positions)
     else:
         rope = _yarn(section, theta, _original(section, original, max_positions), max_positions)
     section.finish_strictly()
@@ -88,6 +106,18 @@ def _yarn(section: Config, theta: float, original: int, max_positions: int) -> Y
         beta_slow=section.number("beta_slow", 1.0),
         attention_factor=attention_factor,
         truncate=section.flag("truncate", True),
+    )
+
+
+def _long(section: Config, theta: float, original: int, max_positions: int) -> LongRope:
+    factor = section.number("factor", max_positions / original)
+    grown = math.log(factor) / math.log(original) if factor > 1 else 0.0
+    return LongRope(
+        theta=theta,
+        short=section.numbers("short_factor"),
+        long=section.numbers("long_factor"),
+        original_positions=original,
+        attention_factor=section.number("attention_factor", math.sqrt(1 + grown)),
     )
 
 

@@ -33,12 +33,26 @@ def random_experts(n, k, kind, *, group=0, asymmetric=False):
         weights.append(LinearWeight(codes, scale, zero, tile, 8 if kind == "fp8" else 4))
         w = codes.double() - (0 if zero is None else zero.double()[by_weight])
         values.append(w * scale.double()[by_weight])
-    return moe.prepare(weights), torch.stack(values)
+    return moe.prepare(weights, NUM_EXPERTS), torch.stack(values)
 
 
 def random_ids(num_tokens, per_token):
     return (
         torch.rand(num_tokens, NUM_EXPERTS, generator=generator(2)).argsort(dim=1)[:, :per_token].contiguous()
+    )
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_largest_are_chosen_with_their_share_of_the_softmax(normalized):
+    scores = torch.randn(40, NUM_EXPERTS, generator=generator(1)).bfloat16()
+    expert, weight = moe_routing.choose_experts(scores, 3, normalized)
+    probability = torch.softmax(scores.double(), dim=1)
+    chosen = probability.gather(1, expert.long())
+    assert torch.equal(chosen, probability.sort(dim=1, descending=True).values[:, :3])
+    total = chosen.sum(dim=1, keepdim=True) if normalized else 1
+    torch.testing.assert_close(weight.double(), chosen / total, rtol=1e-6, atol=1e-9)
+    torch.library.opcheck(
+        moe_routing.choose_experts, (scores, 3, normalized), test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -67,6 +81,12 @@ def test_no_token_is_no_work():
 def test_int4_is_its_definition(group, asymmetric):
     weight, w = random_experts(33, 200, "int4", group=group, asymmetric=asymmetric)
     check_products(weight, w, torch.randn(9, 200, generator=generator(3)).bfloat16())
+
+
+def test_16_bit_weights_are_their_definition():
+    w = torch.randn(NUM_EXPERTS, 33, 200, generator=generator(1)).bfloat16()
+    weight = moe.prepare_dense(w, NUM_EXPERTS)
+    check_products(weight, w.double(), torch.randn(9, 200, generator=generator(3)).bfloat16())
 
 
 @pytest.mark.parametrize("group", [0, 128])
@@ -140,16 +160,19 @@ def compile_grouped(capability, kind, x, *, group=128, asymmetric=False, rows=16
     counts = ("num_pairs", "pairs_per_row", "num_outputs", "num_cols", "num_groups", "x_scale_step")
     multiples = ("num_outputs", "num_cols", "stride_w", "stride_scale", "stride_x", "stride_y")
     numbers = {*counts, *multiples}
-    is_int4, is_codes = kind == "i8", x == "fp8e4nv"
+    is_int4, is_codes, is_dense = kind == "i8", x == "fp8e4nv", kind == x == "bf16"
     types = dict.fromkeys(numbers, "i32") | {"y": "*bf16", "x": f"*{x}", "w": f"*{kind}"}
     types |= {"slots": "*i32", "expert_of_tile": "*i32", "w_scale": "*bf16" if is_int4 and group else "*fp32"}
     constants = {"IS_INT4": is_int4, "GROUP": group}
-    for name, kind_of, is_there in (("x_scale", "*fp32", is_codes), ("w_zero_point", "*i8", asymmetric)):
+    for name, kind_of, is_there in (
+        ("x_scale", "*fp32", is_codes), ("w_zero_point", "*i8", asymmetric), ("w_scale", types["w_scale"], not is_dense)
+    ):  # fmt: skip
         if is_there:
             types[name] = kind_of
         else:
+            types.pop(name, None)
             constants[name] = None
-    w_dtype = torch.int32 if is_int4 else torch.float8_e4m3fn
+    w_dtype = torch.int32 if is_int4 else torch.bfloat16 if is_dense else torch.float8_e4m3fn
     x_dtype = torch.float8_e4m3fn if is_codes else torch.bfloat16
     tile = moe_kernel.tile_for(rows, group, w_dtype, x_dtype, is_hopper=capability == 90)
     constants |= {"BN": tile.rows_w, "BM": rows, "BK": tile.cols, "STAGES": tile.num_stages}
@@ -177,6 +200,9 @@ def test_kernels_compile(capability):
     }
     constants = {"EXPERTS": 128, "ROWS": 16, "CHUNK": moe_routing_kernel.CHUNK}
     assert_in_registers(compile_for(moe_routing_kernel.sort_kernel, capability, types, constants, 8), "")
+    types = {"experts": "*i32", "weights": "*fp32", "scores": "*bf16", "stride_scores": "i32"}
+    constants = {"NUM_EXPERTS": 60, "NUM_CHOSEN": 6, "NORMALIZED": True, "BLOCK": 64, "SLOTS": 8}
+    assert_in_registers(compile_for(moe_routing_kernel.choose_kernel, capability, types, constants, 1), "")
     types = dict.fromkeys(("num_features", "stride_y", "stride_weight", "stride_out"), "i32")
     types |= {"out": "*bf16", "y": "*bf16", "weight": "*fp32"}
     constants = {"PAIRS": 8, "COLUMNS": moe_routing_kernel.COLUMNS}
@@ -186,6 +212,14 @@ def test_kernels_compile(capability):
 def test_fp8_kernels_compile():
     for x, group, mma in (("fp8e4nv", 0, "QGMMA"), ("fp8e4nv", 128, "QGMMA"), ("bf16", 128, "HGMMA")):
         assert_in_registers(compile_grouped(90, "fp8e4nv", x, group=group), mma)
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_16_bit_kernels_compile(capability, rows):
+    resources = compile_grouped(capability, "bf16", "bf16", group=0, rows=rows)
+    assert_in_registers(resources, MMA[capability])
+    assert resources.shared <= (227 if capability == 90 else 99) * 1024, "8.6 and 8.9 have 99 KB"
 
 
 @pytest.mark.parametrize("group", [0, 64])

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 from quantkit.numerics.hadamard import orthogonal_factors
 from quantkit.numerics.kv_codes import LARGEST, encode_kv
 from quantkit.numerics.packing import pack
-from quantkit.runtime.layers.mlp import ACTIVATIONS
-from quantkit.runtime.layers.norm import RMSNorm
-from quantkit.runtime.layers.rotary import rotate
 from quantkit.schemes import FloatSpec, IntSpec, PerGroup, PerTensor, PerToken, QParams
 from quantkit.schemes.activation import dynamic_scale, input_qparams, to_codes
 from quantkit_kernels.embedding import embed_packed
@@ -27,11 +27,19 @@ from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 ROOT = Path(__file__).parents[3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+ACTIVATIONS = {"silu": ACT2FN["silu"], "gelu_tanh": ACT2FN["gelu_pytorch_tanh"]}
 
 
 def random(*shape, dtype=torch.bfloat16, seed=0):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return (x * torch.logspace(-2, 1, shape[-1])).to(dtype)
+
+
+def norm_of_transformers(weight, *, plus_one):
+    """Gemma's norm, or that of all others, with eps 1e-6."""
+    norm = (Gemma3RMSNorm if plus_one else LlamaRMSNorm)(len(weight), eps=1e-6)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return norm
 
 
 def spec_of(code_dtype, granularity, *, symmetric=True):
@@ -73,19 +81,19 @@ def test_codes_are_those_of_the_schemes(dtype, code_dtype):
 
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_are_those_of_the_runtime(dtype, plus_one):
+def test_norms_are_those_of_transformers(dtype, plus_one):
     x, before, weight = (
         random(7, 96, dtype=dtype),
         random(7, 96, dtype=dtype, seed=1),
         random(96, dtype=dtype, seed=2),
     )
-    norm = RMSNorm(weight, 1e-6, plus_one=plus_one)
+    norm = norm_of_transformers(weight, plus_one=plus_one)
     assert torch.equal(rms_norm(x, None, weight, 1e-6, plus_one, None), norm(x))
     residual = before.clone()
     expected = norm(before + x)
     assert torch.equal(rms_norm(x, residual, weight, 1e-6, plus_one, None), expected)
     assert torch.equal(residual, before + x)
-    inner = RMSNorm(random(96, dtype=dtype, seed=3), 1e-6, plus_one=plus_one)
+    inner = norm_of_transformers(random(96, dtype=dtype, seed=3), plus_one=plus_one)
     twice = rms_norm(x, before.clone(), weight, 1e-6, plus_one, inner.weight)
     assert torch.equal(twice, norm(before + inner(x)))
     for code_dtype in CODES:
@@ -97,7 +105,7 @@ def test_norms_are_those_of_the_runtime(dtype, plus_one):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_are_those_of_the_runtime(dtype, activation):
+def test_activations_are_those_of_transformers(dtype, activation):
     gate, up = random(7, 96, dtype=dtype), random(7, 96, dtype=dtype, seed=1)
     expected = ACTIVATIONS[activation](gate) * up
     gate_up = torch.cat((gate, up), dim=1)
@@ -122,9 +130,10 @@ def test_queries_are_rotated_and_keys_and_values_stored(dtype, rotated):
     parts = qkv.reshape(tokens, -1, dim).split((queries, heads, heads), dim=1)
     turned = []
     for part, weight in zip(parts, weights, strict=False):
-        x = RMSNorm(weight, 1e-6, plus_one=True)(part).float()
-        twice = [torch.cat((table[positions],) * 2, dim=1) for table in (cos, sin)]
-        turned.append(torch.cat((rotate(x[..., :rotated], *twice), x[..., rotated:]), dim=2).to(dtype))
+        x = norm_of_transformers(weight, plus_one=True)(part).float()
+        wide_cos, wide_sin = (torch.cat((table[positions],) * 2, dim=1)[:, None] for table in (cos, sin))
+        first, rest = x[..., :rotated], x[..., rotated:]
+        turned.append(torch.cat((first * wide_cos + rotate_half(first) * wide_sin, rest), dim=2).to(dtype))
     assert torch.equal(q, turned[0])
     kept = slots >= 0
     block, slot = slots[kept] // 16, slots[kept] % 16

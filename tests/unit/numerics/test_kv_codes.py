@@ -6,8 +6,10 @@ import torch
 from quantkit.formats.kv_cache import StoredKV
 from quantkit.numerics.kv_codes import LARGEST, decode_kv, encode_kv, round_trip_kv
 from quantkit.observers.kv import RoundTripCache
-from quantkit.runtime.kv_cache import KVCache
+from quantkit.runtime.kv_pool import choose_format
 from quantkit.schemes import KVScheme
+from quantkit_kernels.paged_attention import gather
+from quantkit_kernels.rope_append import append
 
 
 def grid(dtype):
@@ -41,9 +43,12 @@ def test_calibration_sees_what_the_runtime_serves(dtype, model_dtype):
     k_HTD, v_HTD = (torch.randn(3, 20, 8, generator=generator).to(model_dtype) * 3 for _ in "kv")
     scales = tuple(torch.rand(3, 1, 1, generator=generator).bfloat16().float() * 0.1 + 0.01 for _ in "kv")
     stored = StoredKV(KVScheme(dtype=dtype, granularity="head"), {0: scales})
-    cache = KVCache(num_layers=1, num_heads=3, head_dim=8, dtype=model_dtype, stored=stored)
-    served = cache.append(0, k_HTD, v_HTD)
+    kv = choose_format(stored, "auto", num_layers=1, num_heads=3, head_dim=8, dtype=model_dtype)
+    (pool,) = kv.create_pools(3, torch.device("cpu"))
     seen = RoundTripCache(dtype, *scales).update(k_HTD[None], v_HTD[None], 0)
-    for ours, theirs in zip(seen, served, strict=True):
-        assert torch.equal(ours[0], theirs)
-        assert not torch.equal(ours[0], k_HTD)
+    pages = (k_HTD, pool.k_PHSD, pool.k_scale), (v_HTD, pool.v_PHSD, pool.v_scale)
+    for (x_HTD, page, scale), ours in zip(pages, seen, strict=True):
+        append(x_HTD.transpose(0, 1), torch.arange(16, 36), page, scale)
+        served = gather(page, scale, torch.tensor([1, 2], dtype=torch.int32), 0, 20, model_dtype)
+        assert torch.equal(ours[0], served)
+        assert not torch.equal(ours[0], x_HTD)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma3TextConfig
 
+from quantkit.errors import GenerationError
 from quantkit.runtime.load import load_model
 from tests.tiny_models import COMMON, CONFIGS, reference_logits, save_tiny, tokens
 
@@ -43,7 +44,7 @@ def test_decoding_step_by_step_equals_the_full_pass(name, tmp_path):
     model = load_model(save_tiny(name, tmp_path), dtype=torch.float32)
     ids = tokens(LENGTH)
     full = model.logits(ids)
-    cache = model.new_cache()
+    cache = model.new_cache(LENGTH)
     steps = [
         ids[:10],
         ids[10:11],
@@ -135,21 +136,12 @@ def test_lengths_up_to_the_context_are_fine(tmp_path):
     assert model.logits(tokens(COMMON["max_position_embeddings"])).isfinite().all()
 
 
-def test_a_cache_grows_beyond_its_first_capacity(tmp_path, monkeypatch):
-    monkeypatch.setattr("quantkit.runtime.kv_cache.FIRST_CAPACITY", 4)
-    model = load_model(save_tiny("llama", tmp_path))
-    ids = tokens(LENGTH)
-    cache = model.new_cache()
-    last = [model.forward(ids[start : start + 3], cache) for start in range(0, 39, 3)][-1]
-    assert relative(last, model.logits(ids[:39])[-1]) < 1e-5
-
-
 def test_a_long_prompt_is_run_in_chunks(tmp_path, monkeypatch):
     model = load_model(save_tiny("gemma3", tmp_path))
     ids = tokens(LENGTH)
     whole = model.logits(ids)
     monkeypatch.setattr("quantkit.runtime.model.CHUNK_TOKENS", 8)
-    assert relative(model.forward(ids, model.new_cache()), whole[-1]) < 1e-5
+    assert relative(model.forward(ids, model.new_cache(LENGTH)), whole[-1]) < 1e-5
     assert relative(model.logits(ids), whole) < 1e-5
 
 
@@ -162,3 +154,21 @@ def test_an_original_length_outside_of_the_rope_object_goes_first(tmp_path):
     outside = load_model(tmp_path).logits(ids)
     assert relative(outside, inside) > 1e-3
     assert relative(outside, reference_logits(tmp_path, ids, torch.float32)) < 1e-5
+
+
+def test_a_shorter_context_has_the_short_factors(tmp_path):
+    """As transformers has them for a text that is no longer than the first training's."""
+    save_tiny("phi3-long", tmp_path)
+    ids = tokens(8)
+    short, long = (load_model(tmp_path, max_model_len=length) for length in (8, None))
+    reference = reference_logits(tmp_path, ids, torch.float32)
+    assert relative(short.logits(ids), reference) < 1e-5
+    assert relative(long.logits(ids), reference) > 1e-3
+    with pytest.raises(GenerationError, match="9 tokens, but the model was made for at most 8"):
+        short.logits(tokens(9))
+
+
+@pytest.mark.parametrize("length", [0, 65])
+def test_a_context_that_the_model_was_not_made_for(length, tmp_path):
+    with pytest.raises(GenerationError, match=f"a context of {length} tokens .* at most 64"):
+        load_model(save_tiny("llama", tmp_path), max_model_len=length)

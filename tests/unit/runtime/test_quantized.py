@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from quantkit.formats.kv_cache import StoredKV, write_kv_sidecar
-from quantkit.runtime.kv_cache import KVCache
 from quantkit.runtime.layers.linear import QuantLinear
+from quantkit.runtime.layers.linear_part import quantized_part
 from quantkit.runtime.load import load_model
 from quantkit.schemes import FloatSpec, IntSpec, KVScheme, PerChannel, PerGroup, PerTensor, PerToken, Scheme
 from quantkit.schemes.activation import fake_quantize_input
 from quantkit.schemes.tiles import dequantize_weight
-from tests.product_schemes import KV_SCHEMES, SCHEMES
+from tests.product_schemes import SCHEMES
 from tests.tiny_models import quantize_tiny, reference_logits, round_to_nearest, save_tiny, tokens
 
 
@@ -25,7 +24,7 @@ def test_every_scheme_equals_its_dequantized_weight(name, dtype):
     random = torch.Generator().manual_seed(1)
     w_NK, bias = torch.randn(144, 256, generator=random), torch.randn(144, generator=random).to(dtype)
     stored = round_to_nearest(w_NK, scheme)
-    linear = QuantLinear(stored, scheme, bias, dtype=dtype)
+    linear = QuantLinear(quantized_part("linear", stored, scheme, bias), dtype=dtype)
     dense = dequantize_weight(stored.codes_NK, scheme.weight.granularity, stored.qparams)
     for num_tokens in (1, 7, 40):
         x = torch.randn(num_tokens, 256, generator=random).to(dtype)
@@ -50,7 +49,8 @@ def test_a_quantized_linear_keeps_no_dense_copy():
         ("fp8-channel-token", 0.51),
         ("int2-g64-sym", 0.16),
     ):
-        linear = QuantLinear(round_to_nearest(w_NK, SCHEMES[name]), SCHEMES[name], None, dtype=torch.bfloat16)
+        part = quantized_part(name, round_to_nearest(w_NK, SCHEMES[name]), SCHEMES[name], None)
+        linear = QuantLinear(part, dtype=torch.bfloat16)
         assert linear.num_bytes <= most * dense_bytes, name
 
 
@@ -88,79 +88,10 @@ def test_an_fp8_cache_gives_the_logits_of_transformers(granularity, tmp_path):
     folder = quantize_tiny(source, tmp_path / "quantized", None, kv)
     ids = tokens(30)
     model = load_model(folder, dtype=torch.float32)
-    assert model.kv is not None
+    assert {layer.dtype for layer in model.kv.layers} == {torch.float8_e4m3fn}
     ours = model.logits(ids)
     assert relative(ours, reference_logits(folder, ids, torch.float32)) < 1e-5
     assert relative(ours, load_model(source, dtype=torch.float32).logits(ids)) > 1e-4
-
-
-@pytest.mark.parametrize("granularity", ["head", "token"])
-def test_an_int8_cache_is_read_from_its_sidecar(granularity, tmp_path):
-    folder = save_tiny("llama", tmp_path)
-    ids = tokens(30)
-    plain = load_model(folder).logits(ids)
-    scales = {layer: (torch.full((2, 1, 1), 0.05), torch.full((2, 1, 1), 0.02)) for layer in range(3)}
-    stored = StoredKV(
-        KVScheme(dtype="int8", granularity=granularity), scales if granularity == "head" else {}
-    )
-    write_kv_sidecar(folder, stored, {layer: f"model.layers.{layer}.self_attn" for layer in range(3)})
-    model = load_model(folder)
-    logits = model.logits(ids)
-    assert 1e-5 < relative(logits, plain) < 0.5
-    cache = model.new_cache()
-    last = [model.forward(part, cache) for part in ids.split(7)][-1]
-    assert relative(last, logits[-1]) < 1e-4
-
-
-@pytest.mark.parametrize("name", KV_SCHEMES)
-def test_the_cache_returns_round_trips_within_half_a_step(name):
-    scheme = KV_SCHEMES[name]
-    shape = {"tensor": (1,), "head": (2, 1, 1), "token": None}[scheme.granularity]
-    top = 448 if scheme.dtype == "fp8" else 127.5
-    scale = None if shape is None else torch.full(shape, 4 / top)
-    scales = {} if scale is None else {0: (scale, scale)}
-    cache = KVCache(
-        num_layers=1, num_heads=2, head_dim=8, dtype=torch.float32, stored=StoredKV(scheme, scales)
-    )
-    k, v = torch.randn(2, 5, 8).clamp(-3.9, 3.9), torch.randn(2, 5, 8).clamp(-3.9, 3.9)
-    k[1, 2] = 0  # a token of zeros has a scale too
-    seen = cache.append(0, k, v)
-    step = v.abs() * 2**-3 + 4 / 448 if scheme.dtype == "fp8" else 4 / 127  # e4m3: 3 bits after the first
-    for got, given in zip(seen, (k, v), strict=True):
-        assert got.shape == given.shape
-        assert not torch.equal(got, given)
-    assert ((seen[1] - v).abs() <= step / 2 * 1.001).all()
-    assert (seen[0][1, 2] == 0).all()
-    cache.advance(5)
-    longer, _ = cache.append(0, k[:, :1], v[:, :1])
-    assert torch.equal(longer[:, :5], seen[0]), "old tokens do not change"
-    plain = KVCache(num_layers=1, num_heads=2, head_dim=8, dtype=torch.float32, stored=None)
-    assert cache.num_bytes < 0.4 * plain.num_bytes
-
-
-@pytest.mark.parametrize("name", KV_SCHEMES)
-def test_a_kept_layer_is_stored_as_it_is_and_the_others_are_not(name, tmp_path):
-    scheme = KV_SCHEMES[name]
-    shape = {"tensor": (1,), "head": (2, 1, 1), "token": None}[scheme.granularity]
-    scales = {} if shape is None else {layer: (torch.full(shape, 0.05),) * 2 for layer in range(3)}
-    stored = StoredKV(scheme, scales, frozenset({1}))
-    cache = KVCache(num_layers=3, num_heads=2, head_dim=8, dtype=torch.float32, stored=stored)
-    k_HTD, v_HTD = torch.randn(2, 2, 5, 8)
-    for layer in range(3):
-        seen = cache.append(layer, k_HTD, v_HTD)
-        is_exact = [torch.equal(got, given) for got, given in zip(seen, (k_HTD, v_HTD), strict=True)]
-        assert is_exact == [layer == 1] * 2
-
-
-def test_a_value_beyond_the_stored_scale_saturates():
-    for dtype, top in (("fp8", 448.0), ("int8", 127.0)):
-        stored = StoredKV(
-            KVScheme(dtype=dtype, granularity="head"), {0: (torch.ones(1, 1, 1), torch.ones(1, 1, 1))}
-        )
-        cache = KVCache(num_layers=1, num_heads=1, head_dim=2, dtype=torch.float32, stored=stored)
-        keys, _ = cache.append(0, torch.tensor([[[1e6, -1e6]]]), torch.zeros(1, 1, 2))
-        assert keys[0, 0, 0] == top
-        assert keys[0, 0, 1] == (-448 if dtype == "fp8" else -128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,132 @@
+"""The linears of a GPU on a CPU, where the kernels' operators compute what they define; and what devices lack."""
+
+import pytest
+import torch
+
+from quantkit.errors import SchemeError
+from quantkit.runtime.layers import gpu_linear
+from quantkit.runtime.layers.gpu_linear import GpuLinear, family_of
+from quantkit.runtime.layers.linear import SideBySide
+from quantkit.runtime.layers.linear_part import LinearPart, join, quantized_part
+from quantkit.runtime.layers.rows import encode
+from quantkit.runtime.target import Target
+from quantkit.schemes.activation import fake_quantize_input
+from quantkit.schemes.tiles import dequantize_weight
+from tests.product_schemes import SCHEMES
+from tests.tiny_models import round_to_nearest
+
+BF16 = Target(torch.device("cpu"), torch.bfloat16)
+SERVED = {name: scheme for name, scheme in SCHEMES.items() if scheme.weight.bits != 2}
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """An H100, or what a test makes of it."""
+
+    def become(major, minor):
+        monkeypatch.setattr(gpu_linear, "capability", lambda _: (major, minor))
+        monkeypatch.setattr(gpu_linear, "converts_float8", lambda _: (major, minor) >= (8, 9))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: f"GPU {major}.{minor}")
+
+    become(9, 0)
+    return become
+
+
+def stored_linear(name, *, rows=128, cols=256):
+    random = torch.Generator().manual_seed(rows)
+    return round_to_nearest(torch.randn(rows, cols, generator=random), SCHEMES[name])
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_scheme_equals_its_dequantized_weight(name):
+    scheme, stored = SERVED[name], stored_linear(name)
+    bias = torch.randn(128).bfloat16()
+    linear = GpuLinear(quantized_part("linear", stored, scheme, bias), BF16)
+    dense = dequantize_weight(stored.codes_NK, scheme.weight.granularity, stored.qparams)
+    x = torch.randn(9, 256).bfloat16()
+    seen = x
+    if scheme.activation is not None:
+        seen = fake_quantize_input(x, scheme.activation, stored.input_qparams)
+        assert linear.input_codes is not None
+        assert torch.equal(linear(encode(x, linear.input_codes)), linear(x)), (
+            "who makes the codes is all the same"
+        )
+    expected = seen.double() @ dense.double().T + bias.double()
+    y = linear(x)
+    assert y.dtype == torch.bfloat16
+    assert relative(y, expected) < 3 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    "name", [None, "int4-g128-sym", "fp8-channel-token", "fp8-block", "int8-w8a8-static-asym"]
+)
+def test_a_product_that_no_batch_changes(name):
+    if name is None:
+        part = LinearPart("linear", torch.randn(128, 256).bfloat16())
+    else:
+        part = quantized_part("linear", stored_linear(name), SCHEMES[name], None)
+    linear = GpuLinear(part, BF16._replace(batch_invariant=True))
+    x = torch.randn(40, 256).bfloat16()
+    together = linear(x)
+    assert relative(together, GpuLinear(part, BF16)(x)) < 1e-3
+    for rows in (slice(0, 1), slice(7, 20), slice(20, 40)):
+        assert torch.equal(linear(x[rows]), together[rows])
+
+
+def test_linears_side_by_side_share_codes_that_both_read():
+    parts = [
+        quantized_part("q", stored_linear("w4a8-int8-g128"), SCHEMES["w4a8-int8-g128"], None),
+        quantized_part("k", stored_linear("int8-w8a8-dynamic"), SCHEMES["int8-w8a8-dynamic"], None),
+        quantized_part("v", stored_linear("fp8-channel-token"), SCHEMES["fp8-channel-token"], None),
+    ]
+    linears = [GpuLinear(part, BF16) for part in parts]
+    x = torch.randn(5, 256).bfloat16()
+    shared = SideBySide(linears[:2])
+    assert shared.input_codes == linears[0].input_codes
+    apart = torch.cat([linear(x) for linear in linears], dim=1)
+    assert torch.equal(shared(encode(x, shared.input_codes)), apart[:, :256])
+    assert SideBySide(linears).input_codes is None
+    assert torch.equal(SideBySide(linears)(x), apart)
+
+
+@pytest.mark.parametrize(
+    "name", ["fp8-tensor-static", "int8-w8a8-static-asym", "fp8-block", "int4-channel-asym"]
+)
+def test_joined_linears_are_each_of_them(name):
+    parts = [
+        quantized_part(str(rows), stored_linear(name, rows=rows), SCHEMES[name], None)
+        for rows in (128, 256, 96)
+    ]
+    (joined,) = join(parts)
+    x = torch.randn(5, 256).bfloat16()
+    apart = torch.cat([GpuLinear(part, BF16)(x) for part in parts], dim=1)
+    assert torch.equal(GpuLinear(joined, BF16)(x), apart)
+
+
+@pytest.mark.parametrize("name", ["fp8-channel-token", "fp8-block", "fp8-tensor-static", "w4a8-fp8-g64"])
+def test_a_device_without_fp8_takes_inputs_in_16_bits(name, device):
+    device(8, 0)
+    scheme, stored = SCHEMES[name], stored_linear(name)
+    linear = GpuLinear(quantized_part("linear", stored, scheme, None), BF16)
+    assert linear.input_codes is None
+    assert linear.family in ("w8a16", "w4a16")
+    dense = dequantize_weight(stored.codes_NK, scheme.weight.granularity, stored.qparams)
+    x = torch.randn(9, 256).bfloat16()
+    assert relative(linear(x), x.double() @ dense.double().T) < 3 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_has_a_kernel_or_is_refused_by_name(name, device):
+    device(8, 0)
+    if name in SERVED:
+        family_of("mlp.down_proj", SCHEMES[name], BF16)
+        return
+    with pytest.raises(
+        SchemeError, match=r"mlp\.down_proj in INT2 .* on GPU 8\.0: no kernel; w4a16 takes"
+    ) as caught:
+        family_of("mlp.down_proj", SCHEMES[name], BF16)
+    assert "CPU" in caught.value.fix
