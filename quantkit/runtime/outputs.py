@@ -16,10 +16,13 @@ from quantkit.runtime.tokenizer import Tokenizer
 
 
 class NewToken(NamedTuple):
-    """What the engine says of a sequence after a step. num_cached_tokens: of its prompt, found in the cache."""
+    """What the engine says of a sequence after a step. num_cached_tokens: of its prompt, found in the cache.
+
+    token_id: None where it ended without one, since the model's logits were no numbers.
+    """
 
     sequence_id: int
-    token_id: int
+    token_id: int | None
     finish: FinishReason | None
     logprobs: TokenLogprobs | None = None
     num_cached_tokens: int = 0
@@ -168,7 +171,7 @@ class _Request:
             request_id=self.request_id,
             prompt=self._prompt,
             prompt_token_ids=self._prompt_token_ids,
-            outputs=[answer.take() for answer in self.answers if answer.token_ids],
+            outputs=[answer.take() for answer in self.answers if answer.is_new],
             finished=is_finished,
             num_cached_tokens=self._num_cached_tokens,
             metrics=RequestMetrics(self._arrival, self._first_token, now if is_finished else None),
@@ -184,6 +187,7 @@ class _Answer:
         self.sequence_id = sequence_id
         self.request = request
         self.token_ids: list[int] = []
+        self.is_new = False  # something has come since `take`
         self.finish_reason: FinishReason | None = None
         self._index = index
         self._params = params
@@ -198,20 +202,24 @@ class _Answer:
 
     def add(self, token: NewToken) -> None:
         """One token on; ends the answer if the engine says so, or if its text reaches a stop string."""
-        self._num_tokens += 1
-        self.token_ids.append(token.token_id)
-        if token.logprobs is not None:
-            self._add_logprobs(token.token_id, token.logprobs)
-        is_text = token.finish is not FinishReason.STOP or self._params.include_stop_str_in_output
+        self.is_new = True
         self.finish_reason = token.finish
-        if token.finish is FinishReason.STOP and token.token_id in self._params.stop_token_ids:
-            self._stop_reason = token.token_id
-        if is_text:
-            self._add_text(self._detokenizer.add(token.token_id))
+        if token.token_id is not None:
+            self._add_token(token, token.token_id)
         if token.finish is not None and not isinstance(self._stop_reason, str):
             self._add_text(self._detokenizer.flush())
             if not isinstance(self._stop_reason, str):
                 self._pieces.append(self._stops.flush())
+
+    def _add_token(self, token: NewToken, token_id: int) -> None:
+        self._num_tokens += 1
+        self.token_ids.append(token_id)
+        if token.logprobs is not None:
+            self._add_logprobs(token_id, token.logprobs)
+        if token.finish is FinishReason.STOP and token_id in self._params.stop_token_ids:
+            self._stop_reason = token_id
+        if token.finish is not FinishReason.STOP or self._params.include_stop_str_in_output:
+            self._add_text(self._detokenizer.add(token_id))
 
     def take(self) -> CompletionOutput:
         """What is new, which is then given out."""
@@ -226,6 +234,7 @@ class _Answer:
             cumulative_logprob=self._cumulative_logprob if wants_logprobs else None,
         )
         self.token_ids, self._pieces, self._logprobs = [], [], []
+        self.is_new = False
         return output
 
     def _add_text(self, piece: str) -> None:
