@@ -1,4 +1,4 @@
-"""How fast a checkpoint answers in the engine: loads it, runs requests, and says how much of the memory's speed that is.
+"""How fast a checkpoint answers in the engine: loads it, runs requests, and how much of the memory's speed that is.
 
     share of bandwidth = bytes of a decode step · steps a second / bytes a second that the memory reads at best
     bytes of a step    = weights, without the embedding where it is no head + cached tokens of all requests
