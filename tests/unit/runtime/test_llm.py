@@ -1,0 +1,273 @@
+"""`LLM` on a tiny model over bytes: texts, conversations, streams, and what is left after an interrupt; and the verbs."""
+
+import dataclasses
+import inspect
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import quantkit
+from quantkit import LLM, SamplingParams
+from quantkit.cli.chat import chat as chat_verb
+from quantkit.cli.generate import generate as generate_verb
+from quantkit.cli.main import run
+from quantkit.errors import GenerationError
+from quantkit.runtime.settings import EngineSettings
+from tests.tiny_models import CONFIGS, save_tiny
+from tests.unit.runtime.conftest import TEMPLATE
+
+PROMPTS = ["Hi", "What is this?", "x" * 30]
+
+
+@pytest.fixture
+def saved(tmp_path, byte_tokenizer, monkeypatch):
+    """A tiny Llama over bytes with its tokenizer, as a folder."""
+    config = CONFIGS["llama"]
+    monkeypatch.setitem(CONFIGS, "bytes", type(config)(**{**config.to_dict(), "vocab_size": 260}))
+    folder = save_tiny("bytes", tmp_path / "model", dtype=torch.bfloat16)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def talking(saved, byte_tokenizer):
+    """The same with a chat template."""
+    byte_tokenizer.chat_template = TEMPLATE
+    byte_tokenizer.save_pretrained(saved)
+    return saved
+
+
+def load(folder, **settings):
+    return LLM(folder, **({"dtype": "float32", "device": "cpu", "max_num_seqs": 4} | settings))
+
+
+def texts(outputs):
+    return [[answer.text for answer in output.outputs] for output in outputs]
+
+
+def test_many_prompts_equal_one_by_one_in_their_order(saved):
+    llm = load(saved)
+    params = SamplingParams(max_tokens=12)
+    alone = [llm.generate(prompt, params)[0] for prompt in PROMPTS]
+    together = llm.generate(PROMPTS, params)
+    assert texts(together) == texts(alone)
+    assert [output.prompt for output in together] == PROMPTS
+    assert all(len(output.outputs[0].token_ids) == 12 and output.finished for output in together)
+
+
+def test_token_ids_and_parameters_for_each(saved):
+    llm = load(saved)
+    ids = llm.tokenizer.encode_prompt("Hi", raw=True)
+    short, long = (SamplingParams(max_tokens=count) for count in (3, 5))
+    outputs = llm.generate([ids, ids], [short, long])
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [3, 5]
+    assert llm.generate(ids, short)[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids
+    with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
+        llm.generate(PROMPTS[:2], [short])
+
+
+def test_a_stream_joins_to_the_whole(saved):
+    llm = load(saved)
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3)
+    whole = llm.generate("Hi", params)[0].outputs[0]
+    pieces = list(llm.stream("Hi", params))
+    assert "".join(piece.outputs[0].text for piece in pieces) == whole.text
+    assert [token for piece in pieces for token in piece.outputs[0].token_ids] == whole.token_ids
+    assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_a_stream_that_is_left_leaves_nothing(saved):
+    llm = load(saved)
+    for _ in llm.stream("Hi", SamplingParams(max_tokens=40)):
+        break
+    assert not llm._engine.scheduler.has_unfinished
+    assert not llm._sequences
+    assert llm._engine.scheduler.stats.kv_usage == 0
+
+
+def test_an_interrupt_ends_every_request(saved, monkeypatch):
+    llm = load(saved)
+    step, count = llm._engine.step, iter(range(99))
+
+    def interrupted():
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm._engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, SamplingParams(max_tokens=20))
+    assert not llm._engine.scheduler.has_unfinished
+    monkeypatch.setattr(llm._engine, "step", step)
+    assert llm.generate("Hi", SamplingParams(max_tokens=2))[0].finished
+
+
+def test_n_answers_have_seeds_of_their_own_and_one_prompt(saved):
+    llm = load(saved)
+    params = SamplingParams(n=3, max_tokens=8, temperature=1.5, seed=1)
+    answers = llm.generate("x" * 33, params)[0].outputs
+    assert [answer.index for answer in answers] == [0, 1, 2]
+    assert len({answer.text for answer in answers}) == 3
+    assert llm._engine.scheduler.stats.num_prefix_hits == 2 * 32
+
+
+def test_a_stop_string_ends_the_answer_in_text_and_engine(saved):
+    llm = load(saved)
+    free = llm.generate("Hi", SamplingParams(max_tokens=30))[0].outputs[0].text
+    stop = free[6:9]
+    found = llm.generate("Hi", SamplingParams(max_tokens=30, stop=[stop]))[0].outputs[0]
+    assert found.text == free[: free.index(stop)]
+    assert (found.finish_reason, found.stop_reason) == ("stop", stop)
+    assert not llm._engine.has_work
+
+
+def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(saved):
+    llm = load(saved)
+    with pytest.raises(GenerationError, match="64 tokens"):
+        llm.generate(["Hi", "x" * 64], SamplingParams(max_tokens=4))
+    with pytest.raises(GenerationError, match="no token 260"):
+        llm.generate("Hi", SamplingParams(stop_token_ids=(260,)))
+    with pytest.raises(GenerationError, match="token id 300 is outside"):
+        llm.generate([[1, 300]], SamplingParams())
+    with pytest.raises(GenerationError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "Hi"}])
+    assert not llm._engine.has_work
+    assert llm.generate("Hi", SamplingParams(max_tokens=2))[0].finished
+
+
+def test_a_conversation_goes_through_the_template(talking):
+    llm = load(talking)
+    params = SamplingParams(max_tokens=6)
+    message = {"role": "user", "content": "Hi"}
+    answer = llm.chat([message], params)[0]
+    assert answer.prompt_token_ids == llm.tokenizer.encode_prompt("Hi", raw=False)
+    assert texts(llm.chat([[message], [message]], params)) == [texts([answer])[0]] * 2
+
+
+def test_settings_that_make_no_sense(saved):
+    with pytest.raises(TypeError, match="max_tokens"):
+        load(saved, max_tokens=3)
+    with pytest.raises(GenerationError, match="kv_cache_dtype 'int4'"):
+        load(saved, kv_cache_dtype="int4")
+    with pytest.raises(GenerationError, match="device 'tpu'"):
+        load(saved, device="tpu")
+    with pytest.raises(GenerationError, match="65 tokens for a model that was made for at most 64"):
+        load(saved, max_model_len=65)
+    with pytest.raises(GenerationError, match="the KV cache holds"):
+        load(saved, max_model_len=64, kv_cache_bytes=1000)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "int8"])
+def test_a_quantized_cache_is_the_same_cold_cached_and_chunked(saved, kv_cache_dtype):
+    params = SamplingParams(max_tokens=12)
+    llm = load(saved, kv_cache_dtype=kv_cache_dtype)
+    cold = texts(llm.generate(PROMPTS, params))
+    assert texts(llm.generate(PROMPTS, params)) == cold
+    chunked = load(saved, kv_cache_dtype=kv_cache_dtype, max_num_seqs=1, max_num_batched_tokens=17)
+    assert texts(chunked.generate(PROMPTS, params)) == cold
+
+
+def test_the_package_gives_its_names_when_asked():
+    assert quantkit.LLM is LLM
+    assert quantkit.SamplingParams is SamplingParams
+
+
+def test_the_verb_streams_text_to_stdout_and_speed_to_stderr(saved, capfd):
+    assert run(["generate", str(saved), "Hi", "--max-tokens", "12", "--raw"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out.endswith("\n")
+    assert "2 prompt tokens" in captured.err
+    assert "tok/s; --max-tokens reached" in captured.err
+
+
+def test_the_verb_with_json_prints_one_object_and_the_same_text(saved, capfd):
+    line = ["generate", str(saved), "Hi", "--max-tokens", "12", "--dtype", "float32"]
+    assert run(line) == 0
+    text = capfd.readouterr().out
+    assert run([*line, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["text"] + "\n" == text
+    assert len(report["token_ids"]) == 12
+    assert report["finish"] == "length"
+    assert report["prompt_tokens"] == 2
+
+
+def test_the_verb_samples_with_a_seed(saved, capfd):
+    line = ["generate", str(saved), "Hi", "--max-tokens", "9", "--temperature", "1.2", "--top-k", "50"]
+    line += ["--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty", "1.1", "--json"]
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert run([*line, "--seed", seed]) == 0
+        outputs.append(json.loads(capfd.readouterr().out)["token_ids"])
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finding"),
+    [
+        (["--temperature", "-1"], "temperature -1"),
+        (["--top-p", "0"], "top_p 0"),
+        (["--max-tokens", "0"], "max_tokens 0"),
+        (["--dtype", "int4"], "dtype"),
+        (["--kv-cache-dtype", "int4"], "kv-cache-dtype"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--max-model-len", "65"], "65 tokens"),
+    ],
+)
+def test_the_verb_refuses_settings_that_make_no_sense(arguments, finding, saved, capfd):
+    assert run(["generate", str(saved), "Hi", *arguments]) == 2
+    assert finding in capfd.readouterr().err
+
+
+def test_the_verb_refuses_an_empty_and_an_endless_prompt(saved, capfd):
+    assert run(["generate", str(saved), ""]) == 2
+    assert "no tokens" in capfd.readouterr().err
+    assert run(["generate", str(saved), "x" * 64]) == 2
+    captured = capfd.readouterr()
+    assert "64 tokens" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("verb", [generate_verb, chat_verb])
+def test_options_default_to_the_parameters_and_settings(verb):
+    options = inspect.signature(verb).parameters
+    for field in (*dataclasses.fields(SamplingParams), *dataclasses.fields(EngineSettings)):
+        if field.name in options and (verb, field.name) not in [
+            (chat_verb, "max_tokens"),
+            (generate_verb, "stop"),
+        ]:
+            assert options[field.name].default == field.default
+
+
+def say(monkeypatch, *lines):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_chat_remembers_until_it_is_reset(talking, monkeypatch, capfd):
+    line = ["chat", str(talking), "--max-tokens", "6", "--dtype", "float32"]
+    say(monkeypatch, "Hi", "Hi", "/reset", "Hi", "", "/exit", "never")
+    assert run(line) == 0
+    captured = capfd.readouterr()
+    answers = captured.out.split("\n")
+    summaries = [summary for summary in captured.err.splitlines() if "prompt tokens" in summary]
+    counts = [int(summary.split()[0]) for summary in summaries]
+    assert len(counts) == 3
+    assert counts[0] == counts[2] < counts[1]
+    assert answers[0] == answers[2]
+
+
+def test_chat_ends_with_its_input_and_says_when_the_context_is_full(talking, monkeypatch, capfd):
+    say(monkeypatch, "x" * 70, "Hi")
+    assert run(["chat", str(talking), "--max-tokens", "6"]) == 0
+    captured = capfd.readouterr()
+    assert "/reset" in captured.err
+    assert "prompt tokens" in captured.err
+
+
+def test_chat_needs_a_template(saved, monkeypatch, capfd):
+    say(monkeypatch, "Hi")
+    assert run(["chat", str(saved)]) == 2
+    assert "no chat template" in capfd.readouterr().err
