@@ -30,20 +30,21 @@ def on_its_device(function: Callable[Arguments, Result]) -> Callable[Arguments, 
 
 
 def operator(
-    name: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+    name: str, *, cpu: Callable[..., Any] | None, fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorator: the function becomes what `quantkit::name` does with CUDA tensors; its annotations are the schema.
 
-    cpu, fake: for CPU tensors, and for tensors without data. mutates: names of the arguments that are written. The
-    first argument is a tensor, whose device is the current one meanwhile. No gradients, and no result may share memory
-    with an argument.
+    cpu, fake: for CPU tensors (None where those take a way without operators), and for tensors without data. mutates:
+    names of the arguments that are written. The first argument is a tensor, whose device is the current one meanwhile.
+    No gradients, and no result may share memory with an argument.
     """
 
     def define(cuda: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         full_name = f"quantkit::{name}"
         torch.library.define(full_name, torch.library.infer_schema(cuda, mutates_args=mutates))
         torch.library.impl(full_name, "cuda", on_its_device(cuda))
-        torch.library.impl(full_name, "cpu", cpu)
+        if cpu is not None:
+            torch.library.impl(full_name, "cpu", cpu)
         torch.library.register_fake(full_name, fake)
         overloads = getattr(torch.ops.quantkit, name)
         return cast(Callable[Arguments, Result], overloads.default)
