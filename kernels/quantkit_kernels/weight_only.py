@@ -140,6 +140,8 @@ def _check(x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None) -> None:
     assert bias_N is None or bias_N.is_contiguous(), "biases have to be next to each other"
     assert bias_N is None or bias_N.dtype == x_MK.dtype, f"bias in {bias_N.dtype}, x in {x_MK.dtype}"
     assert stored.device == x_MK.device, f"x on {x_MK.device}, weights on {stored.device}"
+    is_integer = stored.dtype in (torch.int32, torch.int8)
+    assert weight.zero_point is None or is_integer, f"codes in {stored.dtype} have no zero points"
     strips, groups = -(-n // STRIP_ROWS), -(-k // weight.group_size) if weight.group_size else 0
     if bits == 4:
         assert stored.shape == (strips, -(-k // BLOCK_COLUMNS), 32, 4), f"{tuple(stored.shape)} for {n} x {k}"
