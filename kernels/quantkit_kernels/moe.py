@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import strip_weight, w8a8_fp8
+from quantkit_kernels.batch_invariant import FIXED_ROWS
 from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
@@ -60,8 +61,14 @@ def prepare(weights: list[LinearWeight]) -> ExpertWeight:
     return ExpertWeight(stored, scale, None, (n, k), group)
 
 
-def rows_for(num_pairs: int, weight: ExpertWeight) -> int:
-    """Rows of a tile: about what an expert gets, so that its weights are read once; of INT4 no more than 64."""
+def rows_for(num_pairs: int, weight: ExpertWeight, *, batch_invariant: bool = False) -> int:
+    """Rows of a tile: about what an expert gets, so that its weights are read once; of INT4 no more than 64.
+
+    batch_invariant: as many in any batch, so that a pair's result does not depend on the others. In plain torch, on a
+    CPU or for FP8 where the device does not convert it, the last bits may.
+    """
+    if batch_invariant:
+        return FIXED_ROWS
     each = max(-(-num_pairs // len(weight.stored)), 1)
     return min(max(1 << (each - 1).bit_length(), 16), 64 if weight.stored.dtype == torch.int32 else 128)
 

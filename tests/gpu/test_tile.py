@@ -47,9 +47,11 @@ def as_multiplied(weight, dtype):
 def check(y, x, w, bias=None):
     """One rounding of the output, and float32 sums of K products in any order."""
     expected = x.double() @ w.T + (0 if bias is None else bias.double())
-    info = torch.finfo(y.dtype)
-    sums = 2**-22 * (x.shape[1] / 16 + 16) * (x.double().abs() @ w.abs().T)
-    bound = info.eps / 2 * (expected.abs() + sums) + sums + info.smallest_normal * info.eps / 2
+    sums, half = (
+        2**-22 * (x.shape[1] / 16 + 16) * (x.double().abs() @ w.abs().T),
+        torch.finfo(y.dtype).eps / 2,
+    )
+    bound = half * expected.abs() + (1 + half) * sums + half * torch.finfo(y.dtype).smallest_normal
     error = (y.double() - expected).abs()
     assert torch.isfinite(y).all(), f"{(~torch.isfinite(y)).sum()} of {y.numel()} are not finite"
     share = (error > bound).double().mean()
