@@ -63,6 +63,18 @@ def compile_activation(capability, *, width=INNER, code="int8", group=0, is_silu
     return compile_kernel(silu_kernel.activation_kernel, capability, pointers, {}, constants, warps)
 
 
+def compile_parts(capability, code):
+    """The two kernels for few tokens."""
+    pointers = {"gate_up": "*bf16", "product": "*bf16", "part_amax": "*fp32"}
+    constants = {"stride_gate_up": 2 * INNER, "stride_scale": 0, "NUM_FEATURES": INNER, "IS_SILU": True}
+    constants |= {"BLOCK": silu_kernel.PART} | how("int8")
+    warps = silu_kernel.PART_WARPS
+    yield compile_kernel(silu_kernel.activation_kernel, capability, pointers, {}, constants, warps)
+    pointers = {"x": "*bf16", "part_amax": "*fp32", "codes": "*i8", "scales": "*fp32"}
+    constants = {"NUM_FEATURES": INNER, "NUM_PARTS": 7, "PARTS": 8, "BLOCK": silu_kernel.PART} | how(code)
+    yield compile_kernel(silu_kernel.encode_parts_kernel, capability, pointers, {}, constants, warps)
+
+
 def compile_rows(capability, code):
     pointers = {"x": "*bf16", "codes": "*i8", "scales": "*fp32"}
     constants = {"stride_x": HIDDEN, "stride_scale": 1, "NUM_FEATURES": HIDDEN, "BLOCK": HIDDEN} | how(code)
@@ -191,6 +203,7 @@ def test_every_variant_stays_in_registers(code):
         compile_norm(90, code=code, dtype="*fp16"),
         compile_activation(90, code=code, group=128),
         compile_activation(90, code=code, width=28672, is_silu=False),
+        *compile_parts(90, code),
         compile_rope(90, largest=largest),
         compile_rope(90, largest=largest, is_per_token=True, is_normed=False),
     ):
