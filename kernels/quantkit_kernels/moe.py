@@ -46,7 +46,7 @@ class ExpertWeight(NamedTuple):
 
 def prepare(weights: list[LinearWeight]) -> ExpertWeight:
     """Lay out and stack weights of one shape and format."""
-    if weights[0].bits == 4:
+    if weights[0].stored_bits == 4:
         laid = [strip_weight.prepare(weight) for weight in weights]
         zero_points = [w.zero_point for w in laid if w.zero_point is not None]
         stored = torch.stack([w.stored for w in laid])

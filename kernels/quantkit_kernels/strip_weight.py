@@ -68,19 +68,20 @@ def prepare(weight: LinearWeight, *, with_row_sum: bool = False) -> StripWeight:
     if with_row_sum:
         assert weight.zero_point_RG is None, "no scheme has zero points on both sides"
         row_sum = _row_sums(weight)
-    stored = to_fragments(weight.codes_NK) if weight.bits == 4 else _aligned_rows(weight.codes_NK)
+    bits = weight.stored_bits
+    stored = to_fragments(weight.codes_NK) if bits == 4 else _aligned_rows(weight.codes_NK)
     scale, zero_point, group = weight.scale_RG, weight.zero_point_RG, weight.tile[1]
     if group >= num_cols:
         if zero_point is None:
             per_row = scale[torch.arange(num_rows, device=scale.device) // weight.tile[0], 0].float()
-            return StripWeight(stored, per_row, None, row_sum, (num_rows, num_cols), weight.bits, 0)
+            return StripWeight(stored, per_row, None, row_sum, (num_rows, num_cols), bits, 0)
         # zero points are subtracted by group: repeat what is one for the row
         group, times = GROUPS[-1], -(-num_cols // GROUPS[-1])
         scale, zero_point = scale.repeat(1, times), zero_point.repeat(1, times)
     scale = to_strips(scale.to(exact_dtype(scale)), weight.tile, num_rows)
     if zero_point is not None:
         zero_point = to_strips(zero_point, weight.tile, num_rows)
-    return StripWeight(stored, scale, zero_point, row_sum, (num_rows, num_cols), weight.bits, group)
+    return StripWeight(stored, scale, zero_point, row_sum, (num_rows, num_cols), bits, group)
 
 
 def prepare_dense(weight_NK: Tensor) -> StripWeight:

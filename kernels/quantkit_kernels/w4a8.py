@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.batch_invariant import in_fixed_rows
+from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
@@ -125,6 +126,11 @@ def w4a8(
     num_rows, num_cols = codes_MK.shape
     if num_rows == 0:
         return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
+    if codes_MK.dtype == torch.float8_e4m3fn and not converts_float8(codes_MK.device):  # nor multiplies it
+        return plain(
+            codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, num_outputs, group,
+            out_dtype, batch_invariant,
+        )  # fmt: skip
     weight = StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, (num_outputs, num_cols), 4, group)
     family = INT8_INPUT if codes_MK.dtype == torch.int8 else FP8_INPUT
     route = choose(family, num_rows, num_outputs, num_cols, codes_MK.device)
@@ -173,15 +179,20 @@ def _tile(
     return y_MN
 
 
-ROUTES = (
-    Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
-    Route(name="tile", run=_tile),
-)
+SKINNY = Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY)
 INT8_INPUT = Family(
-    name="w4a8_int8", routes=ROUTES, prepare=prepare, weight_bytes=0.5, input_dtype=torch.int8
+    name="w4a8_int8",
+    routes=(SKINNY, Route(name="tile", run=_tile)),
+    prepare=prepare,
+    weight_bytes=0.5,
+    input_dtype=torch.int8,
 )
 FP8_INPUT = Family(
-    name="w4a8_fp8", routes=ROUTES, prepare=prepare, weight_bytes=0.5, input_dtype=torch.float8_e4m3fn
+    name="w4a8_fp8",
+    routes=(SKINNY, Route(name="tile", run=_tile, min_capability=(8, 9))),
+    prepare=prepare,
+    weight_bytes=0.5,
+    input_dtype=torch.float8_e4m3fn,
 )
 
 
