@@ -6,10 +6,24 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
 from quantkit.bench.contenders import random_input
-from quantkit_kernels import attention_decode, attention_prefill, moe, moe_routing, w4a8, w8a8_fp8, w8a8_int8
+from quantkit_kernels import (
+    attention_decode,
+    attention_prefill,
+    hadamard_kernel,
+    moe,
+    moe_routing,
+    norm_kernel,
+    row_codes_kernel,
+    silu_kernel,
+    w4a8,
+    w8a8_fp8,
+    w8a8_int8,
+)
 from quantkit_kernels import weight_only as wo
 from quantkit_kernels.catalog import BLOCK, CHANNEL, TENSOR
+from quantkit_kernels.norm_quant import Norm
 from quantkit_kernels.paged_kv import Pages
+from quantkit_kernels.row_codes import Codes
 from tests.gpu.attention_cases import Case, build
 from tests.gpu.test_families import random_operand
 from tests.gpu.test_moe import random_experts, random_ids
@@ -156,3 +170,30 @@ def assert_sequences_are_by_themselves(case, run):
         offsets = torch.tensor([0, q_len], dtype=torch.int32, device="cuda")
         alone = Pages(pages.block_table_BL[one], pages.lengths_B[one], offsets, q_len, length)
         assert torch.equal(run(q_TQD[rows], pool, alone, case.masking()), together[rows]), f"sequence {i}"
+
+
+def as_bytes(results):
+    return [each.view(INT8) if each.itemsize == 1 else each for each in results]
+
+
+@pytest.mark.parametrize("width", [576, 4096, 14336])
+def test_what_stands_between_the_products(width):
+    """In no mode: norms, activations, codes and rotations of a row are its own."""
+    draw = generator(width)
+    x, up = (torch.randn(300, size, generator=draw).to(BF16).cuda() for size in (width, 2 * width))
+    norm = Norm(torch.randn(width, generator=draw).to(BF16).cuda(), 1e-6)
+    runs = [lambda x, _: [norm_kernel.launch(x.clone(), x.clone(), norm)],
+            lambda _, up: [silu_kernel.launch(up, "silu")]]  # fmt: skip
+    for codes in (Codes(INT8), Codes(FP8), Codes(FP8, 64)):
+        runs += [
+            lambda x, _, codes=codes: norm_kernel.launch_codes(x.clone(), x.clone(), norm, codes),
+            lambda _, up, codes=codes: silu_kernel.launch_codes(up, "silu", codes),
+            lambda x, _, codes=codes: row_codes_kernel.launch(x, codes),
+        ]
+    if width % 64 == 0:
+        runs.append(lambda x, _: [hadamard_kernel.launch(x, 64)])
+    for run in runs:
+        together = as_bytes(run(x, up))
+        for rows in PARTS:
+            alone = as_bytes(run(x[rows], up[rows]))
+            assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
