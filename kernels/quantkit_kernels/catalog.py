@@ -46,6 +46,7 @@ INT8_INPUT = (Kernel("int8_int8", None, int8_int8.supports, int8_int8.prepare, i
 
 def choose_float(weight: LinearWeight, dtype: torch.dtype) -> tuple[Kernel, ...]:
     """Kernels for a floating-point input, ordered by max_rows; the last one takes any M."""
+    _check_cpu(weight)
     chosen: list[Kernel] = []
     for kernel in FLOAT_INPUT:
         if kernel.supports(weight, dtype):
@@ -57,7 +58,13 @@ def choose_float(weight: LinearWeight, dtype: torch.dtype) -> tuple[Kernel, ...]
 
 def choose_int8(weight: LinearWeight, dtype: torch.dtype) -> Kernel | None:
     """The kernel that takes int8 codes as input, or None where there is none for this weight."""
+    _check_cpu(weight)
     return next((kernel for kernel in INT8_INPUT if kernel.supports(weight, dtype)), None)
+
+
+def _check_cpu(weight: LinearWeight) -> None:
+    device = weight.codes_NK.device.type
+    assert device in ("cpu", "meta"), f"weights on {device}: product.prepare finds their kernel"
 
 
 Tile = tuple[int | None, int | None]  # rows and columns that share a scale; None: all of them

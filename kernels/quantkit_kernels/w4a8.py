@@ -213,6 +213,7 @@ def check(
     num_rows, num_cols = codes_MK.shape
     expected = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
     assert codes_MK.dtype in (torch.int8, torch.float8_e4m3fn), f"codes of {codes_MK.dtype}"
+    assert codes_MK.device == packed.device, f"x on {codes_MK.device}, weights on {packed.device}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert packed.shape == expected and packed.is_contiguous(), (
         f"fragments {tuple(packed.shape)}, not {expected}"

@@ -322,6 +322,7 @@ def _check(
     assert codes_MK.dtype == w_codes_NK.dtype == torch.float8_e4m3fn, (
         f"{codes_MK.dtype} by {w_codes_NK.dtype}"
     )
+    assert codes_MK.device == w_codes_NK.device, f"x on {codes_MK.device}, weights on {w_codes_NK.device}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert num_cols <= padded_cols < num_cols + ALIGNED, (
         f"{num_cols} columns of x, {padded_cols} of the weight"

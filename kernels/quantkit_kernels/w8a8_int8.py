@@ -207,6 +207,7 @@ def _check(
     num_rows, num_cols = codes_MK.shape
     num_outputs, padded_cols = w_codes_NK.shape
     assert codes_MK.dtype == w_codes_NK.dtype == torch.int8, f"{codes_MK.dtype} by {w_codes_NK.dtype}"
+    assert codes_MK.device == w_codes_NK.device, f"x on {codes_MK.device}, weights on {w_codes_NK.device}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert num_cols <= padded_cols < num_cols + ALIGNED, (
         f"{num_cols} columns of x, {padded_cols} of the weight"

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
 from quantkit.bench.contenders import random_input, random_weight
+from quantkit_kernels import product
 from quantkit_kernels.catalog import BLOCK, GPU_FAMILIES
 from quantkit_kernels.dispatch import choose
 from tests.gpu.triton_device import poisoned  # noqa: F401
@@ -15,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.usefixtures("poisoned"),
 ]
-ROWS = (1, 17, 33, 257)
+ROWS, BF16 = (1, 17, 33, 257), torch.bfloat16
 N, K = 1000, 640
 FORMATS = [
     pytest.param(entry, codes, tile, with_zero, id=f"{entry.name}-{codes}-{tile}{'-zero' * with_zero}")
@@ -65,3 +66,14 @@ def test_routes(entry, codes, tile, with_zero):
             bound = half * expected.abs() + (1 + half) * (half + 2.0 ** (3 - sum_bits)) * magnitude
             worst = ((y.double() - expected).abs() / bound).max()
             assert worst <= 1, f"{route.name} of {num_rows} rows: {worst:.2f} of the bound"
+
+
+@pytest.mark.parametrize("entry", GPU_FAMILIES, ids=lambda entry: entry.name)
+def test_a_weight_that_is_not_where_x_is(entry):
+    weight = torch.randn(N, K, dtype=BF16)
+    if entry.bits < 16:
+        weight = random_weight(entry.bits, entry.codes[0], entry.tiles[0], N, K, torch.device("cpu"))
+    prepared = product.prepare(weight, entry.inputs[0], torch.cuda.get_device_capability())
+    x, more = random_input(entry.inputs[0], 3, K, torch.device("cuda"), in_blocks=entry.tiles[0] == BLOCK)
+    with pytest.raises(AssertionError, match="x on cuda:0, weights on cpu"):
+        product.multiply(x, prepared, **more)
