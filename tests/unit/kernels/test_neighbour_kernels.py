@@ -3,11 +3,7 @@
 Widths and strides are constants here, as they are (or are known to be multiples of 16) when a model runs.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +22,6 @@ from quantkit_kernels import (
 )
 from tests.triton_aot import CAPABILITIES, Resources, compile_for
 
-ROOT = Path(__file__).parents[3]
 HIDDEN, INNER, VOCAB = 4096, 14336, 128256
 CODES = {"int8": (127.5, False), "fp8": (448.0, True)}
 WIDE_LOAD = r"LDG\.E[.\w]*\.128"
@@ -242,12 +237,3 @@ def test_hadamard_multiplies_on_tensor_cores():
 def test_choices_stay_in_registers():
     for resources in compile_choices(90):
         assert_stays_in_registers(resources)
-
-
-def test_the_interpreter_computes_what_the_definitions_say():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_neighbours.py"]
-    command += ["-k", "(3-129 and not gelu) or 1-5-dtype0 or 129-1-dtype0-4 or 33-dtype0-128 or 7-1-1-16"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
