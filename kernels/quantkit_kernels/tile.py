@@ -64,6 +64,9 @@ KINDS = (
     Kind(256, 1, 1, 3, 1.38, 3.0),
 )
 ONE_TILE = 128  # so many rows of x, and no more, are always in one tile
+FIXED_ROWS = (
+    64  # of a tile that any number of rows is cut into: few rows wait for the weight's bytes all the same
+)
 SPLIT_US = 0.6 / 64  # for each more block that shares K, and row of the tile
 
 
@@ -73,6 +76,11 @@ def tiling_of(num_rows: int, n: int, k: int, multiprocessors: int) -> Tiling:
     smallest = min((kind.m_tile for kind in KINDS if num_rows <= kind.m_tile <= ONE_TILE), default=0)
     kinds = [kind for kind in KINDS if kind.m_tile == smallest or (not smallest and kind.m_tile >= ONE_TILE)]
     return min(_best_split(kind, num_rows, n, k, multiprocessors) for kind in kinds)[1]
+
+
+def fixed_tiling(n: int, k: int, multiprocessors: int) -> Tiling:
+    """One for any number of rows of x: then each element of y is the same sum, in the same order."""
+    return tiling_of(FIXED_ROWS, n, k, multiprocessors)
 
 
 def _best_split(kind: Kind, num_rows: int, n: int, k: int, multiprocessors: int) -> tuple[float, Tiling]:

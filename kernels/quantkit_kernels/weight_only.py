@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit_kernels.batch_invariant import FIXED_ROWS, in_fixed_rows
+from quantkit_kernels.capability import capability, num_multiprocessors
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
@@ -24,7 +25,7 @@ from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.sliced import sliced
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare, prepare_dense
-from quantkit_kernels.tile import CAPABILITY, tile
+from quantkit_kernels.tile import CAPABILITY, fixed_tiling, tile
 
 
 def cublas(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -> Tensor:
@@ -115,6 +116,9 @@ def weight_only(
     family, device = OF_BITS[bits], x_MK.device
     if not batch_invariant:
         return choose(family, num_rows, num_outputs, num_cols, device).run(x_MK, weight, bias_N=bias_N)
+    if TILE in family.usable(num_rows, capability(device)):
+        tiling = fixed_tiling(num_outputs, num_cols, num_multiprocessors(device))
+        return tile(x_MK, weight, bias_N=bias_N, dependent=True, tiling=tiling)
     route = choose(family, FIXED_ROWS, num_outputs, num_cols, device)
     return in_fixed_rows(lambda rows_MK: route.run(rows_MK, weight, bias_N=bias_N), x_MK)
 

@@ -192,7 +192,7 @@ def test_activation_is_that_of_float64(num_tokens, num_features, dtype, activati
 
 
 @pytest.mark.parametrize("code_dtype", CODES)
-@pytest.mark.parametrize("num_features", [2304, 4096] + [14336, 28673] * (not IS_INTERPRETED))
+@pytest.mark.parametrize("num_features", [8704, 9001] + [14336, 28673] * (not IS_INTERPRETED))
 def test_rows_in_parts_have_the_codes_of_whole_rows(num_features, code_dtype):
     gate_up = rows(3, 2 * num_features, MODEL_DTYPE)
     gate_up[1] = 0

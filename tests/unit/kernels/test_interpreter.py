@@ -16,7 +16,7 @@ SELECTED = {
     "test_moments": "float64 or finite",
     "test_attention": "soft_cap and (fp16 or int8 and token)",
     "test_neighbours": "3-129 and not gelu or 1-5-dtype0 or 129-1-dtype0-4 or 33-dtype0-128 or 7-1-1-16"
-    " or parts and 2304",
+    " or parts and 8704",
 }
 
 

@@ -62,11 +62,13 @@ def compile_parts(capability, code):
     """The two kernels for few tokens."""
     pointers = {"gate_up": "*bf16", "product": "*bf16", "part_amax": "*fp32"}
     constants = {"stride_gate_up": 2 * INNER, "stride_scale": 0, "NUM_FEATURES": INNER, "IS_SILU": True}
-    constants |= {"BLOCK": silu_kernel.PART} | how("int8")
-    warps = silu_kernel.PART_WARPS
+    constants |= {"BLOCK": silu_kernel.FEW_PART} | how("int8")
+    warps = silu_kernel.FEW_WARPS
     yield compile_kernel(silu_kernel.activation_kernel, capability, pointers, {}, constants, warps)
     pointers = {"x": "*bf16", "part_amax": "*fp32", "codes": "*i8", "scales": "*fp32"}
-    constants = {"NUM_FEATURES": INNER, "NUM_PARTS": 7, "PARTS": 8, "BLOCK": silu_kernel.PART} | how(code)
+    constants = {"NUM_FEATURES": INNER, "NUM_PARTS": 28, "PARTS": 32, "BLOCK": silu_kernel.FEW_PART} | how(
+        code
+    )
     yield compile_kernel(silu_kernel.encode_parts_kernel, capability, pointers, {}, constants, warps)
 
 
