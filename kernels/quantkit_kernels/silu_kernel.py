@@ -32,7 +32,7 @@ from quantkit_kernels.silu_quant import check
 from quantkit_kernels.triton_launch import Launcher, num_parts, power_above
 
 PART, PART_WARPS = 2048, 8
-FEW_TOKENS, FEW_WIDTH = 16, 8192  # rows in parts: so many, if they are wider
+FEW_TOKENS, FEW_WIDTH = 32, 8192  # rows in parts: so many, if they are wider
 FEW_PART, FEW_WARPS = 512, 4
 
 
