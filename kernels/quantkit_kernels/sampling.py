@@ -21,18 +21,23 @@ def check(logits_BV: Tensor, num_kept: int = 1) -> None:
     assert 0 < num_kept <= min(MAX_KEPT, logits_BV.shape[1]), f"{num_kept} of {logits_BV.shape[1]} logits"
 
 
-def _argmax(logits_BV: Tensor) -> Tensor:
+def _argmax(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     check(logits_BV)
-    return logits_BV.argmax(dim=1)
+    tokens_B = logits_BV.argmax(dim=1)
+    return tokens_B, logits_BV.gather(1, tokens_B[:, None])[:, 0].isnan()
 
 
-def _fake_argmax(logits_BV: Tensor) -> Tensor:
-    return logits_BV.new_empty(logits_BV.shape[0], dtype=torch.int64)
+def _fake_argmax(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    num_rows = logits_BV.shape[0]
+    return logits_BV.new_empty(num_rows, dtype=torch.int64), logits_BV.new_empty(num_rows, dtype=torch.bool)
 
 
 @operator("argmax", cpu=_argmax, fake=_fake_argmax)
-def argmax(logits_BV: Tensor) -> Tensor:
-    """Index of the largest logit of each row, the lowest of equal ones, int64 [B]. Any float dtype, rows contiguous."""
+def argmax(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the largest logit of each row, the lowest of equal ones, int64 [B]; and whether it is NaN, bool [B].
+
+    logits_BV: any float dtype, rows contiguous.
+    """
     from quantkit_kernels import sampling_kernel
 
     return sampling_kernel.launch_argmax(logits_BV)

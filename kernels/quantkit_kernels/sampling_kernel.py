@@ -27,15 +27,22 @@ PART, PART_WARPS = 2048, 4
 TOPK_WARPS = 16
 GROUP = 16
 NOTHING = tl.constexpr(-(2**31))  # below −inf
+NAN = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
 def ordered_bits(logits, index, is_there):
     """int32, ordered like the logits; NaN above all, NOTHING where masked."""
-    value = tl.load(logits + index, mask=is_there, other=0.0).to(tl.float32) + 0.0  # −0 and 0 are equal
+    value = tl.load(logits + index, mask=is_there, other=0.0).to(tl.float32)
+    return tl.where(is_there, ordered_of(value), NOTHING)
+
+
+@triton.jit
+def ordered_of(value):
+    """int32, ordered like float32 values; NaN above all."""
+    value += 0.0  # −0 and 0 are equal
     bits = value.to(tl.int32, bitcast=True)
-    bits = tl.where(value != value, 0x7FC00000, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    return tl.where(is_there, bits, NOTHING)
+    return tl.where(value != value, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
@@ -53,7 +60,12 @@ def index_of(key):
 @triton.jit
 def value_of(key):
     """The value in a key, float32."""
-    ordered = (key >> 32).to(tl.int32)
+    return float_of((key >> 32).to(tl.int32))
+
+
+@triton.jit
+def float_of(ordered):
+    """The inverse of `ordered_of`."""
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -70,15 +82,17 @@ def best_of_parts_kernel(logits, keys, num_logits, stride_logits, EARLY: tl.cons
 
 
 @triton.jit
-def argmax_kernel(keys, tokens, NUM_KEYS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
-    """tokens: int64 [B]."""
+def argmax_kernel(keys, tokens, is_nan, NUM_KEYS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    """tokens: int64 [B]; is_nan: bool [B]."""
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, BLOCK)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     key = tl.load(keys + row * NUM_KEYS + number, mask=number < NUM_KEYS, other=-(2**63))
-    tl.store(tokens + row, index_of(tl.max(key, axis=0)))
+    best = tl.max(key, axis=0)
+    tl.store(tokens + row, index_of(best))
+    tl.store(is_nan + row, (best >> 32) == NAN)
 
 
 @triton.jit
@@ -137,20 +151,32 @@ _best_of_groups = Launcher(best_of_groups_kernel)
 _topk = Launcher(topk_kernel)
 
 
-def launch_argmax(logits_BV: Tensor, *, part: int = PART, num_warps: int = PART_WARPS) -> Tensor:
+def launch_argmax(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """`argmax` without the operator around it."""
     check(logits_BV)
+    return launch_best(best_of_parts(logits_BV))
+
+
+def best_of_parts(logits_BV: Tensor) -> Tensor:
+    """The key of the largest logit of each part, int64 [B, parts]."""
     num_rows, num_logits = logits_BV.shape
-    parts = num_parts(num_logits, part)
-    keys = logits_BV.new_empty(num_rows, parts, dtype=torch.int64)
-    tokens_B = keys.new_empty(num_rows)
+    keys = logits_BV.new_empty(num_rows, num_parts(num_logits, PART), dtype=torch.int64)
     early = starts_early(logits_BV.device)
     if num_rows > 0:
         arguments = (logits_BV, keys, num_logits, logits_BV.stride(0))
-        _best_of_parts((num_rows, parts), arguments, (early, part), num_warps=num_warps, early=early)
-        block = power_above(parts)
-        _argmax((num_rows, 1), (keys, tokens_B), (parts, early, block), num_warps=1, early=early)
-    return tokens_B
+        _best_of_parts((num_rows, keys.shape[1]), arguments, (early, PART), num_warps=PART_WARPS, early=early)
+    return keys
+
+
+def launch_best(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the keys of each row [B, parts], the index in the largest, and whether it is NaN's."""
+    num_rows, parts = keys.shape
+    tokens_B, is_nan_B = keys.new_empty(num_rows), keys.new_empty(num_rows, dtype=torch.bool)
+    early = starts_early(keys.device)
+    if num_rows > 0:
+        constants = (parts, early, power_above(parts))
+        _argmax((num_rows, 1), (keys, tokens_B, is_nan_B), constants, num_warps=1, early=early)
+    return tokens_B, is_nan_B
 
 
 def launch_topk(

@@ -49,6 +49,11 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     )
 
 
+def measure_read(device: torch.device) -> float:
+    """Bytes a second that memory is read at."""
+    return _memory(device)[0] * 1e12
+
+
 def _memory(device: torch.device) -> tuple[float, float]:
     """Terabytes a second, read, and read and written; of pieces that no cache holds."""
     is_gpu = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""`quantkit bench kernels`: what this machine can do at most, and how much of it the kernels take."""
+"""`quantkit bench`: what this machine can do at most, how much of it the kernels take, how fast the engine answers."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from quantkit.cli.bench_engine import cost, latency, throughput
 from quantkit.errors import BenchError
 
 bench = typer.Typer(name="bench", help="Measure this machine.", no_args_is_help=True)
@@ -14,6 +15,11 @@ bench = typer.Typer(name="bench", help="Measure this machine.", no_args_is_help=
 @bench.callback()
 def root() -> None:
     """Measure this machine."""
+
+
+bench.command("latency")(latency)
+bench.command("throughput")(throughput)
+bench.command("cost")(cost)
 
 
 @bench.command("kernels")

@@ -11,6 +11,7 @@ from typing import cast
 import typer
 
 from quantkit.cli.bench import bench
+from quantkit.cli.chat import chat
 from quantkit.cli.eval import eval_models
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
@@ -56,6 +57,7 @@ app.command("quantize")(quantize)
 app.command("verify")(verify)
 app.command("eval")(eval_models)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("recipes")(recipes)
 app.add_typer(bench)
 

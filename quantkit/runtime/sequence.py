@@ -18,6 +18,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens are reached
     CONTEXT = "context"  # the model can take no more
     ABORT = "abort"  # nobody wants the rest
+    ERROR = "error"  # the model's logits are no numbers
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -1,14 +1,14 @@
-"""A checkpoint's tokenizer as generation needs it: prompts to ids, ids to text that grows by whole characters."""
+"""A checkpoint's tokenizer as generation needs it: prompts and conversations to ids, ids to text."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantkit import tokens
 from quantkit.errors import GenerationError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, read_json
-
-UNFINISHED = "�"  # what a tokenizer puts for bytes that are not (yet) a character
+from quantkit.runtime.detokenizer import Detokenizer
 
 
 class Tokenizer:
@@ -17,6 +17,7 @@ class Tokenizer:
     def __init__(self, path: Path, backend: Any) -> None:
         self.path = path
         self.backend = backend
+        self._texts_of_one: dict[tuple[int, bool], str] = {}
 
     @property
     def has_chat_template(self) -> bool:
@@ -25,13 +26,11 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: str, *, raw: bool) -> list[int]:
         """Token ids of a prompt: as the user's message in the chat template, or, if there is none or raw, as is."""
-        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise GenerationError("the prompt is not UTF-8 text", fix="write it in UTF-8")
+        _check_text(prompt, "the prompt")
         if raw or not self.has_chat_template:
             return self._checked(self.backend(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}]
         try:
-            ids = self.backend.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = self._render([{"role": "user", "content": prompt}])
         except Exception as error:  # a template may fail in any way that an expression can
             raise SourceError(
                 f"{self.path}: its chat template fails ({error})",
@@ -39,17 +38,84 @@ class Tokenizer:
             ) from error
         return self._checked(ids)
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        text: str = self.backend.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins. messages: each with `role` and `content`.
+
+        The template is rendered in transformers' immutable sandbox. Raises GenerationError if there is no template, if
+        messages are not what the class says, or not what the template takes.
+        """
+        if not self.has_chat_template:
+            raise GenerationError(
+                f"{self.path} has no chat template: a base model continues text, it does not answer messages",
+                fix="send the text to be continued as a prompt, or use the model's instruct variant",
+            )
+        for message in messages:
+            _check_message(message)
+        if not messages:
+            raise GenerationError("the conversation has no messages", fix="give at least one")
+        try:
+            ids = self._render([dict(message) for message in messages])
+        except Exception as error:  # as above; a template refuses conversations by raising, too
+            raise GenerationError(
+                f"{self.path}: its chat template does not take these messages ({error})",
+                fix="give roles in the order that the template asks for",
+            ) from error
+        return self._checked(ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        text: str = self.backend.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def decode_one(self, token_id: int, *, skip_special_tokens: bool = True) -> str:
+        """Text of a token alone, kept for the next time."""
+        key = (token_id, skip_special_tokens)
+        text = self._texts_of_one.get(key)
+        if text is None:
+            text = self._texts_of_one[key] = self.decode([token_id], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """For a new text."""
+        decode_many = self.backend.backend_tokenizer.decode
+
+        def decode(ids: list[int]) -> str:
+            if len(ids) == 1:  # the context of most tokens
+                return self.decode_one(ids[0], skip_special_tokens=skip_special_tokens)
+            text: str = decode_many(ids, skip_special_tokens=skip_special_tokens)
+            return text
+
+        return Detokenizer(decode, skipped=self._special_ids if skip_special_tokens else frozenset())
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.backend_tokenizer.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        ids: list[int] = self.backend.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return ids
 
     def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
             raise GenerationError("the prompt has no tokens", fix="give a prompt that is not empty")
         return list(ids)
+
+
+def _check_message(message: Mapping[str, str]) -> None:
+    is_message = isinstance(message, Mapping) and set(message) == {"role", "content"}
+    if not is_message or not all(isinstance(value, str) for value in message.values()):
+        raise GenerationError(
+            "a message is not a role and a content, both strings", fix='give {"role": "user", "content": "…"}'
+        )
+    _check_text(message["role"] + message["content"], "a message")
+
+
+def _check_text(text: str, name: str) -> None:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise GenerationError(f"{name} is not UTF-8 text", fix="write it in UTF-8")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -76,40 +142,3 @@ def stop_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
         raise SourceError(f"{file}: eos_token_id {wrong!r} is no token's number", fix="fetch this file again")
     own = tokenizer.backend.eos_token_id
     return frozenset(ids if own is None else [*ids, own])
-
-
-class Detokenizer:
-    """Turns tokens into text piece by piece; the pieces join to `decode` of all tokens, and no piece ends inside
-    a character whose other bytes may still come.
-
-        tokens   |---- given out, context kept ----|---- new ----|
-                 ^ _start                          ^ _given
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._tokens: list[int] = []
-        self._start = 0
-        self._given = 0
-        self._num_chars = 0  # of the text from _start on, how much was given out
-
-    def add(self, token_id: int) -> str:
-        """The text that became certain with this token; often empty."""
-        self._tokens.append(token_id)
-        text = self._decode(self._tokens[self._start :])
-        if text.endswith(UNFINISHED):
-            return self._give(text[: -len(UNFINISHED)])
-        piece = self._give(text)
-        if piece:
-            self._start, self._given = self._given, len(self._tokens)
-            self._num_chars = len(self._decode(self._tokens[self._start :]))
-        return piece
-
-    def flush(self) -> str:
-        """What is left when no token follows."""
-        return self._give(self._decode(self._tokens[self._start :]))
-
-    def _give(self, text: str) -> str:
-        piece = text[self._num_chars :]
-        self._num_chars = max(self._num_chars, len(text))
-        return piece

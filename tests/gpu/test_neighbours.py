@@ -338,13 +338,17 @@ def test_largest_logits_in_order(num_rows, num_logits, dtype):
     values, order = logits.float().sort(dim=1, descending=True, stable=True)
     whole = torch.full((num_rows, num_logits + 3), torch.nan, dtype=dtype, device=DEVICE)
     whole[:, :num_logits] = logits.to(DEVICE)
-    assert torch.equal(sampling_kernel.launch_argmax(whole[:, :num_logits]).cpu(), order[:, 0])
+    tokens, is_nan = sampling_kernel.launch_argmax(whole[:, :num_logits])
+    assert torch.equal(tokens.cpu(), order[:, 0])
+    assert not is_nan.any()
     for num_kept in (1, 5) if num_logits < 128 else (1, 50) if IS_INTERPRETED else (1, 20, 64, 128):
         got = sampling_kernel.launch_topk(whole[:, :num_logits], num_kept)
         assert torch.equal(got[0].cpu(), values[:, :num_kept])
         assert torch.equal(got[1].cpu(), order[:, :num_kept])
     logits[0, 4] = torch.nan
-    assert sampling_kernel.launch_argmax(logits.to(DEVICE))[0] == 4
+    tokens, is_nan = sampling_kernel.launch_argmax(logits.to(DEVICE))
+    assert tokens[0] == 4
+    assert is_nan.tolist() == [True] + [False] * (num_rows - 1)
 
 
 @needs_gpu

@@ -34,7 +34,8 @@ class QKNorms(NamedTuple):
 class Attention:
     """Projection to q, k and v, optional norms of q and k, rotation, pages, attention, output projection.
 
-    split_tokens: parts in which contexts are cut whatever else is in the batch; 0: as suits the device.
+    batch_invariant: single tokens too go to the kernel for many, which adds up keys in one order whatever else is in
+    the batch, and in whatever chunks a prompt came.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Attention:
         norms: QKNorms | None,
         angles: Angles,
         masking: Masking,
-        split_tokens: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         self.qkv, self.output = qkv, output
         self.norms = norms
@@ -54,7 +55,7 @@ class Attention:
             self.head_norms = norms.q_weight, norms.k_weight, norms.eps, norms.plus_one
         self.angles = angles
         self.masking = masking
-        self.split_tokens = split_tokens
+        self._decode = paged_prefill if batch_invariant else paged_decode
         self._rope_append = for_device(rope_append, angles.cos.device)
         self.input_codes: Codes | None = qkv.input_codes
 
@@ -70,11 +71,11 @@ class Attention:
     def _attend(self, q_TQD: Tensor, step: Step, pool: KVPool) -> Tensor:
         if step.prefill is None:
             assert step.decode is not None, "a step has rows"
-            return paged_decode(q_TQD, pool, step.decode, self.masking, split_tokens=self.split_tokens)
+            return self._decode(q_TQD, pool, step.decode, self.masking)
         if step.decode is None:
             return paged_prefill(q_TQD, pool, step.prefill, self.masking)
         few_TQD, many_TQD = q_TQD.tensor_split((step.num_decode_tokens,))
-        decoded = paged_decode(few_TQD, pool, step.decode, self.masking, split_tokens=self.split_tokens)
+        decoded = self._decode(few_TQD, pool, step.decode, self.masking)
         return torch.cat((decoded, paged_prefill(many_TQD, pool, step.prefill, self.masking)))
 
 

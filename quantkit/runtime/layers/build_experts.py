@@ -15,6 +15,7 @@ from quantkit.runtime.target import Target
 from quantkit.schemes import FloatSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
 from quantkit.schemes.labels import scheme_label
 from quantkit_kernels import moe
+from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.moe import BLOCK, ExpertWeight
 from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.strip_weight import GROUPS
@@ -61,25 +62,26 @@ def group_experts(
 
 def check_experts(name: str, scheme: Scheme | None, target: Target) -> None:
     """Raise SchemeError, naming an expert's linear, scheme, device and what comes nearest, if no kernel groups it."""
-    if scheme is None or (_takes_weight(scheme) and _takes_input(scheme)):
+    has_fp8 = converts_float8(target.device)
+    if scheme is None or (_takes_weight(scheme, has_fp8=has_fp8) and _takes_input(scheme)):
         return
     device = torch.cuda.get_device_name(target.device)
     raise SchemeError(
         f"{name} in {scheme_label(scheme)} on {device}: no kernel multiplies experts in this format",
-        fix=f"run it on the CPU, or quantize its experts to {_nearest(scheme)}",
+        fix=f"run it on the CPU, or quantize its experts to {_nearest(scheme, has_fp8=has_fp8)}",
     )
 
 
-def _takes_weight(scheme: Scheme) -> bool:
+def _takes_weight(scheme: Scheme, *, has_fp8: bool) -> bool:
     match scheme.weight:
         case IntSpec(bits=4, granularity=PerGroup(size)):
             return size in GROUPS
         case IntSpec(bits=4, granularity=PerChannel() | PerTensor()):
             return True
         case FloatSpec(granularity=PerChannel() | PerTensor()):
-            return True
+            return has_fp8
         case FloatSpec(granularity=PerBlock(rows, cols)):
-            return rows == cols == BLOCK
+            return has_fp8 and rows == cols == BLOCK
     return False
 
 
@@ -96,8 +98,8 @@ def _takes_input(scheme: Scheme) -> bool:
     return False
 
 
-def _nearest(scheme: Scheme) -> str:
-    if isinstance(scheme.weight, IntSpec) and scheme.weight.bits <= 4:
+def _nearest(scheme: Scheme, *, has_fp8: bool) -> str:
+    if not has_fp8 or (isinstance(scheme.weight, IntSpec) and scheme.weight.bits <= 4):
         return "INT4 in groups of 32, 64 or 128 with 16-bit inputs"
     return "FP8, with 16-bit inputs or FP8 ones with dynamic scales"
 

@@ -18,8 +18,6 @@ from quantkit.runtime.models.spec import DecoderSpec, ExpertsSpec, SharedExpertS
 from quantkit.runtime.weights import Weights
 from quantkit_kernels.paged_kv import Masking
 
-SPLIT_TOKENS = 512  # parts of a context in a model that no batch changes
-
 
 def build_decoder(spec: DecoderSpec, weights: Weights) -> Decoder:
     """Read every tensor, layer by layer; quantized linears stay quantized."""
@@ -69,7 +67,7 @@ def _attention(spec: DecoderSpec, weights: Weights, number: int, angles: Angles)
         norms=_qk_norms(spec, weights, name),
         angles=angles,
         masking=Masking(spec.attention_scale, spec.layers[number].window or 0, spec.attention_softcap or 0.0),
-        split_tokens=SPLIT_TOKENS if weights.target.batch_invariant else 0,
+        batch_invariant=weights.target.batch_invariant,
     )
 
 

@@ -135,7 +135,7 @@ def compile_choices(capability):
     known |= {"NUM_KEYS": 63, "NUM_GROUPS": groups, "KEPT": 64, "TOPS": 512}
     for kernel, types, counts, warps in (
         (sampling_kernel.best_of_parts_kernel, pointers, numbers, sampling_kernel.PART_WARPS),
-        (sampling_kernel.argmax_kernel, {"keys": "*i64", "tokens": "*i64"}, {}, 1),
+        (sampling_kernel.argmax_kernel, {"keys": "*i64", "tokens": "*i64", "is_nan": "*i1"}, {}, 1),
         (
             sampling_kernel.best_of_groups_kernel,
             {"logits": "*fp32", "groups": "*i32"},

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantkit.errors import SchemeError
+from quantkit.runtime.layers import build_experts as build_experts_module
 from quantkit.runtime.layers import gpu_linear
 from quantkit.runtime.layers.build_experts import build_experts, check_experts, group_experts
 from quantkit.runtime.layers.linear import Linear
@@ -55,6 +56,12 @@ def random_experts(scheme, dtype):
     return parts, values
 
 
+def with_fp8(monkeypatch, has_fp8=True):
+    """As a GPU with FP8 instructions, or one without."""
+    for module in (gpu_linear, build_experts_module):
+        monkeypatch.setattr(module, "converts_float8", lambda device: has_fp8)
+
+
 def build(how, scheme, dtype, parts):
     pairs, lasts = ([part[which] for part in parts] for which in (0, 1))
     return how(pairs, lasts, NUM, scheme, "silu", Target(CPU, dtype))
@@ -85,7 +92,7 @@ def definition(x, expert_TS, weight_TS, values, spec):
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("how", [build_experts, group_experts])
 def test_experts_are_their_definition(how, name, monkeypatch):
-    monkeypatch.setattr(gpu_linear, "converts_float8", lambda device: True)  # as a GPU would
+    with_fp8(monkeypatch)
     scheme = GROUPED[name]
     parts, values = random_experts(scheme, torch.bfloat16)
     experts = build(how, scheme, torch.bfloat16, parts)
@@ -150,11 +157,22 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_scheme_without_a_kernel_is_named_with_what_comes_nearest(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    with_fp8(monkeypatch)
     with pytest.raises(SchemeError) as caught:
         check_experts("layers.0.mlp.experts.0.up_proj", SCHEMES[name], Target(CPU, torch.bfloat16))
     problem = f"layers.0.mlp.experts.0.up_proj in {scheme_label(SCHEMES[name])} on Some GPU"
     assert caught.value.problem.startswith(problem)
     assert REFUSED[name] in caught.value.fix
+
+
+def test_fp8_experts_need_a_gpu_with_fp8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    with_fp8(monkeypatch, has_fp8=False)
+    target = Target(CPU, torch.bfloat16)
+    check_experts("gate", GROUPED["int4 group"], target)
+    with pytest.raises(SchemeError, match="gate in FP8 tensor on Some GPU") as caught:
+        check_experts("gate", GROUPED["fp8 tensor"], target)
+    assert "INT4" in caught.value.fix
 
 
 def test_experts_of_one_layer_have_one_format():

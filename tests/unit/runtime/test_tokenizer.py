@@ -1,63 +1,18 @@
-"""Prompts, stop tokens, and text that grows by whole characters."""
+"""Prompts, conversations and stop tokens."""
 
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from quantkit.errors import GenerationError, SourceError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.runtime.tokenizer import Detokenizer, Tokenizer, load_tokenizer, stop_tokens
+from quantkit.runtime.tokenizer import Tokenizer, load_tokenizer, stop_tokens
 from tests.unit.runtime.conftest import TEMPLATE
-
-shared_fixture = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 @pytest.fixture
 def tokenizer(byte_tokenizer, tmp_path):
     return Tokenizer(tmp_path, byte_tokenizer)
-
-
-@shared_fixture
-@given(text=st.text(max_size=30))
-def test_pieces_are_whole_characters_and_join_to_the_text(text, tokenizer):
-    ids = tokenizer.backend(text, add_special_tokens=False)["input_ids"]
-    detokenizer = Detokenizer(tokenizer.decode)
-    pieces = [detokenizer.add(token) for token in ids]
-    if "�" not in text:
-        assert not any("�" in piece for piece in pieces)
-    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids)
-
-
-@shared_fixture
-@given(bytes_=st.binary(max_size=30))
-def test_broken_bytes_come_out_as_decoding_them_at_once(bytes_, tokenizer):
-    letters = {
-        byte: tokenizer.backend.convert_tokens_to_ids(letter) for byte, letter in _byte_letters().items()
-    }
-    ids = [letters[byte] for byte in bytes_]
-    detokenizer = Detokenizer(tokenizer.decode)
-    pieces = [detokenizer.add(token) for token in ids]
-    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids) == bytes_.decode(errors="replace")
-
-
-def _byte_letters():
-    """The printable letter that stands for each byte in byte-level BPE."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + place) for place, byte in enumerate(others)
-    }
-
-
-def test_text_comes_as_soon_as_its_last_byte(tokenizer):
-    detokenizer = Detokenizer(tokenizer.decode)
-    ids = tokenizer.backend("a€b", add_special_tokens=False)["input_ids"]
-    assert [detokenizer.add(token) for token in ids] == ["a", "", "", "€", "b"]
-    assert detokenizer.flush() == ""
 
 
 def test_a_prompt_without_template_is_sent_as_is(tokenizer):
@@ -77,6 +32,62 @@ def test_a_template_that_fails_is_an_error_with_a_way_out(tokenizer):
     with pytest.raises(SourceError, match="no system message") as caught:
         tokenizer.encode_prompt("hi", raw=False)
     assert "--raw" in caught.value.fix
+
+
+def test_a_conversation_goes_through_the_template(tokenizer):
+    tokenizer.backend.chat_template = TEMPLATE
+    hi, bye = (tokenizer.encode_prompt(text, raw=True) for text in ("hi", "bye"))
+    messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "bye"}]
+    assert tokenizer.encode_chat(messages) == [0, 2, *hi, 2, *bye, 3]
+    assert tokenizer.encode_chat(messages[:1]) == tokenizer.encode_prompt("hi", raw=False)
+
+
+def test_a_base_model_takes_no_conversation(tokenizer):
+    with pytest.raises(GenerationError, match="no chat template: a base model") as caught:
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    assert "as a prompt" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("messages", "finding"),
+    [
+        ([], "no messages"),
+        (["hi"], "not a role and a content"),
+        ([{"content": "hi"}], "not a role and a content"),
+        ([{"role": "user", "content": None}], "not a role and a content"),
+        ([{"role": "user", "content": "hi", "name": "me"}], "not a role and a content"),
+        ([{"role": "user", "content": "\ud800"}], "not UTF-8"),
+    ],
+)
+def test_messages_that_are_none(messages, finding, tokenizer):
+    tokenizer.backend.chat_template = TEMPLATE
+    with pytest.raises(GenerationError, match=finding):
+        tokenizer.encode_chat(messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages.append(messages[0]) }}",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    ],
+)
+def test_a_template_refuses_messages_and_cannot_leave_its_sandbox(template, tokenizer):
+    tokenizer.backend.chat_template = template
+    with pytest.raises(GenerationError, match="does not take these messages"):
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_special_tokens_have_text_only_when_asked_for(tokenizer):
+    ids = [2, *tokenizer.encode_prompt("hi", raw=True), 1]
+    assert tokenizer.decode(ids) == "hi"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<user>hi<eos>"
+    assert [tokenizer.decode_one(1, skip_special_tokens=skips) for skips in (True, False, True)] == [
+        "",
+        "<eos>",
+        "",
+    ]
 
 
 def test_an_empty_prompt_is_refused(tokenizer):

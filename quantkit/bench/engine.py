@@ -1,0 +1,145 @@
+"""How fast a checkpoint answers in the engine: loads it, runs requests, and how much of the memory's speed that is.
+
+    share of bandwidth = bytes of a decode step · steps a second / bytes a second that the memory reads at best
+    bytes of a step    = weights, without the embedding where it is no head + cached tokens of all requests
+
+Mixtures of experts have no such share: which weights a step reads depends on the tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.bench.ceilings import measure_read
+from quantkit.bench.generation import Speed, random_prompts, run_requests, speed_of
+from quantkit.bench.timeline import Timeline, profile_steps
+from quantkit.errors import BenchError
+from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
+from quantkit.formats.source import resolve_source
+from quantkit.runtime.memory_plan import weight_bytes
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.sequence import Sequence as EngineSequence
+from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.start import Started, chosen_device, start_engine
+from quantkit.runtime.tokenizer import load_tokenizer
+
+PROFILED_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReport:
+    """start_seconds: by part. peak_bytes: of the GPU's memory; None on a CPU. bandwidth: share; None for experts.
+
+    timeline: of decode steps; None on a CPU.
+    """
+
+    device: str
+    dtype: str
+    start_seconds: dict[str, float]
+    num_kv_tokens: int
+    peak_bytes: int | None
+    speed: Speed
+    bandwidth: float | None
+    timeline: Timeline | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        own = {name: getattr(self, name) for name in self.__slots__}
+        timeline = (
+            None
+            if self.timeline is None
+            else self.timeline._asdict() | {"idle_share": self.timeline.idle_share}
+        )
+        return own | {"speed": self.speed._asdict(), "timeline": timeline, "torch": torch.__version__}
+
+
+def bench_engine(
+    source: str,
+    settings: EngineSettings,
+    *,
+    revision: str | None,
+    num_requests: int,
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    prompts_file: Path | None,
+    repeats: int,
+    announce: Callable[[str], None],
+) -> EngineReport:
+    """Load, warm up, run the requests `repeats` times, all at once each time; the fastest run counts.
+
+    prompts_file: a prompt on each line, taken in turn; None: random tokens. Prefixes are not cached.
+    """
+    checkpoint = open_checkpoint(resolve_source(source, revision=revision, announce=announce))
+    read_rate = measure_read(chosen_device(settings.device))
+    started = start_engine(checkpoint, settings, announce=announce)
+    spec = started.model.spec
+    prompts = random_prompts(num_requests, num_prompt_tokens, spec.vocab_size)
+    if prompts_file is not None:
+        prompts = _prompts_of(prompts_file, checkpoint, num_requests)
+    run_requests(started.engine, prompts, min(num_output_tokens, 4))  # compiles, captures
+    runs = [speed_of(run_requests(started.engine, prompts, num_output_tokens)) for _ in range(repeats)]
+    speed = min(runs, key=lambda run: run.seconds)
+    device = started.model.target.device
+    is_gpu = device.type == "cuda"
+    return EngineReport(
+        device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
+        dtype=str(started.model.dtype).removeprefix("torch."),
+        start_seconds=started.seconds,
+        num_kv_tokens=started.num_kv_tokens,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if is_gpu else None,
+        speed=speed,
+        bandwidth=_bandwidth(checkpoint, started, speed, settings.max_num_seqs, read_rate),
+        timeline=_timeline(started, prompts, settings.max_num_seqs) if is_gpu else None,
+    )
+
+
+def _bandwidth(
+    checkpoint: Checkpoint, started: Started, speed: Speed, max_num_seqs: int, read_rate: float
+) -> float | None:
+    """The share in decode; None where there is no decode, or where not all weights are read."""
+    model, spec = started.model, started.model.spec
+    if speed.decode_rate is None or any(layer.experts is not None for layer in spec.layers):
+        return None
+    weights = weight_bytes(checkpoint, spec, model.dtype)
+    if not spec.is_head_tied:
+        weights -= spec.vocab_size * spec.hidden_size * model.dtype.itemsize
+    running = min(speed.num_requests, max_num_seqs)
+    cached = running * (speed.num_prompt_tokens + speed.num_output_tokens / 2) / speed.num_requests
+    return (weights + cached * model.kv.token_bytes) * speed.decode_rate / running / read_rate
+
+
+def _timeline(started: Started, prompts: Sequence[list[int]], max_num_seqs: int) -> Timeline:
+    """Of decode steps of as many of the prompts as run at once."""
+    engine = started.engine
+    params = SamplingParams(max_tokens=PROFILED_STEPS + 8, ignore_eos=True)
+    sequences = [
+        EngineSequence(
+            sequence_id=number, prompt_ids=prompt, params=params, eos_ids=frozenset(), arrival=number
+        )
+        for number, prompt in enumerate(prompts[:max_num_seqs])
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    while any(sequence.num_generated < 2 for sequence in sequences):
+        engine.step()
+    timeline = profile_steps(engine, PROFILED_STEPS)
+    for sequence in sequences:
+        engine.end(sequence)
+    while engine.has_work:
+        engine.step()
+    return timeline
+
+
+def _prompts_of(path: Path, checkpoint: Checkpoint, count: int) -> list[list[int]]:
+    """Token ids of the lines of a file, in turn."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path}: cannot be read ({error})", fix="give a text file in UTF-8") from None
+    if not lines:
+        raise BenchError(f"{path}: no prompts", fix="write a prompt on each line")
+    tokenizer = load_tokenizer(checkpoint.path)
+    return [tokenizer.encode_prompt(lines[number % len(lines)], raw=True) for number in range(count)]

@@ -1,0 +1,76 @@
+"""The loop: schedule a step, launch it, process the one before while it runs.
+
+One thread owns an engine. Text is none of its business: sequences come in as tokens, tokens go out.
+"""
+
+from typing import NamedTuple
+
+from quantkit.runtime.logprobs import TokenLogprobs
+from quantkit.runtime.runner import InFlight, Results, Runner
+from quantkit.runtime.scheduler import Scheduler
+from quantkit.runtime.sequence import FinishReason, Sequence
+from quantkit.runtime.step_plan import StepPlan
+
+
+class Event(NamedTuple):
+    """What a step brought a sequence: a token, and why it is the last one (None: it is not).
+
+    token_id: None where the sequence ended without one, since the model's logits were no numbers. logprobs: if asked.
+    """
+
+    sequence: Sequence
+    token_id: int | None
+    finish: FinishReason | None
+    logprobs: TokenLogprobs | None
+
+
+class _Launched(NamedTuple):
+    plan: StepPlan
+    in_flight: InFlight
+
+
+class Engine:
+    """Sequences in, events out, a step at a time."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._launched: _Launched | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._launched is not None or self.scheduler.has_unfinished
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence in the queue. Raises GenerationError if it can never be computed."""
+        self.scheduler.add(sequence)
+
+    def end(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a sequence in whatever state it is; no event follows. Nothing happens to one that has ended."""
+        self.scheduler.finish_early(sequence, reason)
+
+    def step(self) -> list[Event]:
+        """Launch the next step; returns what the one before brought (this one, where launching is computing)."""
+        plan = self.scheduler.schedule()
+        before, self._launched = self._launched, None
+        if plan is not None:
+            self._launched = _Launched(plan, self._runner.launch(plan))
+            self.scheduler.launched(plan)
+        if before is None and not self._runner.is_async:
+            before, self._launched = self._launched, None
+        return [] if before is None else self._processed(before.plan, before.in_flight.wait())
+
+    def _processed(self, plan: StepPlan, results: Results) -> list[Event]:
+        """Events of the sequences that have not ended meanwhile."""
+        events = []
+        sampling = list(plan.sampling())
+        for sequence, is_nan in zip(sampling, results.is_nan, strict=True):
+            if is_nan and sequence.finish is None:
+                self.scheduler.finish_early(sequence, FinishReason.ERROR)
+                events.append(Event(sequence, None, FinishReason.ERROR, None))
+        logprobs = dict(zip(sampling, results.logprobs or (), strict=False))
+        for sequence, token_id, finish in self.scheduler.processed(plan, results.token_ids):
+            wanted = sequence.params.logprobs is not None
+            events.append(Event(sequence, token_id, finish, logprobs.get(sequence) if wanted else None))
+        return events

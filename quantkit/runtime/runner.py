@@ -1,0 +1,207 @@
+"""From a plan to tokens: what a step needs on the device, the launch, and the results when they arrive.
+
+Nothing here waits for the device but `InFlight.wait`.
+
+Shape suffixes: T tokens of a step, B sequences of a step, R rows of device state, E hidden size, V vocab.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.runtime.graphs import DecodeGraphs
+from quantkit.runtime.logprobs import Logprobs, TokenLogprobs
+from quantkit.runtime.model import Model
+from quantkit.runtime.packed import send
+from quantkit.runtime.row_state import RowState
+from quantkit.runtime.sampler import NewRow, Sampled, Sampler
+from quantkit.runtime.step import Step
+from quantkit.runtime.step_plan import Scheduled, StepPlan
+from quantkit_kernels.paged_kv import BLOCK_SIZE, Pages
+
+
+class Results(NamedTuple):
+    """Of a step, for each row that samples, in the order of the plan. is_nan: the token means nothing."""
+
+    token_ids: list[int]
+    is_nan: list[bool]
+    logprobs: list[TokenLogprobs] | None
+
+
+class InFlight:
+    """The results of a launched step, on their way to the host."""
+
+    def __init__(self, sampled: Sampled) -> None:
+        tensors = [sampled.token_ids_B, sampled.is_nan_B, *(sampled.logprobs or ())]
+        self._tensors = tensors
+        self._done: torch.cuda.Event | None = None
+        if sampled.token_ids_B.is_cuda:
+            self._tensors = [_to_pinned(tensor) for tensor in tensors]
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def wait(self) -> Results:
+        """Block until the device has got there."""
+        if self._done is not None:
+            self._done.synchronize()
+        token_B, is_nan_B, *logprobs = self._tensors
+        return Results(
+            token_B.tolist(), is_nan_B.tolist(), Logprobs(*logprobs).of_tokens() if logprobs else None
+        )
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class Runner:
+    """Owns the device: the model, the KV pool, the state of rows, the graphs."""
+
+    def __init__(
+        self, model: Model, *, num_blocks: int, num_rows: int, max_model_len: int, eager: bool = False
+    ) -> None:
+        device = model.target.device
+        self._decoder = model.decoder
+        self._pools = model.kv.create_pools(num_blocks, device)
+        self._rows = RowState(num_rows, -(-max_model_len // BLOCK_SIZE), device)
+        self._sampler = Sampler(num_rows + 1, model.spec.vocab_size, device)
+        self._device = device
+        self._max_model_len = max_model_len
+        self._offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        self.is_async = device.type == "cuda"  # `launch` returns before the device is done
+        self._graphs: DecodeGraphs | None = None
+        if model.target.has_kernels and not eager:
+            self._graphs = DecodeGraphs(self._decode_logits, num_rows, device)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what single users need, and capture their graphs."""
+        if self._graphs is not None:
+            self._graphs.capture_small()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Start a step; on a GPU, returns at once."""
+        self._sampler.assign([_new_row(item) for item in self._rows.claim(plan.rows)])
+        self._rows.update(plan.rows)
+        rows, lengths = _sampling(plan)
+        if plan.num_decode == len(plan.rows) and self._graphs is not None and self._graphs.takes(len(rows)):
+            logits_BV, row_B, length_B = self._graphs.run(rows, lengths)
+        else:
+            logits_BV, row_B, length_B = self._run(plan)
+        row_B = row_B.long()
+        sampled = self._sampler.sample(logits_BV, row_B, length_B.long(), self._sampler.work(rows, lengths))
+        self._rows.last_token_R.index_copy_(0, row_B, sampled.token_ids_B)
+        return InFlight(sampled)
+
+    def _run(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Any step, outside of graphs: logits, rows and lengths of the sequences that sample."""
+        single, chunks = plan.rows[: plan.num_decode], plan.rows[plan.num_decode :]
+        ends = accumulate(item.num_new for item in plan.rows)
+        last = [end - 1 for end, item in zip(ends, plan.rows, strict=True) if item.samples]
+        row_B, length_B, *of_chunks, at_S, row_S, length_S = send(
+            (
+                [item.row for item in single],
+                [item.start + 1 for item in single],
+                *_chunk_parts(chunks),
+                last,
+                *_sampling(plan),
+            ),
+            self._device,
+        )
+        step = self._chunk_step(chunks, of_chunks)
+        if single:
+            step = _joined(self._decode_step(row_B, length_B, _longest(single)), step)
+        hidden_TE = self._decoder(step, self._pools)
+        return self._decoder.logits(hidden_TE[at_S]), row_S, length_S
+
+    def _decode_logits(self, row_B: Tensor, length_B: Tensor) -> Tensor:
+        """A decode step for any lengths: what a graph holds."""
+        step = self._decode_step(row_B, length_B, self._max_model_len)
+        logits_BV: Tensor = self._decoder.logits(self._decoder(step, self._pools))
+        return logits_BV
+
+    def _decode_step(self, row_B: Tensor, length_B: Tensor, max_context: int) -> Step:
+        """One new token each, the last token of the row; nothing is read by the host."""
+        position_B = (length_B - 1).long()
+        table_BL = self._rows.block_table_RL.index_select(0, row_B)
+        block_B = table_BL.gather(1, (position_B // BLOCK_SIZE)[:, None])[:, 0]
+        slot_B = block_B * BLOCK_SIZE + position_B % BLOCK_SIZE
+        return Step(
+            token_ids_T=self._rows.last_token_R.index_select(0, row_B),
+            positions_T=position_B,
+            slots_T=slot_B.masked_fill(row_B == self._rows.padding_row, -1),
+            decode=Pages(table_BL, length_B, self._offsets[: len(row_B) + 1], 1, max_context),
+            prefill=None,
+            num_decode_tokens=len(row_B),
+        )
+
+    def _chunk_step(self, chunks: Sequence[Scheduled], parts: Sequence[Tensor]) -> Step:
+        """Chunks of prompts, from what `_chunk_parts` made of them."""
+        token_ids_T, positions_T, slots_T, row_B, length_B, offsets = parts
+        pages = None
+        if chunks:
+            table_BL = self._rows.block_table_RL.index_select(0, row_B)
+            pages = Pages(table_BL, length_B, offsets, max(item.num_new for item in chunks), _longest(chunks))
+        return Step(
+            token_ids_T=token_ids_T.long(),
+            positions_T=positions_T.long(),
+            slots_T=slots_T.long(),
+            decode=None,
+            prefill=pages,
+            num_decode_tokens=0,
+        )
+
+
+def _new_row(item: Scheduled) -> NewRow:
+    sequence = item.sequence
+    answer_ids = sequence.token_ids[len(sequence.prompt_ids) :]
+    return NewRow(item.row, sequence.params, sequence.prompt_ids, answer_ids, sequence.stop_ids)
+
+
+def _sampling(plan: StepPlan) -> tuple[list[int], list[int]]:
+    """Rows that sample, and the lengths of their sequences: the places of the tokens to come."""
+    sampling = [item for item in plan.rows if item.samples]
+    return [item.row for item in sampling], [item.start + item.num_new for item in sampling]
+
+
+def _chunk_parts(chunks: Sequence[Scheduled]) -> list[list[int]]:
+    """Token ids, positions, slots, rows, lengths and offsets."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for item in chunks:
+        new = range(item.start, item.start + item.num_new)
+        token_ids += item.sequence.token_ids[new.start : new.stop]
+        positions += new
+        slots += _slots(item.sequence.blocks, new)
+    lengths = [item.start + item.num_new for item in chunks]
+    offsets = [0, *accumulate(item.num_new for item in chunks)]
+    return [token_ids, positions, slots, [item.row for item in chunks], lengths, offsets]
+
+
+def _slots(blocks: Sequence[int], new: range) -> list[int]:
+    """Where the keys and values of tokens go."""
+    first = new.start // BLOCK_SIZE * BLOCK_SIZE
+    touched = blocks[first // BLOCK_SIZE : -(-new.stop // BLOCK_SIZE)]
+    slots = [slot for block in touched for slot in range(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)]
+    return slots[new.start - first : new.stop - first]
+
+
+def _joined(single: Step, chunks: Step) -> Step:
+    """One step of both."""
+    return Step(
+        token_ids_T=torch.cat((single.token_ids_T, chunks.token_ids_T)),
+        positions_T=torch.cat((single.positions_T, chunks.positions_T)),
+        slots_T=torch.cat((single.slots_T, chunks.slots_T)),
+        decode=single.decode,
+        prefill=chunks.prefill,
+        num_decode_tokens=single.num_decode_tokens,
+    )
+
+
+def _longest(rows: Sequence[Scheduled]) -> int:
+    return max(item.start + item.num_new for item in rows)

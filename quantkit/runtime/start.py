@@ -1,0 +1,165 @@
+"""From a checkpoint and settings to an engine that is ready: plan the memory, load, size the cache, warm up."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from quantkit.errors import GenerationError
+from quantkit.formats.checkpoint import Checkpoint
+from quantkit.runtime.block_manager import BlockManager
+from quantkit.runtime.engine import Engine
+from quantkit.runtime.graphs import graph_bytes
+from quantkit.runtime.load import DTYPES, kv_format, load_model, model_dtype
+from quantkit.runtime.memory_plan import plan_memory
+from quantkit.runtime.model import Model
+from quantkit.runtime.models.families import read_spec
+from quantkit.runtime.models.spec import DecoderSpec
+from quantkit.runtime.runner import Runner
+from quantkit.runtime.scheduler import Scheduler
+from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.target import Target
+from quantkit_kernels.paged_kv import BLOCK_SIZE
+
+CPU_KV_BYTES = 1 << 30
+STEP_TOKENS = {"cuda": 8192, "cpu": 512}
+
+
+class Started(NamedTuple):
+    """An engine, what it was started with, and the seconds of each part of the start."""
+
+    engine: Engine
+    model: Model
+    max_model_len: int
+    num_kv_tokens: int
+    seconds: dict[str, float]
+
+
+class _Sizes(NamedTuple):
+    """Tokens of a step, tokens of a sequence, blocks of the cache with the one that is nobody's."""
+
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_blocks: int
+
+
+def start_engine(
+    checkpoint: Checkpoint, settings: EngineSettings, *, announce: Callable[[str], None] = lambda line: None
+) -> Started:
+    """Load a checkpoint and get ready. announce: told the plan of a GPU's memory, line by line, before it is filled.
+
+    Raises what `load_model` does; MemoryPlanError if the device is too small; GenerationError for a device that is not
+    there.
+    """
+    clock = _Clock()
+    target = _target(checkpoint, settings)
+    spec = read_spec(checkpoint)
+    sizes = _plan(checkpoint, spec, target, settings, announce)
+    clock.lap("plan")
+    model = load_model(
+        checkpoint,
+        dtype=target.dtype,
+        device=target.device,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        batch_invariant=settings.batch_invariant,
+        max_model_len=sizes.max_model_len,
+    )
+    clock.lap("load")
+    blocks = BlockManager(
+        sizes.num_blocks, BLOCK_SIZE, salt=_salt(checkpoint, settings), prefix_caching=settings.prefix_caching
+    )
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+    )
+    runner = Runner(
+        model,
+        num_blocks=sizes.num_blocks,
+        num_rows=settings.max_num_seqs,
+        max_model_len=sizes.max_model_len,
+        eager=settings.eager,
+    )
+    runner.warm_up()
+    clock.lap("warm up")
+    num_tokens = (sizes.num_blocks - 1) * BLOCK_SIZE
+    return Started(Engine(scheduler, runner), model, sizes.max_model_len, num_tokens, clock.seconds)
+
+
+def _target(checkpoint: Checkpoint, settings: EngineSettings) -> Target:
+    dtype = model_dtype(checkpoint) if settings.dtype is None else DTYPES[settings.dtype]
+    return Target(chosen_device(settings.device), dtype, settings.batch_invariant)
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one. Raises GenerationError if it is not here."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "cpu" and not number:
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= count:
+        known = ["cpu", *(f"cuda:{gpu}" for gpu in range(count))]
+        raise GenerationError(f"device {name!r} is not here", fix=f"give one of: {', '.join(known)}")
+    return torch.device("cuda", int(number or torch.cuda.current_device()))
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    target: Target,
+    settings: EngineSettings,
+    announce: Callable[[str], None],
+) -> _Sizes:
+    """How long sequences may be, and how many blocks there are for all of them."""
+    kv = kv_format(checkpoint, spec, target, settings.kv_cache_dtype)
+    step_tokens = settings.max_num_batched_tokens or STEP_TOKENS[target.device.type]
+    longest = settings.max_model_len or spec.max_positions
+    num_bytes = settings.kv_cache_bytes or CPU_KV_BYTES
+    num_tokens = num_bytes // kv.token_bytes
+    if target.device.type == "cuda":
+        plan = plan_memory(
+            checkpoint,
+            spec,
+            target,
+            kv,
+            fraction=settings.gpu_memory_fraction,
+            max_num_batched_tokens=step_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            reserved=0
+            if settings.eager
+            else graph_bytes(settings.max_num_seqs, spec.vocab_size, target.dtype),
+        )
+        for line in plan.lines():
+            announce(line)
+        plan.check(settings.max_model_len or 1)
+        num_tokens = num_tokens if settings.kv_cache_bytes else plan.num_tokens
+    num_blocks = min(num_tokens // BLOCK_SIZE, settings.max_num_seqs * -(-longest // BLOCK_SIZE))
+    if num_blocks * BLOCK_SIZE < min(longest, settings.max_model_len or BLOCK_SIZE):
+        raise GenerationError(
+            f"the KV cache holds {num_blocks * BLOCK_SIZE:,} tokens, and one sequence may have {longest:,}",
+            fix=f"give kv_cache_bytes {kv.token_bytes * (longest + BLOCK_SIZE)} or more, or a smaller max_model_len",
+        )
+    return _Sizes(step_tokens, min(longest, num_blocks * BLOCK_SIZE), num_blocks + 1)
+
+
+def _salt(checkpoint: Checkpoint, settings: EngineSettings) -> bytes:
+    """What cached keys and values depend on besides tokens."""
+    return repr((str(checkpoint.path), settings.dtype, settings.kv_cache_dtype)).encode()
+
+
+class _Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a part."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now

@@ -1,0 +1,69 @@
+"""The engine on a GPU: graphs, batches and chunks change nothing, and tokens are those of the model in float32."""
+
+import pytest
+import torch
+
+from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.runtime.load import load_model
+from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.start import start_engine
+from quantkit_kernels.paged_kv import BLOCK_SIZE
+from tests.gpu.test_decoder import folder  # noqa: F401
+from tests.tiny_models import tokens
+from tests.unit.runtime.test_engine import answers
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+LENGTHS = (1, 5, 16, 17, 31, 33, 40, 9, 120, 64, 63, 65)
+SCHEMES = ("bf16", "int4", "fp8")
+TIE = 0.1  # of logits, which bf16 cannot tell apart
+
+
+def engine_of(path, **settings):
+    chosen = {"device": "cuda", "max_num_seqs": 16, "kv_cache_bytes": 1 << 24} | settings
+    return start_engine(open_checkpoint(path), EngineSettings(**chosen)).engine
+
+
+def prompts(lengths=LENGTHS):
+    return [tokens(length, seed=length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tokens_are_those_of_float32_up_to_ties(scheme, folder):  # noqa: F811
+    path = folder("gpu-llama", scheme)
+    exact = load_model(path, dtype=torch.float32)
+    for prompt, answer in zip(prompts(), answers(engine_of(path), prompts(), max_tokens=40), strict=True):
+        logits = exact.logits(torch.tensor(prompt + answer[:-1]))[len(prompt) - 1 :]
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert float((logits.amax(1) - chosen).max()) < TIE
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_batch_equals_one_by_one_and_graphs_equal_eager(scheme, folder):  # noqa: F811
+    path = folder("gpu-llama", scheme)
+    engine = engine_of(path, batch_invariant=True, prefix_caching=False)
+    alone = [answers(engine, [prompt], max_tokens=20)[0] for prompt in prompts()]
+    assert answers(engine, prompts(), max_tokens=20) == alone
+    eager = engine_of(path, batch_invariant=True, prefix_caching=False, eager=True)
+    assert answers(eager, prompts(), max_tokens=20) == alone
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8"])
+def test_cached_chunked_and_preempted_equal_whole(kv_cache_dtype, folder):  # noqa: F811
+    path = folder("gpu-llama", "int4")
+    settings = {"batch_invariant": True, "kv_cache_dtype": kv_cache_dtype}
+    engine = engine_of(path, **settings)
+    whole = answers(engine, prompts(), max_tokens=20)
+    assert answers(engine, prompts(), max_tokens=20) == whole  # cached
+    assert engine.scheduler.stats.num_prefix_hits > 0
+    chunked = engine_of(path, **settings, max_num_seqs=4, max_num_batched_tokens=4 + BLOCK_SIZE)
+    assert answers(chunked, prompts(), max_tokens=20) == whole
+
+
+def test_seeds_do_not_depend_on_the_batch(folder):  # noqa: F811
+    engine = engine_of(folder("gpu-llama", "int4"), batch_invariant=True)
+    params = {"max_tokens": 20, "temperature": 1.5, "top_p": 0.95, "seed": 5}
+    alone = [answers(engine, [prompt], **params)[0] for prompt in prompts()]
+    assert answers(engine, prompts(), **params) == alone

@@ -1,0 +1,186 @@
+"""The engine on tiny models: the same tokens as transformers, and the same whatever else it computes."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quantkit.errors import GenerationError
+from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.sequence import FinishReason, Sequence
+from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.start import start_engine
+from quantkit_kernels.paged_kv import BLOCK_SIZE
+from tests.tiny_models import CONFIGS, save_tiny, tokens
+
+LENGTHS = (1, 5, 16, 17, 31, 33, 40, 9)
+
+
+def engine_of(folder, **settings):
+    """An engine in float32 on the CPU."""
+    chosen = {"dtype": "float32", "device": "cpu", "max_num_seqs": 8} | settings
+    return start_engine(open_checkpoint(folder), EngineSettings(**chosen)).engine
+
+
+def sequence(number, prompt, eos_ids=(), **params):
+    chosen = SamplingParams(**({"max_tokens": 12} | params))
+    return Sequence(
+        sequence_id=number, prompt_ids=prompt, params=chosen, eos_ids=frozenset(eos_ids), arrival=number
+    )
+
+
+def answers(engine, prompts, **params):
+    """The new tokens of each prompt, all submitted at once."""
+    sequences = [sequence(number, prompt, **params) for number, prompt in enumerate(prompts)]
+    for each in sequences:
+        engine.add(each)
+    run(engine)
+    return [each.token_ids[len(each.prompt_ids) :] for each in sequences]
+
+
+def run(engine):
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+def prompts(lengths=LENGTHS):
+    return [tokens(length, seed=length).tolist() for length in lengths]
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return save_tiny("llama", tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_equal_transformers(name, tmp_path):
+    save_tiny(name, tmp_path)
+    prompt = tokens(9).tolist()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    expected = reference.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, 9, dtype=torch.long),
+        max_new_tokens=30,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, 9:].tolist()
+    assert answers(engine_of(tmp_path), [prompt], max_tokens=30) == [expected]
+
+
+def test_a_batch_of_mixed_lengths_equals_one_by_one(llama):
+    alone = [answers(engine_of(llama), [prompt])[0] for prompt in prompts()]
+    assert answers(engine_of(llama), prompts()) == alone
+
+
+def test_chunks_equal_whole_prompts(llama):
+    whole = answers(engine_of(llama), prompts())
+    budget = 2 + BLOCK_SIZE
+    assert answers(engine_of(llama, max_num_seqs=2, max_num_batched_tokens=budget), prompts()) == whole
+
+
+def test_what_is_cached_equals_what_is_cold(llama):
+    prompt = tokens(40).tolist()
+    engine = engine_of(llama)
+    cold = answers(engine, [prompt])
+    assert answers(engine, [prompt]) == cold
+    assert engine.scheduler.stats.num_prefix_hits == 2 * BLOCK_SIZE
+    assert answers(engine_of(llama, prefix_caching=False), [prompt]) == cold
+
+
+def test_preempted_sequences_equal_undisturbed_ones(llama):
+    undisturbed = answers(engine_of(llama), prompts((30, 31, 30)), max_tokens=20)
+    num_preemptions = 0
+    for num_blocks in range(4, 11):  # one of these sequences needs four
+        engine = engine_of(llama, kv_cache_bytes=blocks_bytes(llama, num_blocks), max_model_len=64)
+        assert answers(engine, prompts((30, 31, 30)), max_tokens=20) == undisturbed
+        num_preemptions += engine.scheduler.stats.num_preemptions
+    assert num_preemptions > 3
+
+
+def blocks_bytes(folder, num_blocks):
+    """Of a cache of so many blocks."""
+    started = start_engine(open_checkpoint(folder), EngineSettings(dtype="float32", device="cpu"))
+    return num_blocks * BLOCK_SIZE * started.model.kv.token_bytes
+
+
+def test_rows_change_hands(llama):
+    """One engine, many sequences in few rows, longer ones after shorter ones and the other way round."""
+    engine = engine_of(llama, max_num_seqs=2, prefix_caching=False)
+    alone = [answers(engine_of(llama), [prompt])[0] for prompt in prompts()]
+    assert [answers(engine, [prompt])[0] for prompt in prompts()] == alone
+    assert answers(engine, prompts()) == alone
+    assert answers(engine, prompts()[::-1]) == alone[::-1]
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(llama):
+    params = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "seed": 7}
+    alone = answers(engine_of(llama), prompts((9,)), **params)[0]
+    assert answers(engine_of(llama), prompts(), **params)[-1] == alone
+    assert answers(engine_of(llama), prompts((9,)), **(params | {"seed": 8}))[0] != alone
+
+
+def test_it_ends_at_a_stop_token_at_max_tokens_and_where_the_context_ends(llama):
+    free = answers(engine_of(llama), prompts((9,)))[0]
+    engine = engine_of(llama)
+    engine.add(sequence(0, prompts((9,))[0], eos_ids=[free[4]]))
+    events = run(engine)
+    assert [event.token_id for event in events] == free[: free.index(free[4]) + 1]
+    assert events[-1].finish is FinishReason.STOP
+    engine.add(sequence(1, tokens(60).tolist(), max_tokens=50))
+    assert [event.finish for event in run(engine)] == [None, None, None, FinishReason.CONTEXT]
+
+
+@pytest.mark.parametrize("num_steps", range(6))
+def test_a_sequence_is_ended_in_any_state_and_the_others_do_not_notice(num_steps, llama):
+    undisturbed = answers(engine_of(llama), prompts((33, 9)))
+    engine = engine_of(llama, max_num_seqs=2, max_num_batched_tokens=2 + BLOCK_SIZE)
+    victim, other = sequence(0, prompts((33,))[0]), sequence(1, prompts((9,))[0])
+    engine.add(victim)
+    engine.add(other)
+    for _ in range(num_steps):
+        engine.step()
+    engine.end(victim)
+    engine.end(victim)
+    assert all(event.sequence is other for event in run(engine))
+    assert other.token_ids[9:] == undisturbed[1]
+    assert engine.scheduler.stats.kv_usage == 0
+
+
+def test_logits_that_are_no_numbers_end_their_sequence_alone(llama):
+    undisturbed = answers(engine_of(llama), prompts((5, 9)))
+    engine = engine_of(llama)
+    embedding = engine._runner._decoder.embedding.weight
+    poisoned = next(token for token in range(90) if token not in [*prompts((9,))[0], *undisturbed[1]])
+    embedding[poisoned] = math.nan
+    bad, good = sequence(0, [1, poisoned, 2]), sequence(1, prompts((9,))[0])
+    engine.add(bad)
+    engine.add(good)
+    events = run(engine)
+    assert [event.token_id for event in events if event.sequence is bad] == [None]
+    assert bad.finish is FinishReason.ERROR
+    assert good.token_ids[9:] == undisturbed[1]
+
+
+def test_logprobs_are_those_of_the_model(llama):
+    prompt = prompts((9,))[0]
+    engine = engine_of(llama)
+    engine.add(sequence(0, prompt, logprobs=3))
+    events = run(engine)
+    model = start_engine(open_checkpoint(llama), EngineSettings(dtype="float32", device="cpu")).model
+    ids = prompt + [event.token_id for event in events]
+    expected = model.logits(torch.tensor(ids[:-1])).log_softmax(-1)[len(prompt) - 1 :]
+    for event, row in zip(events, expected, strict=True):
+        assert event.logprobs.logprob == pytest.approx(float(row[event.token_id]), abs=1e-4)
+        assert event.logprobs.top_ids == row.topk(3).indices.tolist()
+
+
+def test_what_can_never_be_computed_is_refused_when_it_comes(llama):
+    engine = engine_of(llama)
+    with pytest.raises(GenerationError, match="64 tokens, and the model takes 64"):
+        engine.add(sequence(0, tokens(64).tolist()))
+    assert not engine.has_work
