@@ -24,7 +24,7 @@ test-long: $(READY)  ## kills, full disks, a 3B model: about half an hour
 	$(BIN)/python -m pytest tests -m long -s
 
 check: lint wheel  ## style, types, layering, unit tests, and the wheel in a clean environment
-	$(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n auto  # a process for each core
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

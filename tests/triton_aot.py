@@ -17,6 +17,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 CAPABILITIES = (80, 89, 90, 100, 120)
 
 
+_COMPILED: dict[tuple, "Resources"] = {}
+
+
 class Resources(NamedTuple):
     """Of one kernel: 32-bit registers of a thread, bytes of its stack, bytes of shared memory of a program."""
 
@@ -36,10 +39,32 @@ def compile_for(
     multiples: tuple[str, ...] = (),
     **options,
 ) -> Resources:
-    """Compile a kernel. types: Triton's names (`*fp32`, `i32`) of its arguments; pointers are 16-byte aligned.
+    """Compile a kernel, once for all tests. types: Triton's names (`*fp32`, `i32`) of its arguments.
 
-    multiples: numbers that are multiples of 16. options: of Triton's compiler, `num_stages` say.
+    Pointers are 16-byte aligned. multiples: numbers that are multiples of 16. options: of Triton's compiler,
+    `num_stages` say.
     """
+    key = (kernel, capability, *map(_items, (types, constants, options)), num_warps, multiples)
+    if key not in _COMPILED:
+        options = {"num_warps": num_warps} | options
+        _COMPILED[key] = _compile(
+            kernel, GPUTarget("cuda", capability, 32), types, constants, options, multiples
+        )
+    return _COMPILED[key]
+
+
+def _items(named: dict) -> frozenset:
+    return frozenset(named.items())
+
+
+def _compile(
+    kernel,
+    target: GPUTarget,
+    types: dict[str, str],
+    constants: dict,
+    options: dict,
+    multiples: tuple[str, ...],
+) -> Resources:
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {
@@ -48,18 +73,12 @@ def compile_for(
         if kind[0] == "*" or name in multiples
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps} | options)
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("--dump-resource-usage", cubin)
-        sass = _cuobjdump("--dump-sass", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
+        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", cubin]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", sass)
+    assert found is not None, sass[-1000:]
     return Resources(int(found[1]), int(found[2]), compiled.metadata.shared, sass)
-
-
-def _cuobjdump(option: str, cubin: Path) -> str:
-    done = subprocess.run([CUOBJDUMP, option, cubin], check=True, capture_output=True, text=True)
-    return done.stdout

@@ -11,8 +11,8 @@
 All query heads of a head of keys and all new tokens of a sequence are rows of one tile, so the pages are read once.
 How many splits there are follows from shapes alone (`cut`); where they lie follows from the lengths, which stay
 on the device: every sequence is cut into equal parts of whole tiles, and programs past the last part leave at once.
-With `split_tokens` parts have that many tokens whatever else is in the batch: a sequence alone and in company gives the
-same bits (rows of one tile: as long as max_q_len is the same).
+With `split_tokens` parts have that many tokens, and tiles 16 rows, whatever else is in the batch: a sequence alone and
+in company gives the same bits.
 
 Bound: 2 · D · bytes (+ 8 with scales per token) for each token and head: memory.
 Shape suffixes: T new tokens, Q query heads, H heads of keys, D head dimension, B sequences.
@@ -46,6 +46,9 @@ MAX_Q_LEN = 16
 SPLITS_AT_ONCE = 16  # partial results that the second kernel holds; fixed, so that sums have one order
 PROGRAMS_PER_PROCESSOR = 2
 LONGEST_SPLIT = 2048  # tokens, in batches that fill the device without splits
+INVARIANT_SPLIT = (
+    1024  # for `split_tokens`, where results are not to depend on the batch: whole tiles of any shape
+)
 MOST_PROGRAMS = 16384  # one that finds nothing to do still takes 3 ns of the device
 UNSPECIALISED = ("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table")  # one binary for all
 
@@ -253,7 +256,8 @@ def launch(
     num_queries, head_dim = q_TQD.shape[1:]
     batch, group = pages.lengths_B.shape[0], num_queries // num_heads
     num_rows, is_8_bit = pages.max_q_len * group, pool.k_PHSD.dtype in EIGHT_BIT
-    rows, tile, num_warps, stages = shape or program_shape(num_rows, head_dim, is_8_bit=is_8_bit)
+    shaped_for = 1 if split_tokens else num_rows
+    rows, tile, num_warps, stages = shape or program_shape(shaped_for, head_dim, is_8_bit=is_8_bit)
     row_tiles = triton.cdiv(num_rows, rows)
     k, v, words, planes = stored(pool, as_words=rows < WARPGROUP_ROWS.value)
     assert split_tokens % tile == 0, f"parts of {split_tokens} tokens are not whole tiles of {tile}"

@@ -14,6 +14,7 @@ Bound: a byte per weight up to about 240 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -209,6 +210,15 @@ def shape_for(
         ):  # the smallest that fit at once
             return Shape(rows_w, rows_x, 256, num_warps, num_stages, maps)
     return Shape(128, 128, 128, 4, 3, maps)
+
+
+@functools.cache
+def fixed_shape(device: torch.device) -> Shape:
+    """One for any number of rows and whole tiles: each element of y is the same sum, in the same order."""
+    maps = starts_early(device)
+    properties: Any = torch.cuda.get_device_properties(device)
+    has_room = maps and properties.shared_memory_per_block_optin >= HOPPER_SHARED
+    return Shape(64, 64, 128, 4, 8 if has_room else 3, maps)
 
 
 # Up to 64 rows what counts is how many bytes of W are on their way: all of a multiprocessor's shared memory, and every

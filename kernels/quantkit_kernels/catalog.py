@@ -46,6 +46,7 @@ INT8_INPUT = (Kernel("int8_int8", None, int8_int8.supports, int8_int8.prepare, i
 
 def choose_float(weight: LinearWeight, dtype: torch.dtype) -> tuple[Kernel, ...]:
     """Kernels for a floating-point input, ordered by max_rows; the last one takes any M."""
+    _check_cpu(weight)
     chosen: list[Kernel] = []
     for kernel in FLOAT_INPUT:
         if kernel.supports(weight, dtype):
@@ -57,7 +58,13 @@ def choose_float(weight: LinearWeight, dtype: torch.dtype) -> tuple[Kernel, ...]
 
 def choose_int8(weight: LinearWeight, dtype: torch.dtype) -> Kernel | None:
     """The kernel that takes int8 codes as input, or None where there is none for this weight."""
+    _check_cpu(weight)
     return next((kernel for kernel in INT8_INPUT if kernel.supports(weight, dtype)), None)
+
+
+def _check_cpu(weight: LinearWeight) -> None:
+    device = weight.codes_NK.device.type
+    assert device in ("cpu", "meta"), f"weights on {device}: product.prepare finds their kernel"
 
 
 Tile = tuple[int | None, int | None]  # rows and columns that share a scale; None: all of them
@@ -178,20 +185,24 @@ class WeightFormat(NamedTuple):
 
 
 class UnsupportedError(LookupError):
-    """No family takes a weight with an input on a device. nearest: the family that comes closest, or None."""
+    """No family takes a weight with an input on a device.
 
-    def __init__(self, reason: str, nearest: str | None) -> None:
-        super().__init__(reason)
+    reason: what the nearest family takes instead. nearest: the name of the family that comes closest, which on a device
+    without the arithmetic takes inputs in 16 bits; None if there is none.
+    """
+
+    def __init__(self, asked: str, reason: str, nearest: str | None) -> None:
+        super().__init__(f"no kernel for {asked}: {reason}")
         self.reason = reason
         self.nearest = nearest
 
 
 def format_of(weight: LinearWeight) -> WeightFormat:
-    """Of a quantized weight. Several rows that share one scale are as good as one scale for all."""
+    """Of a quantized weight. Several rows that share one scale are as good as one for all, 2 bits as good as 4."""
     rows, cols = weight.tile
     is_whole = cols >= weight.codes_NK.shape[1]
     tile = (rows, cols) if not is_whole else CHANNEL if rows == 1 else TENSOR
-    return WeightFormat(weight.bits, weight.codes_NK.dtype, tile, weight.zero_point_RG is not None)
+    return WeightFormat(weight.stored_bits, weight.codes_NK.dtype, tile, weight.zero_point_RG is not None)
 
 
 @functools.cache
@@ -207,30 +218,48 @@ def find_gpu(
 
     Raises UnsupportedError, which says what the nearest family takes instead.
     """
+    asked = (
+        f"{_words(weight)} with inputs in {_name(input_dtype)} on compute capability {_version(capability)}"
+    )
     differences = {entry: _differences(entry, weight, input_dtype) for entry in GPU_FAMILIES}
     nearest = min(differences, key=lambda entry: sum(distance for distance, _ in differences[entry]))
     if differences[nearest]:
-        words = "; ".join(text for _, text in differences[nearest])
-        raise UnsupportedError(f"{nearest.name} takes {words}", nearest.name)
+        takes = "; ".join(text for _, text in differences[nearest])
+        raise UnsupportedError(asked, f"{nearest.name} takes {takes}", nearest.name)
     family = nearest.load()
-    if not family.usable(1, capability):
-        least = min(route.min_capability for route in family.routes)
-        raise UnsupportedError(
-            f"{nearest.name} takes devices of compute capability {least[0]}.{least[1]}", None
-        )
-    return nearest, family
+    if family.usable(1, capability):
+        return nearest, family
+    least = min(route.min_capability for route in family.routes)
+    reason = f"{nearest.name} takes devices of compute capability {_version(least)} and newer"
+    if nearest.inputs == FLOATS:
+        raise UnsupportedError(asked, reason, None)
+    try:
+        instead, _ = find_gpu(weight, FLOATS[0], capability)
+    except UnsupportedError:
+        raise UnsupportedError(asked, reason, None) from None
+    raise UnsupportedError(asked, f"{reason}, {instead.name} inputs in 16 bits on this one", instead.name)
 
 
 def _differences(entry: GpuFamily, weight: WeightFormat, input_dtype: torch.dtype) -> list[tuple[int, str]]:
     """What a family takes that this is not: how far that is away, and words."""
+    can_shift = entry.has_zero_points and weight.codes == torch.int8
     checks = (
         (8, weight.bits == entry.bits, f"weights of {entry.bits} bits, not {weight.bits}"),
         (4, weight.codes in entry.codes, f"codes in {_names(entry.codes)}, not {_name(weight.codes)}"),
         (2, input_dtype in entry.inputs, f"inputs in {_names(entry.inputs)}, not {_name(input_dtype)}"),
         (1, weight.tile in entry.tiles, f"scales per {_tiles(entry.tiles)}, not {_tile(weight.tile)}"),
-        (1, entry.has_zero_points or not weight.has_zero_points, "no zero points"),
+        (1, can_shift or not weight.has_zero_points, f"no zero points of {_name(weight.codes)} codes"),
     )
     return [(distance, text) for distance, is_same, text in checks if not is_same]
+
+
+def _words(weight: WeightFormat) -> str:
+    words = f"weights of {weight.bits} bits in {_name(weight.codes)} with a scale per {_tile(weight.tile)}"
+    return f"{words} and zero points" if weight.has_zero_points else words
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

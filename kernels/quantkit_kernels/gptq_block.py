@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit_kernels.operators import on_its_device
+from quantkit_kernels.operators import on_its_device, operator
 from quantkit_kernels.rounding import E4M3_MAX, e4m3_bits, round_e4m3, round_even
 
 MAX_COLUMNS = 128
@@ -106,7 +106,27 @@ def gptq_block_kernel(
     tl.store(loss + batch * num_rows + rows, loss_N, mask=is_row)
 
 
-@torch.library.custom_op("quantkit::gptq_block", mutates_args=(), device_types="cuda")
+def _fake(
+    w_BCN: Tensor,
+    carried_BCN: Tensor,
+    lower_BCC: Tensor,
+    scale_BGN: Tensor,
+    zero_point_BGN: Tensor | None,
+    group_C: Tensor,
+    qmin: int,
+    qmax: int,
+    is_float8: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, num_rows = w_BCN.shape
+    lost_BCN = w_BCN.new_empty(w_BCN.shape, dtype=torch.float32)
+    return (
+        w_BCN.new_empty(w_BCN.shape, dtype=torch.int8),
+        lost_BCN,
+        lost_BCN.new_empty(batch, num_rows),
+    )
+
+
+@operator("gptq_block", cpu=None, fake=_fake)
 def gptq_block(
     w_BCN: Tensor,
     carried_BCN: Tensor,
@@ -126,27 +146,6 @@ def gptq_block(
     The loss is Σ ((target − ŵ) · L[c, c])², the block's part of (W − Ŵ) (H + damping) (W − Ŵ)ᵀ.
     """
     return launch(w_BCN, carried_BCN, lower_BCC, scale_BGN, zero_point_BGN, group_C, qmin, qmax, is_float8)
-
-
-@gptq_block.register_fake
-def _(
-    w_BCN: Tensor,
-    carried_BCN: Tensor,
-    lower_BCC: Tensor,
-    scale_BGN: Tensor,
-    zero_point_BGN: Tensor | None,
-    group_C: Tensor,
-    qmin: int,
-    qmax: int,
-    is_float8: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, num_rows = w_BCN.shape
-    lost_BCN = w_BCN.new_empty(w_BCN.shape, dtype=torch.float32)
-    return (
-        w_BCN.new_empty(w_BCN.shape, dtype=torch.int8),
-        lost_BCN,
-        lost_BCN.new_empty(batch, num_rows),
-    )
 
 
 @on_its_device

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quantkit_kernels import strip_weight, w8a8_fp8
+from quantkit_kernels.batch_invariant import FIXED_ROWS
 from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
@@ -64,7 +65,7 @@ def prepare_dense(weights: Iterable[Tensor], num_experts: int) -> ExpertWeight:
 
 def _laid_out(weight: LinearWeight) -> ExpertWeight:
     """Of one expert: tensors without the first dimension."""
-    if weight.bits == 4:
+    if weight.stored_bits == 4:
         strips = strip_weight.prepare(weight)
         return ExpertWeight(strips.stored, strips.scale, strips.zero_point, strips.shape, strips.group_size)
     rows = w8a8_fp8.prepare(weight)
@@ -92,8 +93,14 @@ def _stacked(parts: list[Tensor | None]) -> Tensor | None:
     return torch.stack(tensors) if tensors else None
 
 
-def rows_for(num_pairs: int, weight: ExpertWeight) -> int:
-    """Rows of a tile: about what an expert gets, so that its weights are read once; of INT4 no more than 64."""
+def rows_for(num_pairs: int, weight: ExpertWeight, *, batch_invariant: bool = False) -> int:
+    """Rows of a tile: about what an expert gets, so that its weights are read once; of INT4 no more than 64.
+
+    batch_invariant: as many in any batch, so that a pair's result does not depend on the others. In plain torch, on a
+    CPU or for FP8 where the device does not convert it, the last bits may.
+    """
+    if batch_invariant:
+        return FIXED_ROWS
     each = max(-(-num_pairs // len(weight.stored)), 1)
     return min(max(1 << (each - 1).bit_length(), 16), 64 if weight.stored.dtype == torch.int32 else 128)
 

@@ -2,8 +2,8 @@
 
     x [T, K]   a program: TOKENS rows, ROWS at a time, × COLUMNS columns   ->  partial sums [T / TOKENS, 4, K]
 
-The partial sums are added afterwards, in order, so the result is the same on every run. A NaN or an infinity anywhere
-makes the sum of its column one too.
+The partial sums are added afterwards, in order, so the result is the same on every run. A NaN anywhere makes all four
+numbers of its column NaN, an infinity makes none of them finite.
 
 Bound: 2 bytes per element of a bf16 matrix, a few operations each: memory.
 Shape suffixes: T tokens, K features.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit_kernels.operators import on_its_device
+from quantkit_kernels.operators import on_its_device, operator
 
 TOKENS, ROWS, COLUMNS, NUM_WARPS = 512, 8, 256, 4
 
@@ -49,10 +49,14 @@ def moments_kernel(
         square_TK += x_TK * x_TK
         max_TK = tl.maximum(max_TK, tl.abs(x_TK))
     at = sums + tl.program_id(0).to(tl.int64) * 4 * num_features + column
+    abs_K = tl.sum(abs_TK, axis=0)
+    max_K = tl.where(
+        abs_K == abs_K, tl.max(max_TK, axis=0), abs_K
+    )  # a maximum passes over NaN, this sum does not
     tl.store(at, tl.sum(sum_TK, axis=0), mask=is_column)
-    tl.store(at + num_features, tl.sum(abs_TK, axis=0), mask=is_column)
+    tl.store(at + num_features, abs_K, mask=is_column)
     tl.store(at + 2 * num_features, tl.sum(square_TK, axis=0), mask=is_column)
-    tl.store(at + 3 * num_features, tl.max(max_TK, axis=0), mask=is_column)
+    tl.store(at + 3 * num_features, max_K, mask=is_column)
 
 
 class Moments(NamedTuple):
@@ -64,15 +68,22 @@ class Moments(NamedTuple):
     max_K: Tensor
 
 
-@torch.library.custom_op("quantkit::column_moments", mutates_args=(), device_types="cuda")
+def plain(x_TK: Tensor) -> Tensor:
+    """`column_moments` in plain torch."""
+    x_TK = x_TK.float()
+    magnitude_TK = x_TK.abs()
+    sums = (x_TK.sum(dim=0), magnitude_TK.sum(dim=0), x_TK.square().sum(dim=0), magnitude_TK.amax(dim=0))
+    return torch.stack(sums)
+
+
+def _fake(x_TK: Tensor) -> Tensor:
+    return x_TK.new_empty(4, x_TK.shape[1], dtype=torch.float32)
+
+
+@operator("column_moments", cpu=plain, fake=_fake)
 def column_moments(x_TK: Tensor) -> Tensor:
     """Σx, Σ|x|, Σx² and max |x| of each column, float32 [4, K]. x_TK: any float dtype, columns contiguous."""
     return launch(x_TK)
-
-
-@column_moments.register_fake
-def _(x_TK: Tensor) -> Tensor:
-    return x_TK.new_empty(4, x_TK.shape[1], dtype=torch.float32)
 
 
 def moments(x_TK: Tensor) -> Moments:

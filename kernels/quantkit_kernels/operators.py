@@ -38,19 +38,19 @@ def for_device(operator: Callable[Arguments, Result], device: torch.device) -> C
 
 
 def operator(
-    name: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+    name: str, *, cpu: Callable[..., Any] | None, fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorator: the function becomes what `quantkit::name` does with CUDA tensors; its annotations are the schema.
 
-    cpu, fake: for CPU tensors, and for tensors without data. mutates: names of the arguments that are written. The
-    first argument is a tensor, whose device is the current one meanwhile. No gradients, and no result may share memory
-    with an argument.
+    cpu, fake: for CPU tensors (None where those take a way without operators), and for tensors without data. mutates:
+    names of the arguments that are written. The first argument is a tensor, whose device is the current one meanwhile.
+    No gradients, and no result may share memory with an argument.
     """
 
     def define(cuda: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         full_name = f"quantkit::{name}"
         torch.library.define(full_name, torch.library.infer_schema(cuda, mutates_args=mutates))
-        functions = {"cuda": on_its_device(cuda), "cpu": cpu}
+        functions = {"cuda": on_its_device(cuda)} | ({} if cpu is None else {"cpu": cpu})
         for kind, function in functions.items():
             torch.library.impl(full_name, kind, function)
         torch.library.register_fake(full_name, fake)

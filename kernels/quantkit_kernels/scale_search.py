@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit_kernels.operators import on_its_device
+from quantkit_kernels.operators import on_its_device, operator
 from quantkit_kernels.rounding import E4M3_MAX, power_below, round_bfloat16, round_e4m3, round_even
 
 Grid = Literal["symmetric", "either sign", "asymmetric", "e4m3"]
@@ -152,7 +152,21 @@ def program_shape(size: int) -> tuple[int, int]:
     return max(1, PROGRAM_ELEMENTS // size), max(4, size // 2048)
 
 
-@torch.library.custom_op("quantkit::scale_search", mutates_args=(), device_types="cuda")
+def _fake(
+    tiles_TS: Tensor,
+    importance_PS: Tensor | None,
+    ratios: list[float],
+    steps: list[float],
+    grid: str,
+    qmin: int,
+    qmax: int,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    num_tiles = tiles_TS.shape[0]
+    return tiles_TS.new_empty(num_tiles, dtype=scale_dtype), tiles_TS.new_empty(num_tiles, dtype=torch.int8)
+
+
+@operator("scale_search", cpu=None, fake=_fake)
 def scale_search(
     tiles_TS: Tensor,
     importance_PS: Tensor | None,
@@ -172,21 +186,6 @@ def scale_search(
     return launch(
         tiles_TS, importance_PS, Candidates(tuple(ratios), tuple(steps)), grid, qmin, qmax, scale_dtype
     )
-
-
-@scale_search.register_fake
-def _(
-    tiles_TS: Tensor,
-    importance_PS: Tensor | None,
-    ratios: list[float],
-    steps: list[float],
-    grid: str,
-    qmin: int,
-    qmax: int,
-    scale_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    num_tiles = tiles_TS.shape[0]
-    return tiles_TS.new_empty(num_tiles, dtype=scale_dtype), tiles_TS.new_empty(num_tiles, dtype=torch.int8)
 
 
 @on_its_device

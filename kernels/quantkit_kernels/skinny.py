@@ -12,21 +12,13 @@ from torch import Tensor
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
-from quantkit_kernels.strip_weight import StripWeight
+from quantkit_kernels.strip_weight import KINDS, StripWeight
 
 MAX_ROWS = 32
 MIN_CAPABILITY = (9, 0)
 WARPS = 8
 THREADS = 32 * (WARPS + 1)
 PARAMS = "9P10i"
-KINDS = {
-    torch.int8: 0,
-    torch.int32: 0,
-    torch.float8_e4m3fn: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.float32: 4,
-}
 
 
 def skinny(

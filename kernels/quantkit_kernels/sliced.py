@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.repack import BLOCK_COLUMNS
-from quantkit_kernels.strip_weight import SCALE_KINDS, StripWeight
+from quantkit_kernels.strip_weight import KINDS, StripWeight
 
 SLICE_BYTES = 36 << 20  # of 50 MB: at 2048 rows and 14336 columns a tenth faster than 24
 ROW_STEP = 256  # rows of a slice: a multiple, so that cuBLAS has whole tiles
@@ -56,8 +56,8 @@ def dequantize_rows(weight: StripWeight, first_row: int, out_NK: Tensor) -> None
         ("IS_E4M3", int(weight.stored.dtype == torch.float8_e4m3fn)),
         ("GROUP", weight.group_size),
         ("ZERO", int(weight.zero_point is not None)),
-        ("IS_BF16", int(out_NK.dtype == torch.bfloat16)),
-        ("SCALE_KIND", SCALE_KINDS[weight.scale.dtype]),
+        ("OUT_KIND", KINDS[out_NK.dtype]),
+        ("SCALE_KIND", KINDS[weight.scale.dtype]),
     )
     kernel = nvrtc.load("dequantize.cu", "dequantize", PARAMS, defines)
     tensors = (out_NK, weight.stored, weight.scale, weight.zero_point)

@@ -17,11 +17,15 @@ from quantkit_kernels.repack import from_fragments, from_strips, to_fragments, t
 from quantkit_kernels.weight import LinearWeight
 
 GROUPS = (32, 64, 128)
-SCALE_KINDS = {
-    torch.bfloat16: 0,
-    torch.float16: 1,
-    torch.float32: 2,
-}  # of groups, in the CUDA C++ of tile and sliced
+KINDS = {  # as `csrc/common.cuh` has them
+    torch.int8: 0,
+    torch.int32: 0,
+    torch.float8_e4m3fn: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.float32: 4,
+}
+SCALE_LIMIT = 256  # of scales in 16 bits: so much below the largest number `tile` has powers of two in
 
 
 class StripWeight(NamedTuple):
@@ -47,33 +51,37 @@ class StripWeight(NamedTuple):
 
 
 def exact_dtype(scale: Tensor) -> torch.dtype:
-    """The smallest dtype that has these scales exactly."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(scale.to(dtype).float(), scale.float()):
-            return dtype
+    """The smallest dtype that has these scales exactly; float32 from SCALE_LIMIT on."""
+    if bool((scale.abs() < SCALE_LIMIT).all()):
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(scale.to(dtype).float(), scale.float()):
+                return dtype
     return torch.float32
 
 
 def prepare(weight: LinearWeight, *, with_row_sum: bool = False) -> StripWeight:
     """Lay a quantized weight out. Codes of 8 bits stay where they are, unless rows are no multiple of 16 bytes."""
     num_rows, num_cols = weight.codes_NK.shape
+    is_integer = weight.codes_NK.dtype == torch.int8
+    assert weight.zero_point_RG is None or is_integer, f"codes in {weight.codes_NK.dtype} have no zero points"
     row_sum = None
     if with_row_sum:
         assert weight.zero_point_RG is None, "no scheme has zero points on both sides"
         row_sum = _row_sums(weight)
-    stored = to_fragments(weight.codes_NK) if weight.bits == 4 else _aligned_rows(weight.codes_NK)
+    bits = weight.stored_bits
+    stored = to_fragments(weight.codes_NK) if bits == 4 else _aligned_rows(weight.codes_NK)
     scale, zero_point, group = weight.scale_RG, weight.zero_point_RG, weight.tile[1]
     if group >= num_cols:
         if zero_point is None:
             per_row = scale[torch.arange(num_rows, device=scale.device) // weight.tile[0], 0].float()
-            return StripWeight(stored, per_row, None, row_sum, (num_rows, num_cols), weight.bits, 0)
+            return StripWeight(stored, per_row, None, row_sum, (num_rows, num_cols), bits, 0)
         # zero points are subtracted by group: repeat what is one for the row
         group, times = GROUPS[-1], -(-num_cols // GROUPS[-1])
         scale, zero_point = scale.repeat(1, times), zero_point.repeat(1, times)
     scale = to_strips(scale.to(exact_dtype(scale)), weight.tile, num_rows)
     if zero_point is not None:
         zero_point = to_strips(zero_point, weight.tile, num_rows)
-    return StripWeight(stored, scale, zero_point, row_sum, (num_rows, num_cols), weight.bits, group)
+    return StripWeight(stored, scale, zero_point, row_sum, (num_rows, num_cols), bits, group)
 
 
 def prepare_dense(weight_NK: Tensor) -> StripWeight:

@@ -1,8 +1,8 @@
 """Products of tens to hundreds of rows with weights of 4 or 8 bits: the host's side of `csrc/tile.cu`, which draws it.
 
 x is first put into the order that the tensor cores read (`csrc/tile_x.cu`), rows rounded up to the tile; the product
-starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized one would be;
-a scale of a group is rounded to the dtype of x before that, where it is not exact in it (float32 in bf16: by 2^-9).
+starts loading weights meanwhile. Weights become 16 bits, rounded once after their scale, as a dequantized one would be:
+in the dtype of x where scales of groups are in it, else in float32, which takes two instructions more for a weight.
 
 Bound: the bytes of the weight up to about 70 rows of x, then the tensor cores. Compute capability 9.0 alone (`wgmma`).
 Shape suffixes: M rows, N out_features, K in_features, G groups.
@@ -17,7 +17,8 @@ from torch import Tensor
 from quantkit_kernels import nvrtc
 from quantkit_kernels.capability import num_multiprocessors
 from quantkit_kernels.repack import BLOCK_COLUMNS
-from quantkit_kernels.strip_weight import SCALE_KINDS, StripWeight
+from quantkit_kernels.strip_weight import KINDS as DTYPES
+from quantkit_kernels.strip_weight import StripWeight
 
 CAPABILITY = (9, 0)
 WARPGROUPS, THREADS = 2, 3 * 128
@@ -63,6 +64,9 @@ KINDS = (
     Kind(256, 1, 1, 3, 1.38, 3.0),
 )
 ONE_TILE = 128  # so many rows of x, and no more, are always in one tile
+FIXED_ROWS = (
+    64  # of a tile that any number of rows is cut into: few rows wait for the weight's bytes all the same
+)
 SPLIT_US = 0.6 / 64  # for each more block that shares K, and row of the tile
 
 
@@ -72,6 +76,11 @@ def tiling_of(num_rows: int, n: int, k: int, multiprocessors: int) -> Tiling:
     smallest = min((kind.m_tile for kind in KINDS if num_rows <= kind.m_tile <= ONE_TILE), default=0)
     kinds = [kind for kind in KINDS if kind.m_tile == smallest or (not smallest and kind.m_tile >= ONE_TILE)]
     return min(_best_split(kind, num_rows, n, k, multiprocessors) for kind in kinds)[1]
+
+
+def fixed_tiling(n: int, k: int, multiprocessors: int) -> Tiling:
+    """One for any number of rows of x: then each element of y is the same sum, in the same order."""
+    return tiling_of(FIXED_ROWS, n, k, multiprocessors)
 
 
 def _best_split(kind: Kind, num_rows: int, n: int, k: int, multiprocessors: int) -> tuple[float, Tiling]:
@@ -203,6 +212,6 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
         ("GROUP_ROWS", _group_rows(weight)),
         ("GROUP_STAGES", max(1, weight.group_size // STAGE_COLUMNS)),
         ("ZERO", int(weight.zero_point is not None)),
-        ("IS_BF16", int(dtype == torch.bfloat16)),
-        ("SCALE_KIND", SCALE_KINDS[weight.scale.dtype]),
+        ("X_KIND", DTYPES[dtype]),
+        ("SCALE_KIND", DTYPES[weight.scale.dtype]),
     )

@@ -8,13 +8,19 @@ r is the sum of the dequantized row. The weight is a `StripWeight`, INT4 in frag
     skinny   the fewest
     tile     from there: 8-bit codes made in registers (`w4a8_kernel`)
 
+With `batch_invariant` it is `tile` with tiles of one shape: an element is the same sum whatever else is in the batch.
+
 Bound: half a byte per weight up to about 120 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features, G groups.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from quantkit_kernels.batch_invariant import in_fixed_rows
+from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
@@ -31,12 +37,14 @@ def multiply(
     weight: StripWeight,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`w4a8` with a weight that `strip_weight.prepare` laid out; with zero points of x it needs `with_row_sum`."""
     assert weight.scale is not None, "a weight of 4 bits has scales"
     return w4a8(
         codes_MK, x_scale, zero_point, weight.stored, weight.scale, weight.zero_point, weight.row_sum, bias_N,
-        weight.shape[0], weight.group_size, out_dtype,
+        weight.shape[0], weight.group_size, out_dtype, batch_invariant,
     )  # fmt: skip
 
 
@@ -52,16 +60,20 @@ def plain(
     num_outputs: int,
     group: int,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`w4a8` in plain torch: the weight dequantized, everything in float32."""
-    num_cols = codes_MK.shape[1]
+    num_rows, num_cols = codes_MK.shape
     check(
         codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, num_outputs, group,
         out_dtype,
     )  # fmt: skip
     weight = StripWeight(packed, w_scale, w_zero_point, None, (num_outputs, num_cols), 4, group)
     w_NK = dense(weight, torch.float32)
-    y_MN = codes_MK.float() @ w_NK.T
+    if batch_invariant and num_rows > 0:
+        y_MN = in_fixed_rows(lambda codes: codes.float() @ w_NK.T, codes_MK)
+    else:
+        y_MN = codes_MK.float() @ w_NK.T
     if x_zero_point is not None and w_row_sum_N is not None:
         y_MN -= x_zero_point.float() * w_row_sum_N
     y_MN *= x_scale
@@ -80,6 +92,7 @@ def _fake(
     num_outputs: int,
     group: int,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
 
@@ -97,12 +110,14 @@ def w4a8(
     num_outputs: int,
     group: int,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """(x − zero point) · wᵀ (+ bias), [M, N] in out_dtype.
 
     codes_MK: int8 or float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; x_zero_point: int8 of the same
     shape, or None, with int8 codes. packed, w_scale, w_zero_point, w_row_sum_N: of a `StripWeight`. group: 32, 64, 128,
-    or 0 for a scale per row. bias_N: any float dtype.
+    or 0 for a scale per row. bias_N: any float dtype. batch_invariant: a row's result does not depend on how many
+    others there are.
     """
     check(
         codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, num_outputs, group,
@@ -111,12 +126,16 @@ def w4a8(
     num_rows, num_cols = codes_MK.shape
     if num_rows == 0:
         return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
+    if codes_MK.dtype == torch.float8_e4m3fn and not converts_float8(codes_MK.device):  # nor multiplies it
+        return plain(
+            codes_MK, x_scale, x_zero_point, packed, w_scale, w_zero_point, w_row_sum_N, bias_N, num_outputs, group,
+            out_dtype, batch_invariant,
+        )  # fmt: skip
+    weight = StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, (num_outputs, num_cols), 4, group)
     family = INT8_INPUT if codes_MK.dtype == torch.int8 else FP8_INPUT
     route = choose(family, num_rows, num_outputs, num_cols, codes_MK.device)
-    weight = StripWeight(packed, w_scale, w_zero_point, w_row_sum_N, (num_outputs, num_cols), 4, group)
-    return route.run(
-        codes_MK, weight, x_scale=x_scale, zero_point=x_zero_point, bias_N=bias_N, out_dtype=out_dtype
-    )
+    run = partial(_tile, fixed=True) if batch_invariant else route.run
+    return run(codes_MK, weight, x_scale=x_scale, zero_point=x_zero_point, bias_N=bias_N, out_dtype=out_dtype)
 
 
 def _skinny(
@@ -145,27 +164,35 @@ def _tile(
     out_dtype: torch.dtype,
     zero_point: Tensor | None = None,
     bias_N: Tensor | None = None,
+    fixed: bool = False,
 ) -> Tensor:
+    """fixed: by tiles of one shape, whatever the number of rows."""
     from quantkit_kernels import w4a8_kernel
 
     assert weight.scale is not None, "a weight of 4 bits has scales"
     y_MN = codes_MK.new_empty(len(codes_MK), weight.shape[0], dtype=out_dtype)
+    shape = w4a8_kernel.fixed_shape(weight.group_size, codes_MK.device) if fixed else None
     w4a8_kernel.launch(
         codes_MK, x_scale, zero_point, weight.stored, weight.scale, weight.zero_point, weight.row_sum, bias_N,
-        weight.group_size, y_MN,
+        weight.group_size, y_MN, shape,
     )  # fmt: skip
     return y_MN
 
 
-ROUTES = (
-    Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
-    Route(name="tile", run=_tile),
-)
+SKINNY = Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY)
 INT8_INPUT = Family(
-    name="w4a8_int8", routes=ROUTES, prepare=prepare, weight_bytes=0.5, input_dtype=torch.int8
+    name="w4a8_int8",
+    routes=(SKINNY, Route(name="tile", run=_tile)),
+    prepare=prepare,
+    weight_bytes=0.5,
+    input_dtype=torch.int8,
 )
 FP8_INPUT = Family(
-    name="w4a8_fp8", routes=ROUTES, prepare=prepare, weight_bytes=0.5, input_dtype=torch.float8_e4m3fn
+    name="w4a8_fp8",
+    routes=(SKINNY, Route(name="tile", run=_tile, min_capability=(8, 9))),
+    prepare=prepare,
+    weight_bytes=0.5,
+    input_dtype=torch.float8_e4m3fn,
 )
 
 
@@ -186,6 +213,7 @@ def check(
     num_rows, num_cols = codes_MK.shape
     expected = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
     assert codes_MK.dtype in (torch.int8, torch.float8_e4m3fn), f"codes of {codes_MK.dtype}"
+    assert codes_MK.device == packed.device, f"x on {codes_MK.device}, weights on {packed.device}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert packed.shape == expected and packed.is_contiguous(), (
         f"fragments {tuple(packed.shape)}, not {expected}"

@@ -11,6 +11,8 @@ maps ask for). A scale for the whole weight is repeated for its rows; one for al
     tile        tens, and where the others have no kernel
     scaled_mm   more: `torch._scaled_mm`, scales per row of both, or per 128 columns and per 128 × 128
 
+With `batch_invariant` it is `tile` with tiles of one shape: an element is the same sum whatever else is in the batch.
+
 Bound: a byte per weight up to about 240 rows, then 1440 TFLOP/s of an H100.
 Shape suffixes: M rows, N out_features, K in_features.
 """
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quantkit_kernels.batch_invariant import in_fixed_rows
 from quantkit_kernels.capability import HOPPER, capability, converts_float8
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
@@ -80,10 +83,17 @@ def aligned(codes: Tensor, extra_rows: int = 0) -> Tensor:
 
 
 def multiply(
-    codes_MK: Tensor, x_scale: Tensor, weight: Fp8Weight, bias_N: Tensor | None, out_dtype: torch.dtype
+    codes_MK: Tensor,
+    x_scale: Tensor,
+    weight: Fp8Weight,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`w8a8_fp8` with a prepared weight."""
-    return w8a8_fp8(codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype)
+    codes_NK, scale, (num_outputs, _) = weight
+    return w8a8_fp8(codes_MK, x_scale, codes_NK, scale, bias_N, num_outputs, out_dtype, batch_invariant)
 
 
 def plain(
@@ -94,9 +104,15 @@ def plain(
     bias_N: Tensor | None,
     num_outputs: int,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`w8a8_fp8` in plain torch: codes as float32, scales of blocks before the product, others after it."""
     _check(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+    if batch_invariant and len(codes_MK) > 0:
+        return in_fixed_rows(
+            lambda codes, scale: plain(codes, scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype),
+            codes_MK, x_scale.expand(len(codes_MK), -1),
+        )  # fmt: skip
     num_cols = codes_MK.shape[1]
     x_MK, w_NK = codes_MK.float(), w_codes_NK[:num_outputs, :num_cols].float()
     if w_scale.ndim == 2:
@@ -117,6 +133,7 @@ def _fake(
     bias_N: Tensor | None,
     num_outputs: int,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     return codes_MK.new_empty(codes_MK.shape[0], num_outputs, dtype=out_dtype)
 
@@ -130,21 +147,25 @@ def w8a8_fp8(
     bias_N: Tensor | None,
     num_outputs: int,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """x · wᵀ (+ bias), [M, N] in out_dtype.
 
     codes_MK: float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; with w_scale in blocks
-    [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: any float dtype.
+    [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: any float dtype. batch_invariant: a row's result
+    does not depend on how many others there are.
     """
     _check(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     if not converts_float8(codes_MK.device):  # nor multiplies it
-        return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
+        return plain(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype, batch_invariant)
     num_rows, num_cols = codes_MK.shape
     if num_rows == 0:
         return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
+    weight = Fp8Weight(w_codes_NK, w_scale, (num_outputs, num_cols))
+    if batch_invariant:
+        return _tile(codes_MK, weight, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype, fixed=True)
     family = FAMILY if w_scale.ndim == 1 else BLOCK_FAMILY
     route = choose(family, num_rows, num_outputs, num_cols, codes_MK.device)
-    weight = Fp8Weight(w_codes_NK, w_scale, (num_outputs, num_cols))
     return route.run(codes_MK, weight, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype)
 
 
@@ -170,11 +191,16 @@ def _tile(
     x_scale: Tensor,
     out_dtype: torch.dtype,
     bias_N: Tensor | None = None,
+    fixed: bool = False,
 ) -> Tensor:
+    """fixed: by tiles of one shape, whatever the number of rows."""
     from quantkit_kernels import byte_tile_kernel
 
     y_MN = torch.empty(len(codes_MK), weight.shape[0], dtype=out_dtype, device=codes_MK.device)
-    byte_tile_kernel.multiply(aligned(codes_MK), x_scale, weight.codes_NK, weight.scale, y_MN, bias_N=bias_N)
+    shape = byte_tile_kernel.fixed_shape(codes_MK.device) if fixed else None
+    byte_tile_kernel.multiply(
+        aligned(codes_MK), x_scale, weight.codes_NK, weight.scale, y_MN, shape, bias_N=bias_N
+    )
     return y_MN
 
 
@@ -296,6 +322,7 @@ def _check(
     assert codes_MK.dtype == w_codes_NK.dtype == torch.float8_e4m3fn, (
         f"{codes_MK.dtype} by {w_codes_NK.dtype}"
     )
+    assert codes_MK.device == w_codes_NK.device, f"x on {codes_MK.device}, weights on {w_codes_NK.device}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert num_cols <= padded_cols < num_cols + ALIGNED, (
         f"{num_cols} columns of x, {padded_cols} of the weight"

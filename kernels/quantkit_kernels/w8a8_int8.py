@@ -7,7 +7,8 @@ with zeros to a multiple of 16; the sums of rows are made once. `skinny` takes t
 the sum stays in registers, where `torch._int_mm` would write it out and read it again.
 
 |Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16. `tile` takes the zero point off that, exactly; in
-`skinny` each warp's sum, of an eighth of the columns, becomes float32 before.
+`skinny` each warp's sum, of an eighth of the columns, becomes float32 before. With `batch_invariant` it is `tile`:
+exact sums are the same in tiles of any shape.
 Bound: a byte per weight up to about 240 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features.
 """
@@ -61,9 +62,11 @@ def multiply(
     weight: Int8Weight,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`w8a8_int8` with a prepared weight."""
-    return w8a8_int8(codes_MK, x_scale, zero_point, *weight, bias_N, out_dtype)
+    return w8a8_int8(codes_MK, x_scale, zero_point, *weight, bias_N, out_dtype, batch_invariant)
 
 
 def plain(
@@ -76,8 +79,12 @@ def plain(
     w_row_sum_N: Tensor,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """`w8a8_int8` in plain torch. Without VNNI the CPU's integer products may saturate: float32, few enough columns."""
+    """`w8a8_int8` in plain torch: exact sums, the same in any batch.
+
+    Without VNNI the CPU's integer products may saturate: float32, few enough columns.
+    """
     _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, bias_N, out_dtype)
     codes_MK = aligned(codes_MK)
     if torch.cpu._is_vnni_supported():
@@ -103,6 +110,7 @@ def _fake(
     w_row_sum_N: Tensor,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     return codes_MK.new_empty(codes_MK.shape[0], w_scale_N.shape[0], dtype=out_dtype)
 
@@ -118,21 +126,22 @@ def w8a8_int8(
     w_row_sum_N: Tensor,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """(x − zero point) · wᵀ (+ bias), [M, N] in out_dtype.
 
     codes_MK: int8, columns contiguous. x_scale: float32 [M, 1] or [1]. zero_point: int8 of the same shape, or None.
-    w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype.
+    w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype. batch_invariant: a
+    row's result does not depend on how many others there are.
     """
     _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, bias_N, out_dtype)
     num_rows, num_cols = codes_MK.shape
     if num_rows == 0:
         return codes_MK.new_empty(0, len(w_scale_N), dtype=out_dtype)
-    route = choose(FAMILY, num_rows, len(w_scale_N), num_cols, codes_MK.device)
     weight = Int8Weight(w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N)
-    return route.run(
-        codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
-    )
+    route = choose(FAMILY, num_rows, len(w_scale_N), num_cols, codes_MK.device)
+    run = _tile if batch_invariant else route.run
+    return run(codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype)
 
 
 def _skinny(
@@ -198,6 +207,7 @@ def _check(
     num_rows, num_cols = codes_MK.shape
     num_outputs, padded_cols = w_codes_NK.shape
     assert codes_MK.dtype == w_codes_NK.dtype == torch.int8, f"{codes_MK.dtype} by {w_codes_NK.dtype}"
+    assert codes_MK.device == w_codes_NK.device, f"x on {codes_MK.device}, weights on {w_codes_NK.device}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert num_cols <= padded_cols < num_cols + ALIGNED, (
         f"{num_cols} columns of x, {padded_cols} of the weight"

@@ -27,6 +27,11 @@ class LinearWeight(NamedTuple):
     bits: int
 
     @property
+    def stored_bits(self) -> int:
+        """Of a code as the kernels for GPUs keep it: INT4 and INT8 hold what has fewer bits."""
+        return 4 if self.bits <= 4 else 8
+
+    @property
     def is_per_group(self) -> bool:
         """Whether each row has several scales, evenly spaced."""
         rows, cols = self.tile

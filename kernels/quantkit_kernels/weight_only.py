@@ -10,13 +10,14 @@ serves (the catalog has kernels for that).
 Shape suffixes: M rows, N out_features, K in_features.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
+from quantkit_kernels.batch_invariant import FIXED_ROWS, in_fixed_rows
+from quantkit_kernels.capability import capability, num_multiprocessors
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
@@ -24,7 +25,7 @@ from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.sliced import sliced
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare, prepare_dense
-from quantkit_kernels.tile import CAPABILITY, tile
+from quantkit_kernels.tile import CAPABILITY, fixed_tiling, tile
 
 
 def cublas(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -> Tensor:
@@ -44,7 +45,6 @@ W8A16 = Family(name="w8a16", routes=(SKINNY, TILE, SLICED), prepare=prepare, wei
 DENSE16 = Family(
     name="dense16", routes=(SKINNY, Route(name="cublas", run=cublas)), prepare=prepare_dense, weight_bytes=2
 )
-FIXED_ROWS = 32  # of a product that no batch changes
 OF_BITS = {4: W4A16, 8: W8A16, 16: DENSE16}
 
 
@@ -71,7 +71,10 @@ def _cpu(
 ) -> Tensor:
     weight = StripWeight(stored, scale, zero_point, None, (num_outputs, x_MK.shape[-1]), bits, group_size)
     _check(x_MK, weight, bias_N)
-    return linear(x_MK, dense(weight, x_MK.dtype), bias_N)
+    w_NK = dense(weight, x_MK.dtype)
+    if batch_invariant and len(x_MK) > 0:
+        return in_fixed_rows(lambda rows_MK: linear(rows_MK, w_NK, bias_N), x_MK)
+    return linear(x_MK, w_NK, bias_N)
 
 
 def _fake(
@@ -113,20 +116,11 @@ def weight_only(
     family, device = OF_BITS[bits], x_MK.device
     if not batch_invariant:
         return choose(family, num_rows, num_outputs, num_cols, device).run(x_MK, weight, bias_N=bias_N)
-    run = choose(family, FIXED_ROWS, num_outputs, num_cols, device).run
-    parts = [_in_fixed_rows(run, part_MK, weight, bias_N) for part_MK in torch.split(x_MK, FIXED_ROWS)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _in_fixed_rows(
-    run: Callable[..., Tensor], x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None
-) -> Tensor:
-    """The product of at most FIXED_ROWS rows, computed as one of that many."""
-    num_rows = len(x_MK)
-    if num_rows < FIXED_ROWS:
-        x_MK = pad(x_MK, (0, 0, 0, FIXED_ROWS - num_rows))
-    x_MK = x_MK.contiguous()  # as after padding: cuBLAS chooses by strides too
-    return run(x_MK, weight, bias_N=bias_N)[:num_rows]
+    if TILE in family.usable(num_rows, capability(device)):
+        tiling = fixed_tiling(num_outputs, num_cols, num_multiprocessors(device))
+        return tile(x_MK, weight, bias_N=bias_N, dependent=True, tiling=tiling)
+    route = choose(family, FIXED_ROWS, num_outputs, num_cols, device)
+    return in_fixed_rows(lambda rows_MK: route.run(rows_MK, weight, bias_N=bias_N), x_MK)
 
 
 def _check(x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None) -> None:
@@ -140,6 +134,8 @@ def _check(x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None) -> None:
     assert bias_N is None or bias_N.is_contiguous(), "biases have to be next to each other"
     assert bias_N is None or bias_N.dtype == x_MK.dtype, f"bias in {bias_N.dtype}, x in {x_MK.dtype}"
     assert stored.device == x_MK.device, f"x on {x_MK.device}, weights on {stored.device}"
+    is_integer = stored.dtype in (torch.int32, torch.int8)
+    assert weight.zero_point is None or is_integer, f"codes in {stored.dtype} have no zero points"
     strips, groups = -(-n // STRIP_ROWS), -(-k // weight.group_size) if weight.group_size else 0
     if bits == 4:
         assert stored.shape == (strips, -(-k // BLOCK_COLUMNS), 32, 4), f"{tuple(stored.shape)} for {n} x {k}"

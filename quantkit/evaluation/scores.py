@@ -15,6 +15,7 @@ from quantkit.numerics.divergence import divergence, log_probs, row_chunks
 from quantkit.numerics.logit_codes import LogitCodes, decode_logits, encode_logits
 
 RESAMPLES = 10_000
+RESAMPLED_AT_ONCE = 1 << 16  # values
 BOOTSTRAP_SEED = 0
 
 
@@ -104,8 +105,10 @@ def bootstrap_interval(window_means: np.ndarray, *, level: float = 0.95) -> tupl
         return None
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     means = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):  # one resample at a time: any number of windows in the same memory
-        means[index] = window_means[generator.integers(num_windows, size=num_windows)].mean()
+    step = max(1, RESAMPLED_AT_ONCE // num_windows)  # any number of windows in the same memory
+    for start in range(0, RESAMPLES, step):
+        chosen = generator.integers(num_windows, size=(min(step, RESAMPLES - start), num_windows))
+        means[start : start + step] = window_means[chosen].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python tests/gpu/bench_attention.py           # the tables
     PYTHONPATH=.:kernels python tests/gpu/bench_attention.py sweep     # other tiles, blocks and splits
 
-Each number is the best of a few replays of a CUDA graph that reads different blocks, in random order, in every launch,
-more than the L2 cache holds. Bytes are those of the keys, values and scales that the queries see.
+Each number is the median of some replays of a CUDA graph that reads different blocks, in random order, in every
+launch, more than the L2 cache holds. Bytes are those of the keys, values and scales that the queries see.
 """
 
 import functools
@@ -12,11 +12,12 @@ import itertools
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from quantkit.bench.timing import time_chain
 from quantkit_kernels import attention_decode, attention_prefill
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 
@@ -58,25 +59,6 @@ def steps(batch: int, context: int, q_len: int, block_size: int, count: int) -> 
         yield Pages(table_BL, lengths, offsets, q_len, context)
 
 
-def microseconds(launches: list[Callable[[], object]]) -> float:
-    """Of one launch, in a graph of them all."""
-    launches[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for _ in range(4):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        graph.replay()
-        after.record()
-        torch.cuda.synchronize()
-        times.append(before.elapsed_time(after))
-    return min(times) * 1e3 / len(launches)
-
-
 def queries(num_tokens: int) -> Tensor:
     return torch.randn(num_tokens, NUM_QUERIES, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
 
@@ -85,10 +67,10 @@ def decode(kind: str, batch: int, context: int, q_len: int = 1, block_size: int 
     kv = pool(kind, block_size)
     count = max(1, min(40, round(GRAPH_BYTES / (batch * context * bytes_of_token(kind)))))
     q_TQD = queries(batch * q_len)
-    return microseconds([
+    return time_chain([
         functools.partial(attention_decode.launch, q_TQD, kv, pages, MASKING, **options)
         for pages in steps(batch, context, q_len, block_size, count)
-    ])  # fmt: skip
+    ], DEVICE)  # fmt: skip
 
 
 def rate(kind: str, batch: int, context: int, us: float) -> float:
@@ -99,10 +81,10 @@ def rate(kind: str, batch: int, context: int, us: float) -> float:
 def prefill(kind: str, num_tokens: int, prefix: int = 0, block_size: int = 16, **options) -> float:
     kv = pool(kind, block_size)
     q_TQD = queries(num_tokens)
-    return microseconds([
+    return time_chain([
         functools.partial(attention_prefill.launch, q_TQD, kv, pages, MASKING, **options)
         for pages in steps(1, num_tokens + prefix, num_tokens, block_size, 4)
-    ])  # fmt: skip
+    ], DEVICE)  # fmt: skip
 
 
 def flash(num_tokens: int) -> float:
@@ -113,7 +95,9 @@ def flash(num_tokens: int) -> float:
     )
     attention = torch.nn.functional.scaled_dot_product_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        return microseconds([functools.partial(attention, q, k, v, is_causal=True, enable_gqa=True)] * 4)
+        return time_chain(
+            [functools.partial(attention, q, k, v, is_causal=True, enable_gqa=True)] * 4, DEVICE
+        )
 
 
 def decode_table(q_len: int = 1) -> None:

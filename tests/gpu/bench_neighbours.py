@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.bench.timing import time_chain
 from quantkit_kernels import (
     embedding_kernel,
     hadamard_kernel,
@@ -32,26 +33,10 @@ LAUNCHES = 16  # of a graph at least, so that its own start does not count
 HIDDEN, INNER, QUERIES, HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
 
 
-def microseconds(works: list[Callable[[], Any]], repeats: int = 5) -> float:
-    """Of one of the works: the best of some replays of a graph of all of them, in turn."""
+def microseconds(works: list[Callable[[], Any]]) -> float:
+    """Of one of the works, in a graph of all of them, in turn."""
     works = list(itertools.islice(itertools.cycle(works), max(LAUNCHES, len(works))))
-    for work in works[:2]:
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [work() for work in works]  # alive, so that each has memory of its own
-    best = float("inf")
-    for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        before.record()
-        graph.replay()
-        after.record()
-        torch.cuda.synchronize()
-        best = min(best, before.elapsed_time(after))
-    del kept
-    return 1e3 * best / len(works)
+    return time_chain(works, torch.device("cuda"))
 
 
 def copies_for(num_bytes: int) -> int:

@@ -7,9 +7,11 @@ dependent: it prefetches its weights meanwhile. us per layer; TB/s of weights an
 """
 
 import sys
+from functools import partial
 
 import torch
 
+from quantkit.bench.timing import time_chain
 from quantkit_kernels import strip_weight as s
 from quantkit_kernels.skinny import skinny
 
@@ -34,23 +36,6 @@ def bytes_of(weight):
     return sum(t.numel() * t.element_size() for t in weight if isinstance(t, torch.Tensor))
 
 
-def time_graph(work, repeats=7):
-    for _ in range(2):
-        work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for _ in range(repeats):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        graph.replay()
-        b.record()
-        torch.cuda.synchronize()
-        times.append(a.elapsed_time(b) * 1e3)
-    return sorted(times)[len(times) // 2]
-
-
 def x_for(k, m, x_kind):
     if x_kind == "fp8":
         return torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
@@ -68,18 +53,21 @@ def measure(shapes, kind, x_kind="bf16", group=128, rows=(1, 8, 16), copies=8, b
             {} if x_kind == "bf16" else {"x_scale": torch.rand(m, device="cuda"), "out_dtype": torch.bfloat16}
         )
 
-        def layers(dependent, names, xs=xs, more=more):
-            for i in range(copies):
-                for name in names:
-                    skinny(xs[name], weights[name][i], dependent=dependent, **more)
+        def us(dependent, names, xs=xs, more=more):
+            """Of one layer's products of these names."""
+            chain = [
+                partial(skinny, xs[name], weights[name][i], dependent=dependent, **more)
+                for i in range(copies)
+                for name in names
+            ]
+            return time_chain(chain, torch.device("cuda")) * len(names)
 
-        alone, chained = (time_graph(lambda d=d: layers(d, shapes)) / copies for d in (False, True))
+        alone, chained = (us(dependent, shapes) for dependent in (False, True))
         line = f"{kind} x {x_kind} M={m:3}  alone {alone:6.1f}  dependent {chained:6.1f} us"
         line += f"  {total / chained / 1e6:.2f} TB/s "
         if by_shape:
             for name in shapes:
-                line += f" {name} {time_graph(lambda n=name: layers(False, [n])) / copies:.1f}"
-                line += f"/{time_graph(lambda n=name: layers(True, [n])) / copies:.1f}"
+                line += f" {name} {us(False, [name]):.1f}/{us(True, [name]):.1f}"
         print(line, flush=True)
 
 

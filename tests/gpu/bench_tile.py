@@ -7,18 +7,21 @@ distinct weights as make the L2 cache useless; every product starts while the on
 """
 
 import itertools
-import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
+from torch.nn.functional import linear
 
+from quantkit.bench.timing import time_chain
 from quantkit_kernels import nvrtc
 from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.tile import KINDS, Tiling, defines_of, multiply, order, tile, tiling_of
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 GROUP, CACHE_BYTES = 128, 200 << 20
+DEVICE = torch.device("cuda")
 OTHERS = [(32, 2, 1, 3), (64, 2, 1, 4), (128, 2, 1, 5), (128, 1, 1, 5)]  # m_tile, halves, resident, x_stages
 ALL = [tuple(kind[:4]) for kind in KINDS] + OTHERS
 
@@ -37,37 +40,14 @@ def operands(n, k, kind, count=None):
     return [StripWeight(w, s, None, None, (n, k), 4, GROUP) for w, s in zip(words, scales, strict=True)]
 
 
-def microseconds(work, count, repeats=5):
-    """Of one of `count` calls in a graph."""
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for _ in range(repeats):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        graph.replay()
-        b.record()
-        torch.cuda.synchronize()
-        times.append(a.elapsed_time(b) * 1e3 / count)
-    return statistics.median(times)
-
-
 def product(x, weights, tiling):
-    def work():
-        for weight in weights:
-            tile(x, weight, tiling=tiling, dependent=True)
-
-    return microseconds(work, len(weights))
+    return time_chain([partial(tile, x, weight, tiling=tiling, dependent=True) for weight in weights], DEVICE)
 
 
 def product_alone(x, weights, tiling):
     """x is in order already."""
     ordered = order(x, tiling.m_tile)
-    return microseconds(
-        lambda: [multiply(ordered, len(x), weight, tiling) for weight in weights], len(weights)
-    )
+    return time_chain([partial(multiply, ordered, len(x), weight, tiling) for weight in weights], DEVICE)
 
 
 def candidates(m, n):
@@ -111,7 +91,7 @@ def main():
         for m in rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             times = {t: product(x, weights, t) for t in candidates(m, n)}
-            bf16 = microseconds(lambda x=x, dense=dense: [x @ w.T for w in dense], len(dense))
+            bf16 = time_chain([partial(linear, x, w) for w in dense], DEVICE)
             chosen = product(x, weights, tiling_of(m, n, k, 132))
             ranked = sorted(times, key=times.get)[:7]
             alone = product_alone(x, weights, ranked[0])

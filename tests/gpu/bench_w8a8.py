@@ -7,15 +7,19 @@ weights and scales, TFLOP/s. The activations' quantization is not in it: it is f
 """
 
 import sys
+from functools import partial
 
 import torch
+from torch.nn.functional import linear
 
+from quantkit.bench.timing import time_chain
 from quantkit_kernels import moe, moe_routing, w4a8, w8a8_fp8, w8a8_int8
-from tests.gpu.bench_skinny import LAYERS_8B, time_graph
+from tests.gpu.bench_skinny import LAYERS_8B
 
 ROWS = (1, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 256, 512, 1024, 2048, 4096)
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 COPIES = 3
+DEVICE = torch.device("cuda")
 MODELS = {"mixtral": (8, 2, 28672, 14336, 4096), "qwen3-30b": (128, 8, 1536, 768, 2048)}
 
 
@@ -63,10 +67,10 @@ def bench_layers(kinds):
             for name, (_, k) in LAYERS_8B.items():
                 x = codes(m, k, x_kind)
                 scale = torch.rand(m, k // 128 if kind == "blocks" else 1, device="cuda")
-                times = time_graph(lambda x=x, s=scale, each=made[name]: [run(x, s) for run, _ in each])
-                total += times / COPIES
-                line += f" {name} {times / COPIES:6.1f}"
-            in_turn = time_graph(chained(made, m, x_kind, kind == "blocks")) / COPIES
+                us = time_chain([partial(run, x, scale) for run, _ in made[name]], DEVICE)
+                total += us
+                line += f" {name} {us:6.1f}"
+            in_turn = time_chain(chained(made, m, x_kind, kind == "blocks"), DEVICE) * len(made)
             flops = 2 * m * sum(n * k for n, k in LAYERS_8B.values())
             print(f"{line}  sum {total:7.1f}  in turn {in_turn:7.1f} us", end="")
             print(f"  {num_bytes / total / 1e6:.2f} TB/s {flops / total / 1e6:6.0f} TFLOP/s", flush=True)
@@ -78,7 +82,7 @@ def chained(made, m, x_kind, in_blocks):
     scales = {
         name: torch.rand(m, k // 128 if in_blocks else 1, device="cuda") for name, (_, k) in LAYERS_8B.items()
     }
-    return lambda: [made[name][i][0](xs[name], scales[name]) for i in range(COPIES) for name in made]
+    return [partial(made[name][i][0], xs[name], scales[name]) for i in range(COPIES) for name in made]
 
 
 def bench_bf16():
@@ -90,7 +94,7 @@ def bench_bf16():
         total = 0.0
         for name, (_, k) in LAYERS_8B.items():
             x = torch.randn(m, k, device="cuda", dtype=BF16)
-            total += time_graph(lambda x=x, each=weights[name]: [x @ w.T for w in each]) / COPIES
+            total += time_chain([partial(linear, x, w) for w in weights[name]], DEVICE)
         print(f"{'bf16 cuBLAS':14} M={m:4}  sum {total:7.1f} us", flush=True)
 
 
@@ -118,19 +122,17 @@ def bench_moe():
                 x = [each.to(FP8 if x_kind == "fp8" else BF16) for each in x]
                 scales = [torch.rand(len(each), 1, device="cuda") if x_kind == "fp8" else None for each in x]
 
-                def layer(x=x, scales=scales, ids=ids, gates=gates, pairs=pairs, layers=layers, count=count):
-                    for up, down in layers:
-                        routed = moe_routing.sort_by_expert(ids, count, moe.rows_for(pairs, up))
-                        moe.multiply(x[0], scales[0], up, *routed, pairs, BF16)
-                        moe_routing.combine(
-                            moe.multiply(x[1], scales[1], down, *routed, pairs, BF16), gates, BF16
-                        )
+                def layer(up, down, x=x, scales=scales, ids=ids, gates=gates, pairs=pairs, count=count):
+                    routed = moe_routing.sort_by_expert(ids, count, moe.rows_for(pairs, up))
+                    y = moe.multiply(x[0], scales[0], up, *routed, pairs, BF16)
+                    down_y = moe.multiply(x[1], scales[1], down, *routed, pairs, BF16)
+                    return y, moe_routing.combine(down_y, gates, BF16)
 
                 hit = len(ids.unique())
                 per_weight = 0.516 if kind == "int4" else 1
                 num_bytes = hit * per_weight * (n_up * hidden + hidden * k_down)
                 flops = 2 * pairs * (n_up * hidden + hidden * k_down)
-                us = time_graph(layer) / len(layers)
+                us = time_chain([partial(layer, *each) for each in layers], DEVICE)
                 print(
                     f"{model:10} {kind:4} x {x_kind:4} T={m:4}  {us:8.1f} us  {num_bytes / us / 1e6:.2f} TB/s",
                     end="",

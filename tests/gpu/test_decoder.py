@@ -11,9 +11,9 @@ from quantkit.errors import SchemeError
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.runtime import device_checkpoint
 from quantkit.runtime.device_checkpoint import DeviceCheckpoint
+from quantkit.runtime.layers import gpu_linear
 from quantkit.runtime.load import load_model
 from quantkit.runtime.step import Row, build_step
-from quantkit.schemes import IntSpec, PerGroup, Scheme
 from quantkit_kernels.paged_kv import BLOCK_SIZE
 from tests import tiny_models
 from tests.product_schemes import SCHEMES
@@ -50,6 +50,7 @@ TRIED = {
     "int4-g32": SCHEMES["int4-g32-sym"],
     "int4-asym": SCHEMES["int4-g64-asym"],
     "int8-weight": SCHEMES["int8-channel-sym"],
+    "int2": SCHEMES["int2-g32-sym"],
     "fp8-weight": SCHEMES["fp8-channel-weight"],
     "fp8": SCHEMES["fp8-channel-token"],
     "fp8-block": SCHEMES["fp8-block"],
@@ -207,9 +208,10 @@ def test_tensors_arrive_as_they_are_on_disk(folder, monkeypatch):
     arriving.close()
 
 
-def test_a_scheme_without_a_kernel_is_named(folder, tmp_path):
+def test_a_scheme_without_a_kernel_is_named(folder, tmp_path, monkeypatch):
     source = folder("gpu-llama", "bf16").parent / "gpu-llama"
-    path = quantize_tiny(source, tmp_path / "int2", Scheme(weight=IntSpec(bits=2, granularity=PerGroup(64))))
-    with pytest.raises(SchemeError, match="_proj in INT2 group 64 on NVIDIA") as caught:
+    path = quantize_tiny(source, tmp_path / "coarse", SCHEMES["int8-channel-sym"])
+    monkeypatch.setattr(gpu_linear, "capability", lambda _: (7, 5))
+    with pytest.raises(SchemeError, match="_proj in INT8 channel on NVIDIA") as caught:
         load_model(path, dtype=torch.bfloat16, device=GPU)
-    assert "w4a16" in caught.value.problem
+    assert "w8a16" in caught.value.problem

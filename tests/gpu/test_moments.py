@@ -1,5 +1,7 @@
 """Moments of columns against float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -31,11 +33,13 @@ def test_sums_are_those_of_float64(num_tokens, num_features):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_shows_in_the_sum(value):
+@pytest.mark.parametrize("row", [0, 530, 599])
+def test_what_is_not_finite_shows_in_each_of_the_four(value, row):
     x_TK = torch.randn(600, 24, generator=generator(0))
-    x_TK[530, 3] = value
-    got = Moments(*launch(x_TK.to(DEVICE)))
-    assert (~torch.isfinite(got.sum_K.cpu())).nonzero().flatten().tolist() == [3]
+    x_TK[row, 3] = value
+    for got_K in launch(x_TK.to(DEVICE)).cpu():
+        assert (~torch.isfinite(got_K)).nonzero().flatten().tolist() == [3]
+        assert bool(got_K[3].isnan()) == math.isnan(value)
 
 
 @needs_gpu

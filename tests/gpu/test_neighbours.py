@@ -191,6 +191,19 @@ def test_activation_is_that_of_float64(num_tokens, num_features, dtype, activati
         assert same(coded, codes_by_definition(got, Codes(code_dtype, 0, scale)))
 
 
+@pytest.mark.parametrize("code_dtype", CODES)
+@pytest.mark.parametrize("num_features", [8704, 9001] + [14336, 28673] * (not IS_INTERPRETED))
+def test_rows_in_parts_have_the_codes_of_whole_rows(num_features, code_dtype):
+    gate_up = rows(3, 2 * num_features, MODEL_DTYPE)
+    gate_up[1] = 0
+    gate_up[2, num_features - 1] = torch.nan
+    codes = Codes(code_dtype)
+    parts = silu_kernel.launch_codes(gate_up, "silu", codes, few_tokens=3)
+    whole = silu_kernel.launch_codes(gate_up, "silu", codes, few_tokens=0)
+    assert same([each[:2] for each in parts], [each[:2] for each in whole])
+    assert parts[1][2].isnan() and whole[1][2].isnan()
+
+
 def angles(num_positions, half):
     """Tables of cosines and sines."""
     turn = torch.arange(num_positions)[:, None] / 10000 ** (torch.arange(half) / half)

@@ -58,7 +58,8 @@ def check(y, x, w, bias=None, *, magnitude=None):
     """One rounding of the output, and float32 sums of K products in any order."""
     expected = x.double() @ w.T + (0 if bias is None else bias.double())
     magnitude = x.double().abs() @ w.abs().T if magnitude is None else magnitude
-    bound = torch.finfo(y.dtype).eps * expected.abs() + 2**-22 * (x.shape[1] / 16 + 16) * magnitude
+    sums, half = 2**-22 * (x.shape[1] / 16 + 16) * magnitude, torch.finfo(y.dtype).eps / 2
+    bound = half * expected.abs() + (1 + half) * sums + half * torch.finfo(y.dtype).smallest_normal
     error = (y.double() - expected).abs()
     assert torch.isfinite(y).all()
     assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound"

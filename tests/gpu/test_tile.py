@@ -1,5 +1,7 @@
 """Products of tens to hundreds of rows with weights of 4 and 8 bits against float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 
 from quantkit_kernels.strip_weight import prepare
 from quantkit_kernels.tile import CAPABILITY, Tiling, tile
-from tests.gpu.test_skinny import random_weight, random_x
+from tests.gpu.test_skinny import dequantized, random_weight, random_x
 from tests.gpu.triton_device import generator, poisoned, side_by_side  # noqa: F401
 
 pytestmark = [
@@ -36,22 +38,20 @@ TILINGS = (
 
 def as_multiplied(weight, dtype):
     """The weights in float64 that the tensor cores see: rounded once in groups, exact with a scale per row."""
-    n, k = weight.codes_NK.shape
-    of_row = torch.arange(n, device="cuda") // weight.tile[0]
-    of_col = torch.arange(k, device="cuda") // weight.tile[1]
-    w, scale = weight.codes_NK.float(), weight.scale_RG[of_row]
-    if weight.zero_point_RG is not None:
-        w = w - weight.zero_point_RG.float()[of_row][:, of_col]
-    elif weight.tile[1] >= k:
-        return w.double() * scale.double()
-    return (w.to(dtype) * scale.to(dtype)[:, of_col]).double()
+    w = dequantized(weight)
+    if weight.zero_point_RG is None and weight.tile[1] >= weight.codes_NK.shape[1]:
+        return w
+    return w.float().to(dtype).double()
 
 
 def check(y, x, w, bias=None):
     """One rounding of the output, and float32 sums of K products in any order."""
     expected = x.double() @ w.T + (0 if bias is None else bias.double())
-    bound = torch.finfo(y.dtype).eps * expected.abs()
-    bound += 2**-22 * (x.shape[1] / 16 + 16) * (x.double().abs() @ w.abs().T) + torch.finfo(y.dtype).tiny
+    sums, half = (
+        2**-22 * (x.shape[1] / 16 + 16) * (x.double().abs() @ w.abs().T),
+        torch.finfo(y.dtype).eps / 2,
+    )
+    bound = half * expected.abs() + (1 + half) * sums + half * torch.finfo(y.dtype).smallest_normal
     error = (y.double() - expected).abs()
     assert torch.isfinite(y).all(), f"{(~torch.isfinite(y)).sum()} of {y.numel()} are not finite"
     share = (error > bound).double().mean()
@@ -76,12 +76,43 @@ def test_every_granularity(n, k, group, asymmetric, dtype):
     check(tile(x, prepare(weight), bias_N=bias), x, as_multiplied(weight, dtype), bias)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scales_of_every_dtype(dtype, scale_dtype):
-    weight, _ = random_weight(576, 1536, group=32, asymmetric=True, scale_dtype=scale_dtype)
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_scales_of_every_dtype(kind, dtype, scale_dtype, asymmetric):
+    asymmetric &= kind != "fp8"
+    weight, _ = random_weight(576, 1536, kind=kind, group=32, asymmetric=asymmetric, scale_dtype=scale_dtype)
     x = random_x(33, 1536, dtype)
     check(tile(x, prepare(weight)), x, as_multiplied(weight, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2.0**100), (torch.float16, 2.0**16)])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("size", [2.0**-24, 255, 256, 500, 2.0**20])
+def test_scales_of_every_size(size, kind, scale_dtype, dtype, limit):
+    """As long as weights are numbers of the dtype of x, which holds them; x is as small as they are large."""
+    weight, _ = random_weight(576, 320, kind=kind, group=64, scale_dtype=torch.float32)
+    weight = weight._replace(scale_RG=(weight.scale_RG * (size / 0.011)).to(scale_dtype))
+    if dequantized(weight).abs().max() >= limit:
+        pytest.skip("a weight is infinite")
+    x = random_x(33, 320, dtype) * 2.0 ** min(9, -round(math.log2(size)))
+    check(tile(x, prepare(weight)), x, as_multiplied(weight, dtype))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_those_of_the_formula(dtype, scale_dtype):
+    """No farther from them than one rounding of each weight, and of the output."""
+    weight, w = random_weight(576, 1536, group=128, scale_dtype=scale_dtype)
+    x = random_x(65, 1536, dtype)
+    y, expected, magnitude = tile(x, prepare(weight)), x.double() @ w.T, x.double().abs() @ w.abs().T
+    half = torch.finfo(dtype).eps / 2
+    sums = 2**-22 * (1536 / 16 + 16) * magnitude
+    # roundings of weights have either sign: of K of them, eight times what they come to by chance
+    weights = half * 8 * (x.double().square() @ w.square().T).sqrt()
+    assert ((y.double() - expected).abs() <= half * expected.abs() + (1 + half) * (weights + sums)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -67,9 +67,8 @@ def check(y, x, w, bias=None, *, sum_bits=24, magnitude=None):
     """One rounding of the output, three of scales, and sums kept to `sum_bits` bits of their largest."""
     magnitude = (x.abs() if magnitude is None else magnitude) @ w.abs().T
     expected = x @ w.T + (0 if bias is None else bias.double())
-    bound = (
-        torch.finfo(y.dtype).eps * expected.abs() + 2.0**-21 * magnitude + 2.0 ** (3 - sum_bits) * magnitude
-    )
+    sums, half = (2.0**-21 + 2.0 ** (3 - sum_bits)) * magnitude, torch.finfo(y.dtype).eps / 2
+    bound = half * expected.abs() + (1 + half) * sums
     error = (y.double() - expected).abs()
     assert torch.isfinite(y).all()
     assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound"

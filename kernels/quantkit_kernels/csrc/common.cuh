@@ -10,6 +10,80 @@ struct alignas(16) Vec16 {
   u32 w[4];
 };
 
+// What a value is, as definitions say it (`KINDS` of strip_weight.py).
+#define INT 0
+#define E4M3 1
+#define BF16 2
+#define F16 3
+#define F32 4
+
+// ---- numbers of 16 bits: KIND is BF16 or F16 ----
+
+template <int KIND>
+inline float widen(u16 bits) {
+  float f;
+  if constexpr (KIND == BF16)
+    f = __uint_as_float(static_cast<u32>(bits) << 16);
+  else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+
+// The two of a register; the first is in the lower bits.
+template <int KIND>
+inline float2 widen2(u32 pair) {
+  return {widen<KIND>(static_cast<u16>(pair)), widen<KIND>(static_cast<u16>(pair >> 16))};
+}
+
+// Value i of an array in KIND, or in F32.
+template <int KIND>
+inline float value_at(const void* values, u64 i) {
+  if constexpr (KIND == F32)
+    return static_cast<const float*>(values)[i];
+  else
+    return widen<KIND>(static_cast<const u16*>(values)[i]);
+}
+
+template <int KIND>
+inline u16 narrow(float value) {
+  u16 bits;
+  if constexpr (KIND == BF16)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+template <int KIND>
+inline u32 narrow2(float low, float high) {
+  u32 pair;
+  if constexpr (KIND == BF16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <int KIND>
+inline u32 sub2(u32 a, u32 b) {
+  u32 d;
+  if constexpr (KIND == BF16)
+    asm("sub.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+template <int KIND>
+inline u32 mul2(u32 a, u32 b) {
+  u32 d;
+  if constexpr (KIND == BF16)
+    asm("mul.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 // ---- memory ----
 
 inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }

@@ -6,7 +6,7 @@
 // Columns are padded to 64 as the fragments are; what stands there is no part of the weight.
 //
 // Definitions: W_BITS (4: fragments, docs/kernels.md; 8: rows), IS_E4M3 (8 bits: else integers), GROUP (columns of a
-// scale; 0: one per row, f32), ZERO (zero points), IS_BF16 (output; else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
+// scale; 0: one per row, f32), ZERO (zero points), OUT_KIND and SCALE_KIND (common.cuh).
 
 #include "common.cuh"
 
@@ -18,31 +18,9 @@ struct Params {
   int first_row, num_blocks, num_groups, w_stride, w_columns;
 };
 
-inline float half_to_float(u16 bits) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-  return f;
-}
-
-inline float scale_at(const u8* scale, u64 i) {
-  if constexpr (SCALE_KIND == 2) return reinterpret_cast<const float*>(scale)[i];
-  const u16 bits = reinterpret_cast<const u16*>(scale)[i];
-  return SCALE_KIND == 0 ? __uint_as_float(static_cast<u32>(bits) << 16) : half_to_float(bits);
-}
-
-inline u32 pack2(float lo, float hi) {
-  u32 d;
-#if IS_BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#endif
-  return d;
-}
-
 // The sign, and seven bits as a fp16 whose exponent is too small by 8. NaN is 480: no checkpoint has it.
 inline float e4m3_to_float(u32 code) {
-  return half_to_float(static_cast<u16>((code & 0x80) << 8 | (code & 0x7F) << 7)) * 256;
+  return widen<F16>(static_cast<u16>((code & 0x80) << 8 | (code & 0x7F) << 7)) * 256;
 }
 
 inline float code_at(uint2 codes, int i, int below) {
@@ -64,11 +42,11 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(const __grid_consta
   const uint2 codes = *reinterpret_cast<const uint2*>(p.w + at);
   const int group = GROUP ? min(column / max(GROUP, 1), p.num_groups - 1) : 0;
   const u64 of_group = (static_cast<u64>(strip) * p.num_groups + group) * 16 + row % 16;
-  const float scale = scale_at(p.scale, GROUP ? of_group : row);
+  const float scale = value_at<SCALE_KIND>(p.scale, GROUP ? of_group : row);
   const float zero = ZERO ? reinterpret_cast<const signed char*>(p.zero)[of_group] : 0;
   u32 pairs[4];
 #pragma unroll
   for (int i = 0; i < 8; i += 2)
-    pairs[i / 2] = pack2((code_at(codes, i, below) - zero) * scale, (code_at(codes, i + 1, below) - zero) * scale);
+    pairs[i / 2] = narrow2<OUT_KIND>((code_at(codes, i, below) - zero) * scale, (code_at(codes, i + 1, below) - zero) * scale);
   p.out[static_cast<u64>(blockIdx.y) * p.num_blocks * 8 + column / 8] = {pairs[0], pairs[1], pairs[2], pairs[3]};
 }

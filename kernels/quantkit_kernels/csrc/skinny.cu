@@ -11,17 +11,11 @@
 // The ring is full of weights before x is there: with dependent launch the producer starts while the kernel in front
 // still runs. Which columns a lane holds: docs/kernels.md, the same for all formats.
 //
-// Definitions: W_KIND X_KIND Y_KIND SCALE_KIND (below), W_BITS, GROUP (0: scale per row), ZERO (zero points),
+// Definitions: W_KIND X_KIND Y_KIND SCALE_KIND (common.cuh), W_BITS, GROUP (0: scale per row), ZERO (zero points),
 // TILES (8 rows of x each), STRIPS, WARPS, BLOCKS, STAGES, VECTOR_X (eight values of x are one load: K is a
 // multiple of 8 and rows start at multiples of 16 bytes).
 
 #include "common.cuh"
-
-#define INT 0
-#define E4M3 1
-#define BF16 2
-#define F16 3
-#define F32 4
 
 struct Params {
   void* y;
@@ -41,6 +35,7 @@ struct Params {
 constexpr bool IS_PACKED = W_BITS == 4;
 constexpr bool IS_INTEGER = X_KIND == INT;
 constexpr bool IS_BF16 = X_KIND == BF16;
+constexpr int A_KIND = IS_BF16 ? BF16 : F16;  // of what the tensor core multiplies; e4m3 becomes fp16
 constexpr int ROW_BYTES = BLOCKS * 64 * W_BITS / 8;        // of a stage, row-major
 constexpr int ROW_PITCH = ROW_BYTES + (W_BITS == 8 ? 32 : 64);  // rows of a quarter warp fall into different banks
 constexpr int W_BYTES = IS_PACKED ? BLOCKS * 512 : 16 * ROW_PITCH;
@@ -79,15 +74,6 @@ struct Half {
 
 // ---- conversions ----
 
-inline u32 sub2(u32 a, u32 b) {
-  u32 d;
-  if constexpr (IS_BF16)
-    asm("sub.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  else
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
 // (a & mask) | bits, one instruction where the compiler would make two.
 inline u32 select_or(u32 a, u32 mask, u32 bits) {
   u32 d;
@@ -111,51 +97,16 @@ inline u32 pair_of_8(u32 w, int first) {
   if constexpr (W_KIND == E4M3) {
     // exponent and mantissa move down to where bf16 has them; that is 2^-120 of the value, so times 2^120
     u32 high = spread(w, first ? 0x3424 : 0x1404);
-    u32 moved = select_or(high, 0x80008000, (high & 0x7F007F00) >> 4), d;
-    asm("mul.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(moved), "r"(0x7B807B80));
-    return d;
+    return mul2<BF16>(select_or(high, 0x80008000, (high & 0x7F007F00) >> 4), 0x7B807B80);
   }
   u32 low = spread(w, first ? 0x4342 : 0x4140);
   if constexpr (IS_BF16)  // (128 + low seven bits) - (128, or 256 where the sign is set)
-    return sub2(select_or(low, 0x007F007F, 0x43004300), select_or(low, 0x00800080, 0x43004300));
-  return sub2((low ^ 0x00800080) | 0x64006400, 0x64806480);  // 1024 + code + 128, less 1152
+    return sub2<BF16>(select_or(low, 0x007F007F, 0x43004300), select_or(low, 0x00800080, 0x43004300));
+  return sub2<F16>((low ^ 0x00800080) | 0x64006400, 0x64806480);  // 1024 + code + 128, less 1152
 }
 
 // Four codes of 4 bits, less their zero point, as bytes: columns 0 2 1 3.
 inline u32 bytes_of_4(u32 w, u32 zero) { return (select_or(w, 0x0F0F0F0F, 0x80808080) - zero) ^ 0x80808080; }
-
-inline float scale_at(const u8* scales, int i) {
-#if SCALE_KIND == F32
-  return reinterpret_cast<const float*>(scales)[i];
-#elif SCALE_KIND == BF16
-  return __uint_as_float(static_cast<u32>(reinterpret_cast<const u16*>(scales)[i]) << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(reinterpret_cast<const u16*>(scales)[i]));
-  return f;
-#endif
-}
-
-inline float output_at(const void* values, int i) {
-  u16 bits = reinterpret_cast<const u16*>(values)[i];
-#if Y_KIND == BF16
-  return __uint_as_float(static_cast<u32>(bits) << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-  return f;
-#endif
-}
-
-inline void store_output(void* y, long long i, float value) {
-  u16 bits;
-#if Y_KIND == BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  reinterpret_cast<u16*>(y)[i] = bits;
-}
 
 // ---- products: 16 rows of w times 8 rows of x, 16 columns (integers: 32) ----
 
@@ -222,13 +173,7 @@ struct Zeros {
 
 // An integer of up to eight bits and a sign, exact, twice.
 inline u32 pair_of_integer(int value) {
-  u32 d;
-  float f = static_cast<float>(value);
-  if constexpr (IS_BF16)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(d) : "f"(f));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(d) : "f"(f));
-  return d;
+  return narrow2<A_KIND>(static_cast<float>(value), static_cast<float>(value));
 }
 
 inline Zeros zeros_at(const u8* zeros, int group, int g) {
@@ -263,13 +208,13 @@ inline void multiply_half(Sum (&sums)[TILES][4], const u32 (&low)[W_BITS / 2], c
         constexpr u32 magic = IS_BF16 ? 0x43004300 : 0x64006400;
 #pragma unroll
         for (int r = 0; r < 4; r++)
-          a[r] = sub2(select_or(low[i] >> (4 * r), 0x000F000F, magic), r % 2 ? zero.high : zero.low);
+          a[r] = sub2<A_KIND>(select_or(low[i] >> (4 * r), 0x000F000F, magic), r % 2 ? zero.high : zero.low);
       } else if constexpr (W_BITS == 8) {
         a[0] = pair_of_8(low[i], 0), a[1] = pair_of_8(high[i], 0);
         a[2] = pair_of_8(low[i], 2), a[3] = pair_of_8(high[i], 2);
         if constexpr (ZERO)  // at most 255 apart: exact
 #pragma unroll
-          for (int r = 0; r < 4; r++) a[r] = sub2(a[r], r % 2 ? zero.high : zero.low);
+          for (int r = 0; r < 4; r++) a[r] = sub2<A_KIND>(a[r], r % 2 ? zero.high : zero.low);
       } else {
         a[0] = low[2 * i], a[1] = high[2 * i], a[2] = low[2 * i + 1], a[3] = high[2 * i + 1];
       }
@@ -406,7 +351,8 @@ inline void multiply_pair(const Params& p, const u8* stage, int first, int block
     multiply_half(sums[r], low, high, zeros_at(zeros, group, g), half);
     if constexpr (GROUP)
       if ((i * 32 + 32) % (GROUP ? GROUP : 1) == 0 || (!IS_WHOLE && GROUP > 32 && column + 32 >= p.k))
-        add_scaled(total[r], sums[r], scale_at(scales, group * 16 + g), scale_at(scales, group * 16 + g + 8));
+        add_scaled(total[r], sums[r], value_at<SCALE_KIND>(scales, group * 16 + g),
+                   value_at<SCALE_KIND>(scales, group * 16 + g + 8));
   }
 }
 
@@ -470,8 +416,8 @@ inline void write_unit(const Params& p, const float* sums, int unit, int thread)
       if (p.scale) value *= reinterpret_cast<const float*>(p.scale)[n];
     if (p.x_zero) value -= p.x_zero[m * p.x_scale_step] * p.w_sum[n];
     if (p.x_scale) value *= p.x_scale[m * p.x_scale_step];
-    if (p.bias) value += output_at(p.bias, n);
-    store_output(p.y, static_cast<long long>(m) * p.y_stride + n, value);
+    if (p.bias) value += value_at<Y_KIND>(p.bias, n);
+    static_cast<u16*>(p.y)[static_cast<long long>(m) * p.y_stride + n] = narrow<Y_KIND>(value);
   }
 }
 

@@ -14,7 +14,7 @@
 //
 // Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, RESIDENT (blocks on a multiprocessor), X_STAGES,
 // W_STAGES, W_BITS (4, 8), IS_E4M3 (else integers), GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w),
-// GROUP_STAGES (stages of a group), ZERO (zero points), IS_BF16 (else fp16), SCALE_KIND (0: bf16, 1: fp16, 2: fp32).
+// GROUP_STAGES (stages of a group), ZERO (zero points), X_KIND (BF16, F16), SCALE_KIND (of groups).
 
 #include "common.cuh"
 
@@ -33,7 +33,8 @@ constexpr int ROWS = 64 * HALVES * WARPGROUPS, STRIPS = ROWS / 16, WARPS = 4 * W
 constexpr int REGISTERS = 65536 / (RESIDENT * THREADS) / 8 * 8, FEW = 24;
 constexpr int MANY = (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 < 240
                          ? (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 : 240;
-constexpr int SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
+constexpr bool IS_BF16 = X_KIND == BF16;
+constexpr int SCALE_SIZE = SCALE_KIND == F32 ? 4 : 2;
 constexpr int W_STRIP = 256 * W_BITS, X_BYTES = M_TILE * 256, W_BYTES = STRIPS * W_STRIP;
 constexpr int S_STRIP = GROUP_ROWS * 16 * SCALE_SIZE, Z_STRIP = ZERO ? GROUP_ROWS * 16 : 0;
 constexpr int X_AT = 0, W_AT = X_AT + X_STAGES * X_BYTES, S_AT = W_AT + W_STAGES * W_BYTES;
@@ -43,7 +44,9 @@ constexpr int SUMS_END = M_TILE * PITCH * 4;
 constexpr int BARRIERS_AT = (RING_END > SUMS_END ? RING_END : SUMS_END) / 8 * 8 + 8;
 constexpr u32 BASE = IS_BF16 ? 0x43004300 : 0x64006400;  // 128 or 1024, twice: a code in the lowest bits is added
 static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
-constexpr bool IS_FUSED = W_BITS == 4 && IS_BF16 && GROUP_ROWS && !ZERO;
+// Scales of groups that need not be numbers of x's dtype: weights are multiplied in float32.
+constexpr bool IS_WIDE = GROUP_ROWS && SCALE_KIND != X_KIND;
+constexpr bool IS_FUSED = W_BITS == 4 && IS_BF16 && GROUP_ROWS && !ZERO && !IS_WIDE;
 constexpr int FRAGMENTS = 8 * HALVES, PER_GROUP = 2, SETS = 2;  // of a stage; issued together; such groups in flight
 
 // ---- tensor cores ----
@@ -77,7 +80,7 @@ constexpr int FRAGMENTS = 8 * HALVES, PER_GROUP = 2, SETS = 2;  // of a stage; i
   "{" FIFTY ", " DECADE(5) ", " DECADE(6) ", " DECADE(7) ", " DECADE(8) ", " DECADE(9) ", " DECADE(10) ", " DECADE(11) \
   ", %120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, %131}, %132"
 #endif
-#if IS_BF16
+#if X_KIND == BF16
 #define SIXTEEN "bf16"
 #else
 #define SIXTEEN "f16"
@@ -109,60 +112,22 @@ inline u64 descriptor(u32 address) {
 
 // ---- weights ----
 
-inline u32 sub2(u32 a, u32 b) {
-  u32 d;
-  asm("sub." SIXTEEN "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
-inline u32 mul2(u32 a, u32 b) {
-  u32 d;
-  asm("mul." SIXTEEN "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
-// {hi, lo} in 16 bits.
-inline u32 pack2(float lo, float hi) {
-  u32 d;
-  asm("cvt.rn." SIXTEEN "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-  return d;
-}
-
-inline float widen(u16 bits) {
-  float f;
-#if IS_BF16
-  f = __uint_as_float(static_cast<u32>(bits) << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-#endif
-  return f;
-}
-
 inline u32 fma2(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn." SIXTEEN "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
-// What a lane needs to make weights of its rows g and g + 8.
+// What a lane needs to make weights of its rows g and g + 8. scale: twice in the dtype of x; IS_WIDE: float32.
 struct Grid {
   u32 offset[2], scale[2];
 };
 
-// A scale twice, in the dtype of x.
-inline u32 twice(const u8* scale, int i) {
-  if constexpr (SCALE_KIND == 2) {
-    const float s = reinterpret_cast<const float*>(scale)[i];
-    return pack2(s, s);
-  }
-  const u32 s = reinterpret_cast<const u16*>(scale)[i];
-  if constexpr (SCALE_KIND == (IS_BF16 ? 0 : 1)) return __byte_perm(s, 0, 0x1010);
-  float f;
-  if constexpr (SCALE_KIND == 0)
-    f = __uint_as_float(s << 16);
+inline u32 scale_at(const u8* scale, int i) {
+  if constexpr (IS_WIDE)
+    return __float_as_uint(value_at<SCALE_KIND>(scale, i));
   else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(static_cast<u16>(s)));
-  return pack2(f, f);
+    return __byte_perm(reinterpret_cast<const u16*>(scale)[i], 0, 0x1010);
 }
 
 constexpr u32 TWO_120 = 0x7B807B80, MINUS_TWO_MINUS_10 = 0xBA80BA80;  // bf16
@@ -175,19 +140,28 @@ inline Grid grid_of(const u8* scale, const u8* zero, int g) {
     grid.offset[below] = BASE + 0x00080008;
     if constexpr (ZERO) {
       const int z = reinterpret_cast<const signed char*>(zero)[g + 8 * below];
-      grid.offset[below] = W_BITS == 4 ? grid.offset[below] + z * 0x00010001 : pack2(z, z);
+      grid.offset[below] = W_BITS == 4 ? grid.offset[below] + z * 0x00010001 : narrow2<X_KIND>(z, z);
     }
-    if constexpr (GROUP_ROWS > 0) grid.scale[below] = twice(scale, g + 8 * below);
+    if constexpr (GROUP_ROWS > 0) grid.scale[below] = scale_at(scale, g + 8 * below);
     if constexpr (IS_FUSED) {
-      grid.offset[below] = mul2(grid.scale[below], MINUS_TWO_MINUS_10);
-      grid.scale[below] = mul2(grid.scale[below], TWO_120);
+      grid.offset[below] = mul2<BF16>(grid.scale[below], MINUS_TWO_MINUS_10);
+      grid.scale[below] = mul2<BF16>(grid.scale[below], TWO_120);
     }
-    if constexpr (IS_E4M3) grid.scale[below] = GROUP_ROWS ? mul2(grid.scale[below], E4M3_POWER) : E4M3_POWER;
+    // below 256, or it would be IS_WIDE: the product is finite
+    if constexpr (IS_E4M3 && GROUP_ROWS && !IS_WIDE) grid.scale[below] = mul2<X_KIND>(grid.scale[below], E4M3_POWER);
   }
   return grid;
 }
 
-inline u32 in_scale(u32 a, u32 scale) { return GROUP_ROWS || IS_E4M3 ? mul2(a, scale) : a; }
+// Two exact codes times their scale, rounded once.
+inline u32 in_scale(u32 a, u32 scale) {
+  if constexpr (IS_WIDE) {
+    const float s = __uint_as_float(scale);
+    const float2 codes = widen2<X_KIND>(a);
+    return narrow2<X_KIND>(codes.x * s, codes.y * s);
+  }
+  return GROUP_ROWS ? mul2<X_KIND>(a, scale) : a;
+}
 
 // Eight codes to the 16 × 16 fragment's four registers, rounded once after the scale. IS_FUSED: a code u in the lowest
 // bits of a bf16 is u · 2^-133, so that one fma makes (u − 8) · scale · 2^-13. Else (128 + u) − (136 + zero) is exact.
@@ -199,7 +173,7 @@ inline void fragment(u32 (&a)[4], u32 word, const Grid& grid) {
     } else {
       u32 code;
       asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(code) : "r"(word >> 4 * r), "n"(BASE));
-      a[r] = in_scale(sub2(code, grid.offset[r & 1]), grid.scale[r & 1]);
+      a[r] = in_scale(sub2<X_KIND>(code, grid.offset[r & 1]), grid.scale[r & 1]);
     }
   }
 }
@@ -210,11 +184,13 @@ inline u32 two_of(u32 codes, int second, u32 offset, u32 scale) {
   if constexpr (IS_E4M3) {
     const u32 high = __byte_perm(codes, 0, second ? 0x3424 : 0x1404);
     constexpr u32 SHIFT = IS_BF16 ? 4 : 1, REST = IS_BF16 ? 0x07F007F0 : 0x3F803F80;
-    return mul2((high >> SHIFT & REST) | (high & 0x80008000), scale);
+    const u32 code = (high >> SHIFT & REST) | (high & 0x80008000);
+    if constexpr (IS_WIDE || !GROUP_ROWS) return in_scale(mul2<X_KIND>(code, E4M3_POWER), scale);
+    return mul2<X_KIND>(code, scale);
   } else {
     const u32 low = __byte_perm(codes, 0, second ? 0x4342 : 0x4140);
-    u32 a = sub2((low & 0x007F007F) | BASE, (low & 0x00800080) | BASE);
-    if constexpr (ZERO) a = sub2(a, offset);
+    u32 a = sub2<X_KIND>((low & 0x007F007F) | BASE, (low & 0x00800080) | BASE);
+    if constexpr (ZERO) a = sub2<X_KIND>(a, offset);
     return in_scale(a, scale);
   }
 }
@@ -453,7 +429,7 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
   float scale[4] = {SUM_SCALE, SUM_SCALE, SUM_SCALE, SUM_SCALE}, bias[4] = {0, 0, 0, 0};
   for (int c = 0; c < here; ++c) {
     if (GROUP_ROWS == 0) scale[c] = reinterpret_cast<const float*>(p.scale)[n + c];
-    if (p.bias != nullptr) bias[c] = widen(p.bias[n + c]);
+    if (p.bias != nullptr) bias[c] = widen<X_KIND>(p.bias[n + c]);
   }
   for (int row = rank + threadIdx.x / PER_ROW * split; row < num_rows; row += STEP * split) {
     float4 sum = {0, 0, 0, 0};
@@ -461,8 +437,8 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
       const float4 part = load_of(shared + (row * PITCH + column) * 4, from);
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
-    u32 pair[2] = {pack2(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]),
-                   pack2(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3])};
+    u32 pair[2] = {narrow2<X_KIND>(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]),
+                   narrow2<X_KIND>(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3])};
     u16* y = p.y + static_cast<u64>(first_m + row) * p.n + n;
     if (here == 4 && p.n % 4 == 0) {
       *reinterpret_cast<uint2*>(y) = {pair[0], pair[1]};

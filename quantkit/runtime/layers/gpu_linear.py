@@ -4,73 +4,56 @@ Devices without FP8 instructions take FP8 inputs in 16 bits: the weight alone st
 Shape suffixes: T tokens, N out_features, K in_features.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quantkit.errors import SchemeError
 from quantkit.runtime.layers.linear_part import LinearPart
-from quantkit.runtime.layers.rows import CodedRows, Rows, encode
+from quantkit.runtime.layers.rows import Rows, encode
 from quantkit.runtime.target import Target
 from quantkit.schemes import FloatSpec, PerBlock, PerChannel, PerGroup, Scheme, Spec
 from quantkit.schemes.labels import scheme_label
-from quantkit_kernels import w4a8, w8a8_fp8, w8a8_int8, weight_only
 from quantkit_kernels.capability import capability, converts_float8
 from quantkit_kernels.catalog import CHANNEL, TENSOR, Tile, UnsupportedError, WeightFormat, find_gpu
 from quantkit_kernels.family import Family
+from quantkit_kernels.product import multiply, prepare
 from quantkit_kernels.row_codes import Codes
-
-FIXED_ROWS = 32  # of a product of codes that no batch changes
-FP8_INPUT = ("w8a8_fp8", "w8a8_fp8_block")  # the other families take zero points of x
 
 
 class GpuLinear:
     """y = x · wᵀ + b, the weight in the layout of its family, whose routes take any number of rows."""
 
     def __init__(self, part: LinearPart, target: Target) -> None:
-        family = family_of(part.name, part.scheme, target)
-        self.family, self.target = family.name, target
+        self.family, self.dtype = family_of(part.name, part.scheme, target).name, target.dtype
         self.input_codes = _input_codes(part, target)
         self.shape = tuple(
             part.weight.shape if isinstance(part.weight, Tensor) else part.weight.codes_NK.shape
         )
-        self.weight = family.prepare(part.weight)
+        input_dtype = target.dtype if self.input_codes is None else self.input_codes.dtype
+        self.weight = prepare(
+            part.weight, input_dtype, capability(target.device), batch_invariant=target.batch_invariant
+        )
         self.bias = part.bias_N
 
     def __call__(self, x: Rows) -> Tensor:
         """[T, K] to [T, N], in the dtype of the model."""
-        codes, target = self.input_codes, self.target
+        codes = self.input_codes
         if codes is None:
             assert isinstance(x, Tensor), "codes for a linear that reads none"
-            return weight_only.multiply(x, self.weight, self.bias, batch_invariant=target.batch_invariant)
+            return multiply(x, self.weight, bias_N=self.bias)
         rows = encode(x, codes) if isinstance(x, Tensor) else x
-        if not target.batch_invariant:
-            return self._product(rows)
-        return torch.cat([self._product(part)[:number] for number, part in _in_fixed_rows(rows)])
-
-    def _product(self, rows: CodedRows) -> Tensor:
-        codes, dtype = self.input_codes, self.target.dtype
-        assert codes is not None, "the weight alone is quantized"
-        scale = rows.scale_TG if codes.static_scale is None else codes.static_scale
-        if self.family in FP8_INPUT:
-            return w8a8_fp8.multiply(rows.codes_TK, scale, self.weight, self.bias, dtype)
-        multiply = w8a8_int8.multiply if self.family == "w8a8_int8" else w4a8.multiply
-        return multiply(rows.codes_TK, scale, codes.zero_point, self.weight, self.bias, dtype)
+        return multiply(
+            rows.codes_TK,
+            self.weight,
+            bias_N=self.bias,
+            x_scale=rows.scale_TG if codes.static_scale is None else codes.static_scale,
+            x_zero_point=codes.zero_point,
+            out_dtype=self.dtype,
+        )
 
     def __repr__(self) -> str:
         """Shape and kernels."""
         return f"{self.shape[1]} -> {self.shape[0]}, {self.family}"
-
-
-def _in_fixed_rows(rows: CodedRows) -> Iterator[tuple[int, CodedRows]]:
-    """Codes FIXED_ROWS at a time, the last filled up with zeros: for one number of rows each is computed alike."""
-    for codes_TK, scale_TG in zip(*(torch.split(part, FIXED_ROWS) for part in rows), strict=True):
-        number = len(codes_TK)
-        missing = (0, 0, 0, FIXED_ROWS - number)
-        filled = pad(codes_TK.view(torch.int8), missing).view(codes_TK.dtype)
-        yield number, CodedRows(filled, pad(scale_TG, missing))
 
 
 def family_of(name: str, scheme: Scheme | None, target: Target) -> Family:
@@ -99,7 +82,8 @@ def _format(scheme: Scheme | None, dtype: torch.dtype) -> WeightFormat:
     if scheme is None:
         return WeightFormat(16, dtype, TENSOR, False)
     spec = scheme.weight
-    return WeightFormat(spec.bits, _code_dtype(spec), _tile(spec), not spec.symmetric)
+    bits = 4 if spec.bits <= 4 else 8  # as the kernels keep them: INT2 in INT4
+    return WeightFormat(bits, _code_dtype(spec), _tile(spec), not spec.symmetric)
 
 
 def _tile(spec: Spec) -> Tile:

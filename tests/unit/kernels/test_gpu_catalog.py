@@ -64,7 +64,18 @@ def test_a_weight_finds_its_family(weight, x, name, loaded):
             "w8a16 takes inputs in bfloat16 or float16, not float8_e4m3fn",
             "w8a16",
         ),
-        (quantized(8, INT8, CHANNEL, True), INT8, "w8a8_int8 takes no zero points", "w8a8_int8"),
+        (
+            quantized(8, INT8, CHANNEL, True),
+            INT8,
+            "w8a8_int8 takes no zero points of int8 codes",
+            "w8a8_int8",
+        ),
+        (
+            quantized(8, FP8, CHANNEL, True),
+            BF16,
+            "w8a16 takes no zero points of float8_e4m3fn codes",
+            "w8a16",
+        ),
         (quantized(), torch.float32, "w4a16 takes inputs in bfloat16 or float16, not float32", "w4a16"),
     ],
 )
@@ -72,11 +83,37 @@ def test_what_no_family_takes_is_told_the_nearest(weight, x, reason, nearest, lo
     with pytest.raises(UnsupportedError) as error:
         find_gpu(weight, x, (9, 0))
     assert (error.value.reason, error.value.nearest) == (reason, nearest)
+    assert str(error.value).endswith(f"on compute capability 9.0: {reason}")
 
 
 def test_a_device_that_is_too_old(loaded):
-    with pytest.raises(UnsupportedError, match=r"takes devices of compute capability 8\.0"):
+    with pytest.raises(UnsupportedError, match=r"takes devices of compute capability 8\.0") as error:
         find_gpu(quantized(), BF16, (7, 5))
+    assert error.value.nearest is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "x", "nearest"),
+    [
+        (quantized(8, FP8, CHANNEL), FP8, "w8a16"),
+        (quantized(8, FP8, BLOCK), FP8, "w8a16"),
+        (quantized(), FP8, "w4a16"),
+    ],
+)
+def test_a_device_without_the_arithmetic_is_told_who_takes_16_bits(weight, x, nearest):
+    with pytest.raises(UnsupportedError, match="inputs in 16 bits on this one") as error:
+        find_gpu(weight, x, (8, 0))
+    assert error.value.nearest == nearest
+    assert find_gpu(weight, BF16, (8, 0))[0].name == nearest
+
+
+def test_an_error_says_what_was_asked_for(loaded):
+    with pytest.raises(UnsupportedError) as error:
+        find_gpu(quantized(8, INT8, CHANNEL, True), INT8, (9, 0))
+    assert str(error.value) == (
+        "no kernel for weights of 8 bits in int8 with a scale per channel and zero points with inputs in int8 "
+        "on compute capability 9.0: w8a8_int8 takes no zero points of int8 codes"
+    )
 
 
 def test_the_format_of_a_weight():

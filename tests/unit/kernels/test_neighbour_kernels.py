@@ -3,11 +3,7 @@
 Widths and strides are constants here, as they are (or are known to be multiples of 16) when a model runs.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +22,6 @@ from quantkit_kernels import (
 )
 from tests.triton_aot import CAPABILITIES, Resources, compile_for
 
-ROOT = Path(__file__).parents[3]
 HIDDEN, INNER, VOCAB = 4096, 14336, 128256
 CODES = {"int8": (127.5, False), "fp8": (448.0, True)}
 WIDE_LOAD = r"LDG\.E[.\w]*\.128"
@@ -61,6 +56,20 @@ def compile_activation(capability, *, width=INNER, code="int8", group=0, is_silu
     constants |= {"BLOCK": block} | how(code, group)
     warps = silu_kernel.PART_WARPS if group else row_codes_kernel.warps_for(block)
     return compile_kernel(silu_kernel.activation_kernel, capability, pointers, {}, constants, warps)
+
+
+def compile_parts(capability, code):
+    """The two kernels for few tokens."""
+    pointers = {"gate_up": "*bf16", "product": "*bf16", "part_amax": "*fp32"}
+    constants = {"stride_gate_up": 2 * INNER, "stride_scale": 0, "NUM_FEATURES": INNER, "IS_SILU": True}
+    constants |= {"BLOCK": silu_kernel.FEW_PART} | how("int8")
+    warps = silu_kernel.FEW_WARPS
+    yield compile_kernel(silu_kernel.activation_kernel, capability, pointers, {}, constants, warps)
+    pointers = {"x": "*bf16", "part_amax": "*fp32", "codes": "*i8", "scales": "*fp32"}
+    constants = {"NUM_FEATURES": INNER, "NUM_PARTS": 28, "PARTS": 32, "BLOCK": silu_kernel.FEW_PART} | how(
+        code
+    )
+    yield compile_kernel(silu_kernel.encode_parts_kernel, capability, pointers, {}, constants, warps)
 
 
 def compile_rows(capability, code):
@@ -191,6 +200,7 @@ def test_every_variant_stays_in_registers(code):
         compile_norm(90, code=code, dtype="*fp16"),
         compile_activation(90, code=code, group=128),
         compile_activation(90, code=code, width=28672, is_silu=False),
+        *compile_parts(90, code),
         compile_rope(90, largest=largest),
         compile_rope(90, largest=largest, is_per_token=True, is_normed=False),
     ):
@@ -229,12 +239,3 @@ def test_hadamard_multiplies_on_tensor_cores():
 def test_choices_stay_in_registers():
     for resources in compile_choices(90):
         assert_stays_in_registers(resources)
-
-
-def test_the_interpreter_computes_what_the_definitions_say():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_neighbours.py"]
-    command += ["-k", "(3-129 and not gelu) or 1-5-dtype0 or 129-1-dtype0-4 or 33-dtype0-128 or 7-1-1-16"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout

@@ -77,6 +77,33 @@ def test_a_laid_out_8_bit_weight_has_the_values_of_the_formula(dtype, tile):
     assert weight.stored.stride(0) % 16 == 0, "bulk copies start at multiples of 16 bytes"
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        (0.3203125, torch.bfloat16),
+        (1e30, torch.float32),
+        (1311 / 4096, torch.float16),
+        (0.3, torch.float32),
+        (-255, torch.bfloat16),
+        (-256, torch.float32),
+    ],
+)
+def test_scales_of_groups_stay_exact_and_are_small_in_16_bits(scale, dtype):
+    scales = torch.full((16, 2), 0.125)
+    scales[3, 1] = scale
+    weight = prepare(LinearWeight(torch.ones(16, 64, dtype=torch.int8), scales, None, (1, 32), 8))
+    assert weight.scale is not None
+    assert weight.scale.dtype == dtype
+    assert torch.equal(from_strips(weight.scale, 16).float(), scales)
+
+
+def test_float_codes_have_no_zero_points():
+    codes, scale = torch.ones(16, 64).to(torch.float8_e4m3fn), torch.ones(16, 2)
+    weight = LinearWeight(codes, scale, torch.zeros(16, 2, dtype=torch.int8), (1, 32), 8)
+    with pytest.raises(AssertionError, match=r"codes in torch\.float8_e4m3fn have no zero points"):
+        prepare(weight)
+
+
 def test_rows_of_16_bits_stay_where_they_are_if_they_can():
     aligned, ragged = torch.rand(5, 64).bfloat16(), torch.rand(5, 61).bfloat16()
     assert prepare_dense(aligned).stored.data_ptr() == aligned.data_ptr()

@@ -13,14 +13,14 @@ from quantkit_kernels import nvrtc
 from quantkit_kernels.sliced import MAX_GRID_ROWS, ROW_STEP, SLICE_BYTES, rows_of_slice
 from tests.triton_aot import CAPABILITIES, CUOBJDUMP
 
-FORMATS = [(4, 0, 128, 0, 0), (4, 0, 32, 1, 2), (8, 1, 0, 0, 2), (8, 0, 64, 1, 1)]
-NAMES = ("W_BITS", "IS_E4M3", "GROUP", "ZERO", "SCALE_KIND", "IS_BF16")
+FORMATS = [(4, 0, 128, 0, 2), (4, 0, 32, 1, 4), (8, 1, 0, 0, 4), (8, 0, 64, 1, 3)]
+NAMES = ("W_BITS", "IS_E4M3", "GROUP", "ZERO", "SCALE_KIND", "OUT_KIND")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_it_compiles_and_stays_in_registers(capability, tmp_path):
     for i, numbers in enumerate(FORMATS):
-        defines = tuple(zip(NAMES, (*numbers, i % 2), strict=True))
+        defines = tuple(zip(NAMES, (*numbers, 2 + i % 2), strict=True))
         cubin = nvrtc.compile_cubin("dequantize.cu", "dequantize", defines, divmod(capability, 10))
         path = tmp_path / "dequantize.cubin"
         path.write_bytes(cubin)

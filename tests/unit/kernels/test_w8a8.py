@@ -48,7 +48,8 @@ def random_scale(m, *, is_static=False):
 def assert_close(y, x, w, bias=None):
     """One rounding of the output, and float32 sums."""
     expected = x @ w.T + (0 if bias is None else bias.double())
-    bound = torch.finfo(y.dtype).eps * expected.abs() + 2.0**-20 * (x.abs() @ w.abs().T)
+    half, sums = torch.finfo(y.dtype).eps / 2, 2.0**-20 * (x.abs() @ w.abs().T)
+    bound = half * expected.abs() + (1 + half) * sums
     assert ((y.double() - expected).abs() <= bound).all()
 
 

@@ -10,13 +10,13 @@ from quantkit.runtime.layers.linear import SideBySide
 from quantkit.runtime.layers.linear_part import LinearPart, join, quantized_part
 from quantkit.runtime.layers.rows import encode
 from quantkit.runtime.target import Target
+from quantkit.schemes import IntSpec, PerGroup, Scheme
 from quantkit.schemes.activation import fake_quantize_input
 from quantkit.schemes.tiles import dequantize_weight
 from tests.product_schemes import SCHEMES
 from tests.tiny_models import round_to_nearest
 
 BF16 = Target(torch.device("cpu"), torch.bfloat16)
-SERVED = {name: scheme for name, scheme in SCHEMES.items() if scheme.weight.bits != 2}
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_equals_its_dequantized_weight(name):
-    scheme, stored = SERVED[name], stored_linear(name)
+    scheme, stored = SCHEMES[name], stored_linear(name)
     bias = torch.randn(128).bfloat16()
     linear = GpuLinear(quantized_part("linear", stored, scheme, bias), BF16)
     dense = dequantize_weight(stored.codes_NK, scheme.weight.granularity, stored.qparams)
@@ -120,13 +120,17 @@ def test_a_device_without_fp8_takes_inputs_in_16_bits(name, device):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_scheme_has_a_kernel_or_is_refused_by_name(name, device):
+@pytest.mark.parametrize("version", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_every_scheme_has_a_kernel(name, version, device):
+    device(*version)
+    family_of("mlp.down_proj", SCHEMES[name], BF16)
+
+
+def test_what_has_no_kernel_is_refused_by_name(device):
+    scheme = Scheme(weight=IntSpec(bits=8, granularity=PerGroup(16)))
     device(8, 0)
-    if name in SERVED:
-        family_of("mlp.down_proj", SCHEMES[name], BF16)
-        return
     with pytest.raises(
-        SchemeError, match=r"mlp\.down_proj in INT2 .* on GPU 8\.0: no kernel; w4a16 takes"
+        SchemeError, match=r"down_proj in INT8 group 16 on GPU 8\.0: no kernel; w8a16 takes"
     ) as caught:
-        family_of("mlp.down_proj", SCHEMES[name], BF16)
+        family_of("mlp.down_proj", scheme, BF16)
     assert "CPU" in caught.value.fix
