@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from quantkit_kernels import strip_weight, w8a8_fp8
 from quantkit_kernels.batch_invariant import FIXED_ROWS
 from quantkit_kernels.capability import converts_float8
-from quantkit_kernels.operators import operator
+from quantkit_kernels.operators import for_device, operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.weight import LinearWeight
@@ -116,7 +116,7 @@ def multiply(
 ) -> Tensor:
     """`moe_linear` with prepared weights."""
     stored, scale, zero_point, (n, _), group = weight
-    return moe_linear(
+    return for_device(moe_linear, x.device)(
         x, x_scale, stored, scale, zero_point, slots, expert_of_tile, num_pairs, n, group, out_dtype
     )
 

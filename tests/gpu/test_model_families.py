@@ -102,7 +102,7 @@ def test_logits_are_as_near_to_float32_as_on_the_cpu(name, recipe, tmp_path):
 def test_float32_on_a_gpu(name, tmp_path):
     folder = saved(name, tmp_path)
     exact = load_model(folder, dtype=torch.float32).logits(tokens())
-    assert error(load_model(folder, dtype=torch.float32, device=CUDA).logits(tokens()), exact) < 1e-5
+    assert error(load_model(folder, dtype=torch.float32, device=CUDA).logits(tokens()), exact) < 2e-5
 
 
 @pytest.mark.parametrize("recipe", [None, "int4", "fp8"])

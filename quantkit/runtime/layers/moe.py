@@ -20,6 +20,7 @@ from quantkit.runtime.layers.rows import AnyLinear, CodedRows, Rows, encode
 from quantkit_kernels import moe
 from quantkit_kernels.moe import ExpertWeight
 from quantkit_kernels.moe_routing import choose_experts, combine, sort_by_expert
+from quantkit_kernels.operators import for_device
 from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 
@@ -67,18 +68,19 @@ class GroupedExperts:
 
     def __call__(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
         """[T, E] to [T, E]."""
-        num_pairs, dtype = expert_TS.numel(), x_TE.dtype
+        num_pairs, dtype, device = expert_TS.numel(), x_TE.dtype, x_TE.device
         rows = FIXED_ROWS if self.batch_invariant else moe.rows_for(num_pairs, self.gate_up)
-        tiles = sort_by_expert(expert_TS, len(self.gate_up.stored), rows)
+        tiles = for_device(sort_by_expert, device)(expert_TS, len(self.gate_up.stored), rows)
         x = x_TE if self.input_codes is None else encode(x_TE, self.input_codes)
         gate_up_PF = moe.multiply(*_with_scale(x), self.gate_up, *tiles, num_pairs, dtype)
         y_PE = moe.multiply(*_with_scale(self._activated(gate_up_PF)), self.down, *tiles, num_pairs, dtype)
-        return combine(y_PE, weight_TS, dtype)
+        return for_device(combine, device)(y_PE, weight_TS, dtype)
 
     def _activated(self, gate_up_PF: Tensor) -> Rows:
         if self.input_codes is None:
-            return gated_activation(gate_up_PF, self.activation)
-        return CodedRows(*gated_activation_codes(gate_up_PF, self.activation, *self.input_codes))
+            return for_device(gated_activation, gate_up_PF.device)(gate_up_PF, self.activation)
+        activate = for_device(gated_activation_codes, gate_up_PF.device)
+        return CodedRows(*activate(gate_up_PF, self.activation, *self.input_codes))
 
 
 class SharedExpert:
@@ -120,7 +122,8 @@ class SparseMLP:
     def __call__(self, x: Rows) -> Tensor:
         """[T, E] to [T, E]."""
         assert isinstance(x, Tensor), "no codes were asked for"
-        expert_TS, weight_TS = choose_experts(self.router(x), self.num_per_token, self.is_normalized)
+        choose = for_device(choose_experts, x.device)
+        expert_TS, weight_TS = choose(self.router(x), self.num_per_token, self.is_normalized)
         result: Tensor = self.experts(x, expert_TS, weight_TS)
         return result if self.shared is None else result + self.shared(x)
 
