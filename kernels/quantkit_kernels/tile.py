@@ -192,6 +192,7 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
     assert is_known, f"groups of {weight.group_size}"
     x_stages, w_stages = stages_of(weight, tiling)
     return (
+        ("X_SIZE", 2),
         ("M_TILE", tiling.m_tile),
         ("WARPGROUPS", WARPGROUPS),
         ("HALVES", tiling.halves),
