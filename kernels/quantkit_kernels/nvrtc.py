@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-HEADERS = ("common.cuh", "weights.cuh", "wgmma.cuh")  # that a source may include
+HEADERS = ("common.cuh", "weights.cuh", "wgmma.cuh", "wide.cuh")  # that a source may include
 Defines = tuple[tuple[str, int | str], ...]
 INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
 
