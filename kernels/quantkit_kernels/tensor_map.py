@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 NUM_BYTES, ALIGNMENT = 128, 64
-DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+DATA_TYPES = {
+    torch.float16: 6,
+    torch.bfloat16: 9,
+    torch.int8: 0,
+    torch.float8_e4m3fn: 0,
+}  # CUtensorMapDataType
 NOT_INTERLEAVED, SWIZZLE_128_BYTES, PROMOTE_TO_256_BYTES, ZEROS_BEYOND = 0, 3, 3, 0
 
 

@@ -7,10 +7,14 @@ r is the sum of the dequantized row. The weight is a `StripWeight`, INT4 in frag
     route    rows, as `dispatch` has measured
     skinny   the fewest
     tile     from there: 8-bit codes made in registers (`w4a8_kernel`)
+    wide     hundreds and thousands, on compute capability 9.0 (`wide_codes`)
 
 Bound: half a byte per weight up to about 120 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features, G groups.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +26,8 @@ from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare
 from quantkit_kernels.w8a8_fp8 import check_bias, few_rows
+from quantkit_kernels.wide_codes import supports, wide_codes
+from quantkit_kernels.wide_launch import CAPABILITY
 
 
 def multiply(
@@ -157,8 +163,14 @@ def _tile(
     return y_MN
 
 
+def _wide(codes_MK: Tensor, weight: StripWeight, *, out_dtype: torch.dtype, **more: Any) -> Tensor:
+    run = partial(wide_codes, dependent=True) if supports(weight, out_dtype) else _tile
+    return run(codes_MK, weight, out_dtype=out_dtype, **more)
+
+
 ROUTES = (
     Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
+    Route(name="wide", run=_wide, min_capability=CAPABILITY, max_capability=CAPABILITY),
     Route(name="tile", run=_tile),
 )
 INT8_INPUT = Family(

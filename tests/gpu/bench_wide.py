@@ -1,6 +1,6 @@
 """Times of products of hundreds to thousands of rows, in turn with bf16: clocks drift.
 
-    PYTHONPATH=.:kernels python tests/gpu/bench_wide.py 16:int4 16:fp8 16:int8 [rows …]
+    PYTHONPATH=.:kernels python tests/gpu/bench_wide.py 16:int4 16:fp8 16:int8 int8:int4 fp8:int4 [rows …]
 
 inputs:weights. The four products of a Llama-3.1-8B layer, INT4 in groups of 128 or 8 bits with a scale per row, random
 codes and scales; a graph over distinct weights. us.
@@ -11,10 +11,12 @@ import sys
 
 import torch
 
+from quantkit_kernels import w4a8
 from quantkit_kernels.wide import KINDS, wide
 from tests.gpu.bench_tile import CACHE_BYTES, SHAPES, operands
 
 TILINGS = [kind.tiling for kind in KINDS]
+CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def graph_of(work):
@@ -50,6 +52,12 @@ def chain(multiply, weights):
 def graphs_of(kind, m, k, weights, dense):
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     graphs = {"bf16": chain(lambda w: x @ w.T, dense)}
+    if kind in CODES:
+        codes, scale = (x * 30).to(CODES[kind]), torch.rand(m, 1, device="cuda")
+        more = {"x_scale": scale, "out_dtype": torch.bfloat16}
+        for route in w4a8.ROUTES[1:]:
+            graphs[route.name] = chain(lambda w, run=route.run: run(codes, w, **more), weights)
+        return graphs
     for t in TILINGS:
         graphs["/".join(map(str, t))] = chain(lambda w, t=t: wide(x, w, tiling=t, dependent=True), weights)
     graphs["wide"] = chain(lambda w: wide(x, w, dependent=True), weights)

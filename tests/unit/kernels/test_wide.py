@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: its disassembler 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.strip_weight import StripWeight
 from quantkit_kernels.wide import KINDS, X_SIZE
+from quantkit_kernels.wide_codes import TILING
 from quantkit_kernels.wide_launch import (
     CAPABILITY,
     MIN_STAGES,
@@ -61,6 +62,18 @@ def test_every_weight_stays_in_registers(group, codes, tmp_path):
     tiling = fastest(KINDS, 256, weight, X_SIZE, 132)
     assert stages_of(weight, tiling, X_SIZE) >= MIN_STAGES
     check(tmp_path, weight, torch.float16, tiling)
+
+
+@pytest.mark.parametrize("is_int8", [True, False])
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+def test_codes_are_multiplied_as_codes(group, is_int8, tmp_path):
+    weight = stand_in(group=group, asymmetric=False)
+    assert shared_bytes_of(weight, TILING, 1) <= SHARED_BYTES
+    defines = (*defines_of(weight, torch.bfloat16, TILING, 1), ("IS_INT8", int(is_int8)), ("BIAS_KIND", 2))
+    sass = machine_code(tmp_path, "wide_codes", defines)
+    assert len(re.findall(r"\b[IQ]GMMA\.64x128x32", sass)) == 8
+    assert ("IGMMA" in sass) == is_int8
+    assert not re.search(r"\b(LDL|STL)\b", sass), "registers spilled"
 
 
 @pytest.mark.parametrize("num_tiles", [1, 5, 65, 66, 67, 131, 132, 133, 198, 199, 448, 1792])
