@@ -114,7 +114,7 @@ def decode_kernel(
         k + head.to(tl.int64) * stride_head, v + head.to(tl.int64) * stride_head,
         k_scale + head * BLOCK_SIZE, v_scale + head * BLOCK_SIZE, block_table + sequence.to(tl.int64) * stride_table,
         stride_block, stride_token, scale_block, window, soft_cap,
-        FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+        FORMAT, PER_TOKEN, False, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
     )  # fmt: skip
     result = interleave(acc, PLANES) / tl.where(total > 0, total, 1.0)[:, None] * value_scale
     element = tl.arange(0, WORDS * PLANES)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import attention_decode, attention_prefill
+from quantkit_kernels import attention_decode, attention_prefill, attention_widen
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build, exact_and_bound
 from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, needs_gpu, needs_kernels, poisoned, side_by_side  # noqa: F401
@@ -125,6 +125,13 @@ def test_prefill(stored, group):
     case = Case(
         lengths=(1, 33, 300, 513, 64), q_lens=(1, 33, 170, 1, 0), num_queries=2 * group, num_heads=2, **stored
     )
+    assert_close(attention_prefill.launch, case)
+
+
+@pytest.mark.parametrize("name", ["e4m3", "int8 per token"])
+def test_prefill_of_more_sequences_than_there_is_room_for(name, monkeypatch):
+    monkeypatch.setattr(attention_widen, "MOST_BYTES", 2 * 384 * 2 * 128 * 4)  # two of these at once
+    case = Case(lengths=(300, 1, 33, 170, 64), q_lens=(100, 1, 33, 0, 64), **STORED[name])
     assert_close(attention_prefill.launch, case)
 
 

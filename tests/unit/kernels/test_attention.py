@@ -11,7 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import attention_decode, attention_prefill, attention_tile, paged_kv
+from quantkit_kernels import (
+    attention_decode,
+    attention_prefill,
+    attention_tile,
+    attention_widen,
+    paged_kv,
+)
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build
 from tests.triton_aot import CAPABILITIES, Resources, compile_for
@@ -134,18 +140,20 @@ def compile_attention(
     element: str,
     words: int,
     planes: int,
+    others: dict[str, str] | None = None,
 ) -> Resources:
     form, per_token = FORMATS[stored]
     pointers = dict.fromkeys(("k_scale", "v_scale", "partial", "lse"), "*fp32")
     pointers |= dict.fromkeys(("block_table", "lengths", "cu_seqlens_q"), "*i32")
-    pointers |= {"q": "*bf16", "k": element, "v": element, "out": "*bf16"}
-    numbers = dict.fromkeys(("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table"), "i32")
+    pointers |= {"q": "*bf16", "k": element, "v": element, "out": "*bf16"} | (others or {})
+    names = ("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table")
+    numbers = dict.fromkeys(names, "i32")
     numbers |= {"softmax_scale": "fp32", "soft_cap": "fp32"}
-    constants |= {"GROUP": 4, "FORMAT": form, "HAS_SCALE": form != "16-bit", "PER_TOKEN": per_token, "D": 128}
+    constants = {"GROUP": 4, "FORMAT": form, "BLOCK_SIZE": 16} | constants
+    constants |= {"HAS_SCALE": form != "16-bit", "PER_TOKEN": per_token, "D": 128}
     constants |= {
-        "NORMALISE": form != "16-bit",
+        "NORMALISE": constants["FORMAT"] != "16-bit",
         "CONVERTS": form != "e4m3" or capability >= 89,
-        "BLOCK_SIZE": 16,
     }
     constants |= {"HAS_CAP": False, "WORDS": words, "PLANES": planes}
     constants |= {"stride_q": 6144, "stride_query": 128}  # as in a model with 32 and 8 heads
@@ -169,15 +177,16 @@ def compile_decode(capability: int, stored: str, num_rows: int = 4) -> Resources
     )  # fmt: skip
 
 
-def compile_prefill(capability: int, stored: str) -> Resources:
-    per_token = stored.endswith("token")
-    shape = attention_prefill.program_shape(128, is_8_bit=stored != "bf16", per_token=per_token)
-    rows, tile, num_warps, stages = shape
-    constants = {"ROWS": rows, "TILE": tile, "STAGES": stages, "HAS_WINDOW": False}
-    element = "*bf16" if stored == "bf16" else "*i8"
+def compile_prefill(
+    capability: int, stored: str, *, shape: tuple[int, int, int, int] | None = None
+) -> Resources:
+    rows, tile, num_warps, stages = shape or attention_prefill.program_shape(128)
+    is_wide = stored != "bf16"
+    constants = {"ROWS": rows, "TILE": tile, "STAGES": stages, "HAS_WINDOW": False, "FORMAT": "16-bit"}
+    constants |= {"IS_WIDE": FORMATS[stored][1], "BLOCK_SIZE": attention_widen.SLOTS if is_wide else 16}
     return compile_attention(
         attention_prefill.prefill_kernel, capability, stored, constants, num_warps,
-        element=element, words=128, planes=1,
+        element="*bf16", words=128, planes=1, others={"v": "*fp16"} if is_wide else None,
     )  # fmt: skip
 
 
@@ -204,6 +213,32 @@ def test_prefill_uses_the_warpgroup_mma(stored):
     resources = compile_prefill(HOPPER, stored)
     assert resources.stack <= 32  # a few values that wait outside the loops
     assert "HGMMA" in resources.sass
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("stored", ["e4m3", "int8 per token"])
+def test_codes_become_16_bits(capability, stored):
+    form, per_token = FORMATS[stored]
+    types = dict.fromkeys(("k_scale", "v_scale", "records"), "*fp32") | {"k": "*i8", "v": "*i8"}
+    types |= dict.fromkeys(("block_table", "lengths", "cu_seqlens_q", "wide_table"), "*i32")
+    types |= {
+        "wide_k": "*bf16",
+        "wide_v": "*fp16",
+        "softmax_scale": "fp32",
+        "window": "i32",
+        "stride_table": "i32",
+    }
+    constants = {"stride_block": 16384, "stride_head": 2048, "stride_token": 128, "FORMAT": form, "D": 128}
+    constants |= {"PER_TOKEN": per_token, "HAS_WINDOW": True, "CONVERTS": form == "int8" or capability >= 89}
+    constants |= {
+        "ELEMENTS": 128,
+        "BLOCK_SIZE": 16,
+        "SLOTS": attention_widen.SLOTS,
+        "TOKENS": attention_widen.TOKENS,
+    }
+    resources = compile_for(attention_widen.widen_kernel, capability, types, constants, 4)
+    assert resources.stack == 0
+    assert "STG.E.128" in resources.sass and "LDG.E.128" in resources.sass
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
