@@ -1,6 +1,7 @@
 """Attention over pages without a GPU: the torch version against its definition, and the kernels' machine code."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 
 from quantkit_kernels import (
     attention_decode,
+    attention_few,
     attention_prefill,
     attention_tile,
     attention_widen,
@@ -20,7 +22,7 @@ from quantkit_kernels import (
 )
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build
-from tests.triton_aot import CAPABILITIES, Resources, compile_for
+from tests.triton_aot import CAPABILITIES, CUOBJDUMP, Resources, compile_for
 
 ROOT = Path(__file__).parents[3]
 HOPPER = 90
@@ -128,6 +130,25 @@ def test_cuts_fill_the_device_and_spare_full_batches():
     for batch in (1, 2, 5, 16, 100, 1000):
         for context in (1, 64, 1000, 131072):
             assert 1 <= attention_decode.cut(batch, 8, context, 132, 64)[0] <= 64
+
+
+def test_one_launch_as_far_as_it_is_faster():
+    def pays(batch: int, context: int, dtype: torch.dtype, scale_shape: tuple[int, ...] | None) -> bool:
+        pool = paged_kv.create_pool(1, 8, 128, dtype, scale_shape=scale_shape)
+        numbers = torch.zeros(batch + 1, dtype=torch.int32)
+        return attention_few.pays(pool, Pages(numbers[:, None], numbers[1:], numbers, 1, context), 132)
+
+    per_token = (1, 8, 16)
+    assert [attention_few.cluster_of(8 * batch, 132) for batch in (1, 2, 4, 8, 16, 64)] == [8, 4, 2, 2, 1, 1]
+    assert attention_few.warps_of(8, 512, 8, 132) == 4 and attention_few.warps_of(8, 513, 8, 132) == 8
+    assert attention_few.span_of(torch.int8, 4096, 8) == 1 and attention_few.span_of(torch.int8, 4097, 8) == 2
+    assert (
+        attention_few.span_of(torch.int8, 100, 1) == 2 and attention_few.span_of(torch.bfloat16, 9999, 1) == 1
+    )
+    assert pays(1, 131072, torch.bfloat16, None) and not pays(17, 1024, torch.bfloat16, None)
+    assert pays(1, 8192, torch.int8, (8,)) and not pays(1, 8193, torch.int8, (8,))
+    assert pays(16, 32768, torch.int8, (8,)) and not pays(64, 1024, torch.int8, (8,))
+    assert pays(64, 1024, torch.int8, per_token) and not pays(256, 1024, torch.int8, per_token)
 
 
 def compile_attention(
@@ -239,6 +260,26 @@ def test_codes_become_16_bits(capability, stored):
     resources = compile_for(attention_widen.widen_kernel, capability, types, constants, 4)
     assert resources.stack == 0
     assert "STG.E.128" in resources.sass and "LDG.E.128" in resources.sass
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("stored", STORED)
+def test_one_launch_keeps_keys_and_values_in_registers(stored, rows, capability, tmp_path):
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings comes with CUDA builds of torch")
+    from quantkit_kernels import nvrtc
+
+    per_token = STORED[stored].get("per_token", False)
+    dtype = STORED[stored]["dtype"]
+    span = 1 if stored == "bf16" else 2
+    kind = attention_few.Kind(torch.bfloat16, dtype, per_token, True, True, 128, 16, rows, 8, 8, span)
+    path = tmp_path / "decode.cubin"
+    path.write_bytes(nvrtc.compile_cubin("decode.cu", "decode", attention_few.defines_of(kind), capability))
+    sass = subprocess.run([CUOBJDUMP, "--dump-sass", path], check=True, capture_output=True, text=True).stdout
+    assert f"HMMA.16816.F32{'.BF16' if stored == 'bf16' else ' '}" in sass
+    assert not re.search(r"\b(LDL|STL)\b", sass), "registers spilled"
+    assert len(re.findall(r"LDG\.E\.NA\.128", sass)) == 2 * 16  # the first, and the next
+    assert "LDS.U" not in sass and "LDGSTS" not in sass
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
