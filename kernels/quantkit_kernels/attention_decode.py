@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit_kernels import paged_kv
+from quantkit_kernels import attention_few, paged_kv
 from quantkit_kernels.attention_tile import (
     LOG2_E,
     NOTHING,
@@ -117,7 +117,7 @@ def decode_kernel(
         k + head.to(tl.int64) * stride_head, v + head.to(tl.int64) * stride_head,
         k_scale + head * BLOCK_SIZE, v_scale + head * BLOCK_SIZE, block_table + sequence.to(tl.int64) * stride_table,
         stride_block, stride_token, scale_block, window, soft_cap,
-        FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+        FORMAT, PER_TOKEN, False, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
     )  # fmt: skip
     result = interleave(acc, PLANES) / tl.where(total > 0, total, 1.0)[:, None] * value_scale
     element = tl.arange(0, WORDS * PLANES)
@@ -248,22 +248,31 @@ def launch(
     *,
     shape: tuple[int, int, int, int] | None = None,
     splits: int | None = None,
+    one_launch: bool | None = None,
 ) -> Tensor:
-    """`paged_decode` without the operator around it. shape, splits: others than `program_shape`, `cut` say."""
+    """`paged_decode` without the operator around it.
+
+    shape, splits, one_launch: others than `program_shape`, `cut`, `attention_few.pays` say.
+    """
     paged_kv.check(q_TQD, pool, pages)
     assert 1 <= pages.max_q_len <= MAX_Q_LEN, f"{pages.max_q_len} new tokens in a sequence"
-    num_heads = pool.k_PHSD.shape[1]
+    num_heads, processors = pool.k_PHSD.shape[1], num_multiprocessors(q_TQD.device)
+    num_rows = pages.max_q_len * (q_TQD.shape[1] // num_heads)
+    if one_launch is None and not (split_tokens or shape or splits):
+        one_launch = attention_few.takes(q_TQD, pool, num_rows) and attention_few.pays(
+            pool, pages, processors
+        )
+    if one_launch:
+        return attention_few.launch(q_TQD, pool, pages, masking)
     num_queries, head_dim = q_TQD.shape[1:]
     batch, group = pages.lengths_B.shape[0], num_queries // num_heads
-    num_rows, is_8_bit = pages.max_q_len * group, pool.k_PHSD.dtype in EIGHT_BIT
+    is_8_bit = pool.k_PHSD.dtype in EIGHT_BIT
     shaped_for = 1 if split_tokens else num_rows
     rows, tile, num_warps, stages = shape or program_shape(shaped_for, head_dim, is_8_bit=is_8_bit)
     row_tiles = triton.cdiv(num_rows, rows)
     k, v, words, planes = stored(pool, as_words=rows < WARPGROUP_ROWS.value)
     assert split_tokens % tile == 0, f"parts of {split_tokens} tokens are not whole tiles of {tile}"
-    num_splits, tiles_of_split = cut(
-        batch, num_heads, pages.max_context, num_multiprocessors(q_TQD.device), tile
-    )
+    num_splits, tiles_of_split = cut(batch, num_heads, pages.max_context, processors, tile)
     if split_tokens:
         num_splits, tiles_of_split = triton.cdiv(pages.max_context, split_tokens), split_tokens // tile
     elif splits is not None:

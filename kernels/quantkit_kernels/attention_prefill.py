@@ -6,7 +6,8 @@
     with a window           |  masked  |  seen by every row  |  masked  |
 
 A tile's rows are all query heads that share the head of keys, token by token; K and V of prefix and chunk alike come
-from the pages. Bound: 4 · D operations for each query head, new token and token it sees: tensor cores.
+from the pages. 8-bit ones are made 16 bits wide first (`attention_widen`), once for all tiles.
+Bound: 4 · D operations for each query head, new token and token it sees: tensor cores.
 Shape suffixes: T new tokens, Q query heads, H heads of keys, D head dimension, B sequences.
 """
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit_kernels import paged_kv
+from quantkit_kernels import attention_widen, paged_kv
 from quantkit_kernels.attention_tile import (
     LOG2_E,
     NOTHING,
@@ -39,8 +40,8 @@ def prefill_kernel(
     stride_q, stride_query, stride_block, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, HAS_SCALE: tl.constexpr, PER_TOKEN: tl.constexpr,
     NORMALISE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, CONVERTS: tl.constexpr,
-    D: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
+    IS_WIDE: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides of q in elements, of k and v (alike) in stored elements."""
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -68,7 +69,7 @@ def prefill_kernel(
 
     k += head.to(tl.int64) * stride_head
     v += head.to(tl.int64) * stride_head
-    k_scale += head * BLOCK_SIZE
+    k_scale += head * BLOCK_SIZE * (4 if IS_WIDE else 1)
     v_scale += head * BLOCK_SIZE
     block_table += sequence.to(tl.int64) * stride_table
     scale_block = num_heads * BLOCK_SIZE
@@ -87,19 +88,19 @@ def prefill_kernel(
         acc, m, total = attend(
             planes_of_q, row_scale, position, acc, m, total, first, lowest, until,
             k, v, k_scale, v_scale, block_table, stride_block, stride_token, scale_block, window, soft_cap,
-            FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+            FORMAT, PER_TOKEN, IS_WIDE, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
         )  # fmt: skip
         first = tl.cdiv(until, TILE) * TILE
         seen_by_all = tl.maximum(seen_by_all, first)
     acc, m, total = attend(
         planes_of_q, row_scale, position, acc, m, total, first, lowest, seen_by_all,
         k, v, k_scale, v_scale, block_table, stride_block, stride_token, scale_block, window, soft_cap,
-        FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, False, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+        FORMAT, PER_TOKEN, IS_WIDE, HAS_WINDOW, HAS_CAP, False, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
     )  # fmt: skip
     acc, m, total = attend(
         planes_of_q, row_scale, position, acc, m, total, seen_by_all, lowest, last_position + 1,
         k, v, k_scale, v_scale, block_table, stride_block, stride_token, scale_block, window, soft_cap,
-        FORMAT, PER_TOKEN, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
+        FORMAT, PER_TOKEN, IS_WIDE, HAS_WINDOW, HAS_CAP, True, CONVERTS, D, WORDS, PLANES, BLOCK_SIZE, TILE, STAGES,
     )  # fmt: skip
 
     result = interleave(acc, PLANES) / tl.where(total > 0, total, 1.0)[:, None] * value_scale
@@ -109,13 +110,9 @@ def prefill_kernel(
     tl.store(out + at_row[:, None] * D + element[None, :], result.to(out.dtype.element_ty), mask=is_there)
 
 
-def program_shape(head_dim: int, *, is_8_bit: bool, per_token: bool) -> tuple[int, int, int, int]:
+def program_shape(head_dim: int) -> tuple[int, int, int, int]:
     """Rows and tokens of a tile, warps, pipeline stages."""
-    if head_dim > 128:
-        return 64, 32, 4, 2
-    if per_token:
-        return 64, 64, 4, 3
-    return (64, 128, 4, 2) if is_8_bit else (128, 64, 8, 3)
+    return (128, 64, 8, 3) if head_dim <= 128 else (64, 32, 4, 2)
 
 
 def paged_prefill(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:
@@ -165,20 +162,39 @@ def launch(
 ) -> Tensor:
     """`paged_prefill` without the operator around it. shape: another one than `program_shape` says."""
     paged_kv.check(q_TQD, pool, pages)
-    num_heads, block_size = pool.k_PHSD.shape[1:3]
-    num_queries, head_dim = q_TQD.shape[1:]
-    batch, group = pages.lengths_B.shape[0], num_queries // num_heads
-    is_8_bit = pool.k_PHSD.dtype in EIGHT_BIT
-    per_token = pool.k_scale is not None and pool.k_scale.dim() == 3
-    rows, tile, num_warps, stages = shape or program_shape(head_dim, is_8_bit=is_8_bit, per_token=per_token)
     out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
+    if pool.k_PHSD.dtype not in EIGHT_BIT:
+        _launch(q_TQD, pool, pages, masking, out_TQD, shape)
+        return out_TQD
+    at_once = attention_widen.sequences_at_once(pool, pages)
+    for first in range(0, pages.lengths_B.shape[0], at_once):
+        some = slice(first, first + at_once)
+        lengths_B, offsets = pages.lengths_B[some], pages.cu_seqlens_q[first : first + at_once + 1]
+        part = Pages(pages.block_table_BL[some], lengths_B, offsets, pages.max_q_len, pages.max_context)
+        wide, table_BL = attention_widen.widen(pool, part, masking, q_TQD.dtype)
+        _launch(q_TQD, wide, part._replace(block_table_BL=table_BL), masking, out_TQD, shape)
+    return out_TQD
+
+
+def _launch(
+    q_TQD: Tensor,
+    pool: KVPool,
+    pages: Pages,
+    masking: Masking,
+    out_TQD: Tensor,
+    shape: tuple[int, int, int, int] | None,
+) -> None:
+    """Of keys and values in 16 bits."""
+    num_heads, block_size, head_dim = pool.k_PHSD.shape[1:]
+    batch, group = pages.lengths_B.shape[0], q_TQD.shape[1] // num_heads
+    rows, tile, num_warps, stages = shape or program_shape(head_dim)
     k, v, words, planes = stored(pool, as_words=False)
+    k_scale, v_scale = (v if scale is None else scale for scale in (pool.k_scale, pool.v_scale))
+    has_records = pool.k_scale is not None and pool.k_scale.dim() > 1
     prefill_kernel[(triton.cdiv(pages.max_q_len * group, rows), num_heads, batch)](
-        q_TQD, k, v, k if pool.k_scale is None else pool.k_scale, v if pool.v_scale is None else pool.v_scale,
-        pages.block_table_BL, pages.lengths_B, pages.cu_seqlens_q, out_TQD,
+        q_TQD, k, v, k_scale, v_scale, pages.block_table_BL, pages.lengths_B, pages.cu_seqlens_q, out_TQD,
         masking.softmax_scale * LOG2_E, masking.window, masking.soft_cap * LOG2_E,
         q_TQD.stride(0), q_TQD.stride(1), *k.stride()[:3], pages.block_table_BL.stride(0),
-        group, rows, *constants(q_TQD, pool, masking), head_dim, words, planes, block_size, tile, stages,
+        group, rows, *constants(q_TQD, pool, masking), has_records, head_dim, words, planes, block_size, tile, stages,
         num_warps=num_warps,
     )  # fmt: skip
-    return out_TQD

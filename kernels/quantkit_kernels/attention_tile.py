@@ -11,8 +11,9 @@ r // GROUP, so a K/V tile is read once for the whole group.
     score [rows, TILE] = Σ_j q_j · k_jᵀ · scale      acc_j [rows, D / 4] += p · v_j      out[4w + j] = acc_j[w] / total
 
 Codes become fp16, exactly. q is fp16 then too: rows of bf16 are first divided by a power of two, which is returned
-to the scores in float32. The scale of a key multiplies scores; that of a value multiplies probabilities: m is the
-running maximum of score + exponent of the value scale, so that p · scale ≤ 1 whatever the scales are.
+to the scores in float32. The scale of a key multiplies scores; the logarithm of that of a value is added to them, so
+that their exponentials are what multiplies v, p · scale, at most 1 whatever the scales are; divided by the scale again
+they are added up.
 """
 
 import torch
@@ -195,36 +196,44 @@ def _of_tokens(blocks, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _exponent(scale_C, OF_ALL: tl.constexpr):
-    """At least log2 of a scale, [1, C], or of the largest one: what keeps p · scale below 1 need not be exact.
+def _scales(k_scale, v_scale, at, is_token, MASKED: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Of a tile's tokens: scale of the key, log2 and inverse of the scale of the value.
 
-    OF_ALL is less work where a row of scores is in one warp, and a detour through shared memory elsewhere.
+    In one load: of fewer numbers than there are threads, every thread would read all that it needs.
     """
-    if OF_ALL:
-        return (tl.max(scale_C, axis=0).to(tl.int32, bitcast=True) >> 23).to(tl.float32) - 126.0
+    if IS_WIDE:
+        at_record = k_scale + at[:, None] * 4 + tl.arange(0, 4)[None, :]
+        record = tl.load(at_record, mask=is_token[:, None] if MASKED else None, other=0.0 if MASKED else None)
+        even, odd = tl.split(tl.reshape(record, (at.shape[0], 2, 2)))
+        key_scale, inverse = tl.split(even)
+        log_scale, _ = tl.split(odd)
+        return key_scale, log_scale, inverse
     else:
-        return ((scale_C.to(tl.int32, bitcast=True) >> 23).to(tl.float32) - 126.0)[None, :]
+        to_values = tl.arange(0, 2) * ((v_scale.to(tl.int64) - k_scale.to(tl.int64)) // 4)
+        both = tl.load(k_scale + at[:, None] + to_values[None, :], mask=is_token[:, None], other=0.0)
+        key_scale, value_scale = tl.split(both)
+        value_scale = tl.maximum(value_scale, 1e-30)
+        return key_scale, tl.log2(value_scale), 1.0 / value_scale
 
 
 @triton.jit
 def attend(
     q, row_scale_M, position_M, acc, m_M, total_M, first, lowest, stop,
     k, v, k_scale, v_scale, table, stride_block, stride_token, scale_block, window, soft_cap,
-    FORMAT: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    MASKED: tl.constexpr, CONVERTS: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, PER_TOKEN: tl.constexpr, IS_WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, CONVERTS: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr,
+    PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Go over tokens first, first + TILE … < stop: (acc, m, total) with them.
 
-    k, v, their scales, table: of the head and sequence.
+    k, v, their scales, table: of the head and sequence. IS_WIDE: k_scale holds records, as
+    `attention_widen` leaves them, which stand for row_scale too.
     Not MASKED: every row sees every one of them, and stop − first is a multiple of TILE. MASKED: tokens before `lowest`
     are read by no row, and their blocks may be gone.
     """
-    IN_ONE_WARP: tl.constexpr = q[0].shape[0] >= WARPGROUP_ROWS
+    SCALES_LATE: tl.constexpr = not (MASKED or HAS_CAP)  # −inf · 0 would not be a score
     tile = tl.arange(0, TILE)
     word = tl.arange(0, WORDS)
-    # One load of both scales: of fewer numbers than there are threads, every thread would read all that it needs.
-    to_values = tl.arange(0, 2) * ((v_scale.to(tl.int64) - k_scale.to(tl.int64)) // 4)
     blocks = _blocks(table, first, lowest, stop, BLOCK_SIZE, TILE)
     for start in tl.range(first, stop, TILE, num_stages=STAGES):
         token = start + tile
@@ -250,11 +259,11 @@ def attend(
         score = tl.dot(q[0], tl.trans(k_planes[0]))
         for j in tl.static_range(1, PLANES):
             score = tl.dot(q[j], tl.trans(k_planes[j]), score)
-        score *= row_scale_M[:, None]
         if PER_TOKEN:
-            at_both = at_scale[:, None] + to_values[None, :]
-            key_scale, value_scale = tl.split(tl.load(k_scale + at_both, mask=is_token[:, None], other=0.0))
+            key_scale, log_scale, inverse = _scales(k_scale, v_scale, at_scale, is_token, MASKED, IS_WIDE)
             score *= key_scale[None, :]
+        if not (SCALES_LATE or (PER_TOKEN and IS_WIDE)):
+            score *= row_scale_M[:, None]
         if HAS_CAP:
             score = soft_cap * (1.0 - 2.0 / (tl.exp2(score * (TWO_LOG2_E / soft_cap)) + 1.0))  # tanh
         if MASKED:
@@ -262,19 +271,26 @@ def attend(
             if HAS_WINDOW:
                 is_seen = is_seen & (token[None, :] > position_M[:, None] - window)
             score = tl.where(is_seen, score, -float("inf"))
-        ranked = score
         if PER_TOKEN:
-            value_scale = tl.maximum(value_scale, 1e-30)
-            ranked = score + _exponent(value_scale, IN_ONE_WARP)
-        next_m_M = tl.maximum(m_M, tl.max(ranked, axis=1))
-        p = tl.exp2(score - next_m_M[:, None])
+            if SCALES_LATE and not IS_WIDE:
+                score *= row_scale_M[:, None]
+            score += log_scale[None, :]
+            next_m_M = tl.maximum(m_M, tl.max(score, axis=1))
+            p = tl.exp2(score - next_m_M[:, None])
+        elif SCALES_LATE:
+            next_m_M = tl.maximum(m_M, tl.max(score, axis=1) * row_scale_M)
+            p = tl.exp2(score * row_scale_M[:, None] - next_m_M[:, None])
+        else:
+            next_m_M = tl.maximum(m_M, tl.max(score, axis=1))
+            p = tl.exp2(score - next_m_M[:, None])
         shrink_M = tl.exp2(m_M - next_m_M)
-        total_M = total_M * shrink_M + tl.sum(p, axis=1)
-        m_M = next_m_M
         if PER_TOKEN:
-            p *= value_scale[None, :]
-        p = p.to(q[0].dtype)
+            total_M = total_M * shrink_M + tl.sum(p * inverse[None, :], axis=1)
+        else:
+            total_M = total_M * shrink_M + tl.sum(p, axis=1)
+        m_M = next_m_M
         v_planes = planes(v_CD, FORMAT, PLANES, CONVERTS)
+        p = p.to(v_planes[0].dtype)
         grown = ()
         for j in tl.static_range(PLANES):
             grown = grown + (tl.dot(p, v_planes[j], acc[j] * shrink_M[:, None]),)
@@ -322,7 +338,7 @@ def constants(
     """FORMAT, HAS_SCALE, PER_TOKEN, NORMALISE, HAS_WINDOW, HAS_CAP, CONVERTS of the kernels."""
     dtype = pool.k_PHSD.dtype
     form = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}.get(dtype, "16-bit")
-    per_token = pool.k_scale is not None and pool.k_scale.dim() == 3
+    per_token = pool.k_scale is not None and pool.k_scale.dim() > 1
     normalise = q_TQD.dtype == torch.bfloat16 and dtype != torch.bfloat16
     converts = q_TQD.is_cuda and (form != "e4m3" or converts_float8(q_TQD.device))
     has_scale = pool.k_scale is not None

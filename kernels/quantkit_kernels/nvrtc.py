@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-COMMON = "common.cuh"
+HEADERS = ("common.cuh", "weights.cuh", "wgmma.cuh", "wide.cuh")  # that a source may include
 Defines = tuple[tuple[str, int | str], ...]
 INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
 
@@ -140,7 +140,8 @@ def _load(file: str, entry: str, params: str, defines: Defines, device: int) -> 
 def cached_cubin(file: str, entry: str, defines: Defines, capability: tuple[int, int]) -> bytes:
     """Machine code from the disk, or compiled and put there."""
     options = compile_options(defines, capability)
-    parts = [_version(), entry, *options, (SOURCES / COMMON).read_text(), (SOURCES / file).read_text()]
+    texts = [(SOURCES / name).read_text() for name in (*HEADERS, file)]
+    parts = [_version(), entry, *options, *texts]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     path = cache_folder() / f"{entry}-{name}.cubin"
     if path.exists():
@@ -176,8 +177,9 @@ def compile_options(defines: Defines, capability: tuple[int, int]) -> list[str]:
 def compile_cubin(file: str, entry: str, defines: Defines, capability: tuple[int, int]) -> bytes:
     """Compile `csrc/file` for a compute capability; needs no GPU. Raises RuntimeError with the compiler's words."""
     nvrtc = _nvrtc()
-    source, header = (SOURCES / file).read_bytes(), (SOURCES / COMMON).read_bytes()
-    program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 1, [header], [COMMON.encode()]))
+    source, headers = (SOURCES / file).read_bytes(), [(SOURCES / name).read_bytes() for name in HEADERS]
+    names = [name.encode() for name in HEADERS]
+    program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), len(names), headers, names))
     try:
         options = [option.encode() for option in compile_options(defines, capability)]
         if nvrtc.nvrtcCompileProgram(program, len(options), options)[0].value != 0:

@@ -201,6 +201,7 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
     assert is_known, f"groups of {weight.group_size}"
     x_stages, w_stages = stages_of(weight, tiling)
     return (
+        ("X_SIZE", 2),
         ("M_TILE", tiling.m_tile),
         ("WARPGROUPS", WARPGROUPS),
         ("HALVES", tiling.halves),
@@ -212,6 +213,6 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
         ("GROUP_ROWS", _group_rows(weight)),
         ("GROUP_STAGES", max(1, weight.group_size // STAGE_COLUMNS)),
         ("ZERO", int(weight.zero_point is not None)),
-        ("X_KIND", DTYPES[dtype]),
+        ("IS_BF16", int(dtype == torch.bfloat16)),
         ("SCALE_KIND", DTYPES[weight.scale.dtype]),
     )

@@ -7,6 +7,7 @@ r is the sum of the dequantized row. The weight is a `StripWeight`, INT4 in frag
     route    rows, as `dispatch` has measured
     skinny   the fewest
     tile     from there: 8-bit codes made in registers (`w4a8_kernel`)
+    wide     hundreds and thousands, on compute capability 9.0 (`wide_codes`)
 
 With `batch_invariant` it is `tile` with tiles of one shape: an element is the same sum whatever else is in the batch.
 
@@ -15,6 +16,7 @@ Shape suffixes: M rows, N out_features, K in_features, G groups.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare
 from quantkit_kernels.w8a8_fp8 import check_bias, few_rows
+from quantkit_kernels.wide_codes import supports, wide_codes
+from quantkit_kernels.wide_launch import CAPABILITY
 
 
 def multiply(
@@ -179,17 +183,23 @@ def _tile(
     return y_MN
 
 
+def _wide(codes_MK: Tensor, weight: StripWeight, *, out_dtype: torch.dtype, **more: Any) -> Tensor:
+    run = partial(wide_codes, dependent=True) if supports(weight, out_dtype) else _tile
+    return run(codes_MK, weight, out_dtype=out_dtype, **more)
+
+
 SKINNY = Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY)
+WIDE = Route(name="wide", run=_wide, min_capability=CAPABILITY, max_capability=CAPABILITY)
 INT8_INPUT = Family(
     name="w4a8_int8",
-    routes=(SKINNY, Route(name="tile", run=_tile)),
+    routes=(SKINNY, WIDE, Route(name="tile", run=_tile)),
     prepare=prepare,
     weight_bytes=0.5,
     input_dtype=torch.int8,
 )
 FP8_INPUT = Family(
     name="w4a8_fp8",
-    routes=(SKINNY, Route(name="tile", run=_tile, min_capability=(8, 9))),
+    routes=(SKINNY, WIDE, Route(name="tile", run=_tile, min_capability=(8, 9))),
     prepare=prepare,
     weight_bytes=0.5,
     input_dtype=torch.float8_e4m3fn,

@@ -7,7 +7,8 @@ Codes stay row-major, [N, K] as on disk, columns and rows padded with zeros to a
 maps ask for). A scale for the whole weight is repeated for its rows; one for all tokens may be one number.
 
     route       rows, as `dispatch` has measured
-    skinny      the fewest, scales per row
+    stream      few, on Hopper
+    skinny      the fewest on newer devices, scales per row
     tile        tens, and where the others have no kernel
     scaled_mm   more: `torch._scaled_mm`, scales per row of both, or per 128 columns and per 128 × 128
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quantkit_kernels import byte_stream
 from quantkit_kernels.batch_invariant import in_fixed_rows
 from quantkit_kernels.capability import HOPPER, capability, converts_float8
 from quantkit_kernels.dispatch import choose
@@ -76,8 +78,9 @@ def prepare(weight: LinearWeight) -> Fp8Weight:
 def aligned(codes: Tensor, extra_rows: int = 0) -> Tensor:
     """Codes whose rows are contiguous, start at multiples of 16 bytes, and are padded with zeros to such a length."""
     extra = -codes.shape[1] % ALIGNED
-    is_aligned = codes.stride(1) == 1 and codes.stride(0) % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
-    if extra == extra_rows == 0 and is_aligned:
+    in_rows = codes.stride(1) == 1 and codes.stride(0) >= codes.shape[1]
+    is_aligned = codes.stride(0) % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
+    if extra == extra_rows == 0 and in_rows and is_aligned:
         return codes
     return pad(codes.view(torch.int8), (0, extra, 0, extra_rows)).view(codes.dtype).contiguous()
 
@@ -169,6 +172,25 @@ def w8a8_fp8(
     return route.run(codes_MK, weight, x_scale=x_scale, bias_N=bias_N, out_dtype=out_dtype)
 
 
+def _stream(
+    codes_MK: Tensor,
+    weight: Fp8Weight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    return byte_stream.stream(
+        aligned(codes_MK),
+        weight.codes_NK,
+        weight.scale,
+        num_outputs=weight.shape[0],
+        out_dtype=out_dtype,
+        x_scale=x_scale,
+        bias_N=bias_N,
+    )
+
+
 def _skinny(
     codes_MK: Tensor,
     weight: Fp8Weight,
@@ -218,11 +240,19 @@ def _scaled(
     return _scaled_mm(codes_MK, x_scale, weight.codes_NK, weight.scale, bias_N, weight.shape[0], out_dtype)
 
 
+STREAM = Route(
+    name="stream",
+    run=_stream,
+    max_rows=byte_stream.MAX_ROWS,
+    min_capability=byte_stream.CAPABILITY,
+    max_capability=byte_stream.CAPABILITY,
+)
 TILE = Route(name="tile", run=_tile, min_capability=(8, 9))
 SCALED_MM = Route(name="scaled_mm", run=_scaled, min_capability=(8, 9))
 FAMILY = Family(
     name="w8a8_fp8",
     routes=(
+        STREAM,
         Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
         TILE,
         SCALED_MM,
@@ -233,7 +263,7 @@ FAMILY = Family(
 )
 BLOCK_FAMILY = Family(
     name="w8a8_fp8_block",
-    routes=(TILE, SCALED_MM),
+    routes=(STREAM, TILE, SCALED_MM),
     prepare=prepare,
     weight_bytes=1,
     input_dtype=torch.float8_e4m3fn,

@@ -3,12 +3,12 @@
     y[m, n] = (Σ_k x[m, k] · w[n, k]  −  z_x[m] · Σ_k w[n, k]) · s_w[n] · s_x[m] + bias[n]
 
 Scale and zero point of x: one for each token, or one for all. Codes stay row-major, [N, K] as on disk, columns padded
-with zeros to a multiple of 16; the sums of rows are made once. `skinny` takes the fewest rows, `tile` all others: there
-the sum stays in registers, where `torch._int_mm` would write it out and read it again.
+with zeros to a multiple of 16; the sums of rows are made once. Few rows go to `stream` (Hopper) or `skinny`, all others
+to `tile`: sums stay in registers, where `torch._int_mm` would write them out and read them again.
 
-|Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16. `tile` takes the zero point off that, exactly; in
-`skinny` each warp's sum, of an eighth of the columns, becomes float32 before. With `batch_invariant` it is `tile`:
-exact sums are the same in tiles of any shape.
+|Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16. `stream` and `tile` take the zero point off that,
+exactly; in `skinny` each warp's sum, of an eighth of the columns, becomes float32 before. With `batch_invariant` it is
+`tile`: exact sums are the same in tiles of any shape.
 Bound: a byte per weight up to about 240 rows, then multiplications.
 Shape suffixes: M rows, N out_features, K in_features.
 """
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit_kernels import byte_stream
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
 from quantkit_kernels.operators import operator
@@ -144,6 +145,28 @@ def w8a8_int8(
     return run(codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype)
 
 
+def _stream(
+    codes_MK: Tensor,
+    weight: Int8Weight,
+    *,
+    x_scale: Tensor,
+    out_dtype: torch.dtype,
+    zero_point: Tensor | None = None,
+    bias_N: Tensor | None = None,
+) -> Tensor:
+    return byte_stream.stream(
+        aligned(codes_MK),
+        weight.codes_NK,
+        weight.scale_N,
+        num_outputs=len(weight.scale_N),
+        out_dtype=out_dtype,
+        x_scale=x_scale,
+        bias_N=bias_N,
+        zero_point=None if zero_point is None else zero_point.contiguous(),
+        code_sum_N=weight.code_sum_N,
+    )
+
+
 def _skinny(
     codes_MK: Tensor,
     weight: Int8Weight,
@@ -186,6 +209,13 @@ def _tile(
 FAMILY = Family(
     name="w8a8_int8",
     routes=(
+        Route(
+            name="stream",
+            run=_stream,
+            max_rows=byte_stream.MAX_ROWS,
+            min_capability=byte_stream.CAPABILITY,
+            max_capability=byte_stream.CAPABILITY,
+        ),
         Route(name="skinny", run=_skinny, max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY),
         Route(name="tile", run=_tile),
     ),

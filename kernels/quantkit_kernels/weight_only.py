@@ -1,8 +1,9 @@
 """y = x · wᵀ (+ bias) with x in 16 bits and w in INT4, INT8, FP8 or 16 bits: W4A16, W8A16, and no quantization at all.
 
-    M ≤ 32              skinny    weights streamed once, bound by their bytes               compute capability ≥ 9.0
-    tens to hundreds    tile      4- and 8-bit weights on wgmma, from registers             9.0
-    the rest            sliced    a slice of w in 16 bits, small enough for the L2, cuBLAS  any
+    M ≤ 32              skinny    weights streamed once, bound by their bytes                 compute capability ≥ 9.0
+    tens to hundreds    tile      4- and 8-bit weights on wgmma, from registers               9.0
+    more                wide      the same, x as it is, tiles that fill every multiprocessor  9.0
+    elsewhere           sliced    a slice of w in 16 bits, small enough for the L2, cuBLAS    any
 
 All read one `StripWeight`. On a CPU the weight is made dense: that is the definition of the operator, not how a CPU
 serves (the catalog has kernels for that).
@@ -26,6 +27,7 @@ from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.sliced import sliced
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare, prepare_dense
 from quantkit_kernels.tile import CAPABILITY, fixed_tiling, tile
+from quantkit_kernels.wide import wide
 
 
 def cublas(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -> Tensor:
@@ -39,9 +41,12 @@ SKINNY = Route(
 TILE = Route(
     name="tile", run=partial(tile, dependent=True), min_capability=CAPABILITY, max_capability=CAPABILITY
 )
+WIDE = Route(
+    name="wide", run=partial(wide, dependent=True), min_capability=CAPABILITY, max_capability=CAPABILITY
+)
 SLICED = Route(name="sliced", run=sliced)
-W4A16 = Family(name="w4a16", routes=(SKINNY, TILE, SLICED), prepare=prepare, weight_bytes=0.5)
-W8A16 = Family(name="w8a16", routes=(SKINNY, TILE, SLICED), prepare=prepare, weight_bytes=1)
+W4A16 = Family(name="w4a16", routes=(SKINNY, TILE, WIDE, SLICED), prepare=prepare, weight_bytes=0.5)
+W8A16 = Family(name="w8a16", routes=(SKINNY, TILE, WIDE, SLICED), prepare=prepare, weight_bytes=1)
 DENSE16 = Family(
     name="dense16", routes=(SKINNY, Route(name="cublas", run=cublas)), prepare=prepare_dense, weight_bytes=2
 )

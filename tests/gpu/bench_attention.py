@@ -115,6 +115,14 @@ def decode_table(q_len: int = 1) -> None:
         print(f"{kind:<15}" + " | ".join(cells), flush=True)
 
 
+def latency_table() -> None:
+    """One new token of one sequence: what a layer of a model waits for at batch 1."""
+    print("decode of one sequence, us")
+    for kind in KINDS:
+        cells = [f"{context} {decode(kind, 1, context):.2f}" for context in (128, 256, 512, 1024, 2048, 4096)]
+        print(f"{kind:<15}" + " | ".join(cells), flush=True)
+
+
 def prefill_table() -> None:
     sizes = (512, 2048, 8192)
     of_torch = {size: flash(size) for size in sizes}
@@ -137,7 +145,7 @@ def tflops(num_tokens: int, us: float) -> float:
 
 DECODE_SHAPES = ((16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 2, 3))
 VERIFY_SHAPES = ((16, 64, 4, 3), (16, 128, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2))
-PREFILL_SHAPES = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2))
+PREFILL_SHAPES = ((64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2))
 
 
 def sweep() -> None:
@@ -187,7 +195,7 @@ def sweep_prefill() -> None:
 
 
 PARTS = {
-    "tables": (decode_table, functools.partial(decode_table, 4), prefill_table),
+    "tables": (latency_table, decode_table, functools.partial(decode_table, 4), prefill_table),
     "sweep": (sweep, sweep_rows, sweep_prefill, sweep_splits),
 }
 

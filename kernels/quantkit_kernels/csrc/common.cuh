@@ -64,10 +64,13 @@ inline u32 narrow2(float low, float high) {
   return pair;
 }
 
+// Below compute capability 9.0 bf16 has nothing but fma.
 template <int KIND>
 inline u32 sub2(u32 a, u32 b) {
   u32 d;
-  if constexpr (KIND == BF16)
+  if constexpr (KIND == BF16 && __CUDA_ARCH__ < 900)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xBF80BF80), "r"(a));
+  else if constexpr (KIND == BF16)
     asm("sub.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   else
     asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -77,7 +80,9 @@ inline u32 sub2(u32 a, u32 b) {
 template <int KIND>
 inline u32 mul2(u32 a, u32 b) {
   u32 d;
-  if constexpr (KIND == BF16)
+  if constexpr (KIND == BF16 && __CUDA_ARCH__ < 900)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000));
+  else if constexpr (KIND == BF16)
     asm("mul.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   else
     asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));

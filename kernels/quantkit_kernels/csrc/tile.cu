@@ -14,9 +14,9 @@
 //
 // Definitions: M_TILE (32, 64, 96, 128, 192, 256), WARPGROUPS, HALVES, RESIDENT (blocks on a multiprocessor), X_STAGES,
 // W_STAGES, W_BITS (4, 8), IS_E4M3 (else integers), GROUP_ROWS (rows of scales in a stage; 0: one scale per row of w),
-// GROUP_STAGES (stages of a group), ZERO (zero points), X_KIND (BF16, F16), SCALE_KIND (of groups).
+// GROUP_STAGES (stages of a group), ZERO (zero points), IS_BF16 (else fp16), SCALE_KIND (of groups).
 
-#include "common.cuh"
+#include "wgmma.cuh"
 
 struct Params {
   u16* y;
@@ -33,8 +33,6 @@ constexpr int ROWS = 64 * HALVES * WARPGROUPS, STRIPS = ROWS / 16, WARPS = 4 * W
 constexpr int REGISTERS = 65536 / (RESIDENT * THREADS) / 8 * 8, FEW = 24;
 constexpr int MANY = (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 < 240
                          ? (REGISTERS * (WARPGROUPS + 1) - FEW) / WARPGROUPS / 8 * 8 : 240;
-constexpr bool IS_BF16 = X_KIND == BF16;
-constexpr int SCALE_SIZE = SCALE_KIND == F32 ? 4 : 2;
 constexpr int W_STRIP = 256 * W_BITS, X_BYTES = M_TILE * 256, W_BYTES = STRIPS * W_STRIP;
 constexpr int S_STRIP = GROUP_ROWS * 16 * SCALE_SIZE, Z_STRIP = ZERO ? GROUP_ROWS * 16 : 0;
 constexpr int X_AT = 0, W_AT = X_AT + X_STAGES * X_BYTES, S_AT = W_AT + W_STAGES * W_BYTES;
@@ -42,166 +40,7 @@ constexpr int Z_AT = S_AT + W_STAGES * STRIPS * S_STRIP, RING_END = Z_AT + W_STA
 constexpr int PITCH = ROWS + 4;  // floats of a row of sums: banks
 constexpr int SUMS_END = M_TILE * PITCH * 4;
 constexpr int BARRIERS_AT = (RING_END > SUMS_END ? RING_END : SUMS_END) / 8 * 8 + 8;
-constexpr u32 BASE = IS_BF16 ? 0x43004300 : 0x64006400;  // 128 or 1024, twice: a code in the lowest bits is added
-static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
-// Scales of groups that need not be numbers of x's dtype: weights are multiplied in float32.
-constexpr bool IS_WIDE = GROUP_ROWS && SCALE_KIND != X_KIND;
-constexpr bool IS_FUSED = W_BITS == 4 && IS_BF16 && GROUP_ROWS && !ZERO && !IS_WIDE;
 constexpr int FRAGMENTS = 8 * HALVES, PER_GROUP = 2, SETS = 2;  // of a stage; issued together; such groups in flight
-
-// ---- tensor cores ----
-
-#define DECADE(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
-#define SUM4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SUM16(i) SUM4(i), SUM4(i + 4), SUM4(i + 8), SUM4(i + 12)
-#define FIFTY DECADE() ", " DECADE(1) ", " DECADE(2) ", " DECADE(3) ", " DECADE(4)
-#if M_TILE == 32
-#define SUMS SUM16(0)
-#define NAMES "{" DECADE() ", %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20"
-#elif M_TILE == 64
-#define SUMS SUM16(0), SUM16(16)
-#define NAMES "{" DECADE() ", " DECADE(1) ", " DECADE(2) ", %30, %31}, {%32, %33, %34, %35}, %36"
-#elif M_TILE == 96
-#define SUMS SUM16(0), SUM16(16), SUM16(32)
-#define NAMES \
-  "{" DECADE() ", " DECADE(1) ", " DECADE(2) ", " DECADE(3) \
-  ", %40, %41, %42, %43, %44, %45, %46, %47}, {%48, %49, %50, %51}, %52"
-#elif M_TILE == 128
-#define SUMS SUM16(0), SUM16(16), SUM16(32), SUM16(48)
-#define NAMES "{" FIFTY ", " DECADE(5) ", %60, %61, %62, %63}, {%64, %65, %66, %67}, %68"
-#elif M_TILE == 192
-#define SUMS SUM16(0), SUM16(16), SUM16(32), SUM16(48), SUM16(64), SUM16(80)
-#define NAMES \
-  "{" FIFTY ", " DECADE(5) ", " DECADE(6) ", " DECADE(7) ", " DECADE(8) \
-  ", %90, %91, %92, %93, %94, %95}, {%96, %97, %98, %99}, %100"
-#elif M_TILE == 256
-#define SUMS SUM16(0), SUM16(16), SUM16(32), SUM16(48), SUM16(64), SUM16(80), SUM16(96), SUM16(112)
-#define NAMES \
-  "{" FIFTY ", " DECADE(5) ", " DECADE(6) ", " DECADE(7) ", " DECADE(8) ", " DECADE(9) ", " DECADE(10) ", " DECADE(11) \
-  ", %120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, %131}, %132"
-#endif
-#if X_KIND == BF16
-#define SIXTEEN "bf16"
-#else
-#define SIXTEEN "f16"
-#endif
-#define TEXT_OF(n) #n
-#define TEXT(n) TEXT_OF(n)
-
-// d [64 × M_TILE] += a [64 × 16] · x [M_TILE × 16]ᵀ, asynchronously.
-inline void multiply(float (&d)[M_TILE / 2], const u32 (&a)[4], u64 x) {
-  asm volatile(
-      "{ .reg .pred add; setp.eq.u32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n" TEXT(M_TILE) "k16.f32." SIXTEEN "." SIXTEEN " " NAMES ", add, 1, 1, 0; }"
-      : SUMS
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
-}
-
-inline void registers_are_written() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int IN_FLIGHT>
-inline void wait_but() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
-}
-
-// [rows][64] in shared memory, rows of 128 bytes, the eight 16-byte chunks of row r in the order c ^ (r % 8).
-inline u64 descriptor(u32 address) {
-  constexpr u64 SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 64ull << 32, UNUSED = 1ull << 16;
-  return SWIZZLE_128 | EIGHT_ROWS | UNUSED | (address & 0x3FFFF) >> 4;
-}
-
-// ---- weights ----
-
-inline u32 fma2(u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("fma.rn." SIXTEEN "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-
-// What a lane needs to make weights of its rows g and g + 8. scale: twice in the dtype of x; IS_WIDE: float32.
-struct Grid {
-  u32 offset[2], scale[2];
-};
-
-inline u32 scale_at(const u8* scale, int i) {
-  if constexpr (IS_WIDE)
-    return __float_as_uint(value_at<SCALE_KIND>(scale, i));
-  else
-    return __byte_perm(reinterpret_cast<const u16*>(scale)[i], 0, 0x1010);
-}
-
-constexpr u32 TWO_120 = 0x7B807B80, MINUS_TWO_MINUS_10 = 0xBA80BA80;  // bf16
-constexpr u32 E4M3_POWER = IS_BF16 ? TWO_120 : 0x5C005C00;             // 2^120, or 2^8 in fp16
-
-inline Grid grid_of(const u8* scale, const u8* zero, int g) {
-  Grid grid;
-#pragma unroll
-  for (int below = 0; below < 2; ++below) {
-    grid.offset[below] = BASE + 0x00080008;
-    if constexpr (ZERO) {
-      const int z = reinterpret_cast<const signed char*>(zero)[g + 8 * below];
-      grid.offset[below] = W_BITS == 4 ? grid.offset[below] + z * 0x00010001 : narrow2<X_KIND>(z, z);
-    }
-    if constexpr (GROUP_ROWS > 0) grid.scale[below] = scale_at(scale, g + 8 * below);
-    if constexpr (IS_FUSED) {
-      grid.offset[below] = mul2<BF16>(grid.scale[below], MINUS_TWO_MINUS_10);
-      grid.scale[below] = mul2<BF16>(grid.scale[below], TWO_120);
-    }
-    // below 256, or it would be IS_WIDE: the product is finite
-    if constexpr (IS_E4M3 && GROUP_ROWS && !IS_WIDE) grid.scale[below] = mul2<X_KIND>(grid.scale[below], E4M3_POWER);
-  }
-  return grid;
-}
-
-// Two exact codes times their scale, rounded once.
-inline u32 in_scale(u32 a, u32 scale) {
-  if constexpr (IS_WIDE) {
-    const float s = __uint_as_float(scale);
-    const float2 codes = widen2<X_KIND>(a);
-    return narrow2<X_KIND>(codes.x * s, codes.y * s);
-  }
-  return GROUP_ROWS ? mul2<X_KIND>(a, scale) : a;
-}
-
-// Eight codes to the 16 × 16 fragment's four registers, rounded once after the scale. IS_FUSED: a code u in the lowest
-// bits of a bf16 is u · 2^-133, so that one fma makes (u − 8) · scale · 2^-13. Else (128 + u) − (136 + zero) is exact.
-inline void fragment(u32 (&a)[4], u32 word, const Grid& grid) {
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    if constexpr (IS_FUSED) {
-      a[r] = fma2(word >> 4 * r & 0x000F000F, grid.scale[r & 1], grid.offset[r & 1]);
-    } else {
-      u32 code;
-      asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(code) : "r"(word >> 4 * r), "n"(BASE));
-      a[r] = in_scale(sub2<X_KIND>(code, grid.offset[r & 1]), grid.scale[r & 1]);
-    }
-  }
-}
-
-// Two of four 8-bit codes. An integer is (128 + its lowest seven bits) − (128, or 256 if it is negative); e4m3 has the
-// bits of a 16-bit float whose exponent is too small by a constant.
-inline u32 two_of(u32 codes, int second, u32 offset, u32 scale) {
-  if constexpr (IS_E4M3) {
-    const u32 high = __byte_perm(codes, 0, second ? 0x3424 : 0x1404);
-    constexpr u32 SHIFT = IS_BF16 ? 4 : 1, REST = IS_BF16 ? 0x07F007F0 : 0x3F803F80;
-    const u32 code = (high >> SHIFT & REST) | (high & 0x80008000);
-    if constexpr (IS_WIDE || !GROUP_ROWS) return in_scale(mul2<X_KIND>(code, E4M3_POWER), scale);
-    return mul2<X_KIND>(code, scale);
-  } else {
-    const u32 low = __byte_perm(codes, 0, second ? 0x4342 : 0x4140);
-    u32 a = sub2<X_KIND>((low & 0x007F007F) | BASE, (low & 0x00800080) | BASE);
-    if constexpr (ZERO) a = sub2<X_KIND>(a, offset);
-    return in_scale(a, scale);
-  }
-}
-
-// Four codes each of rows g and g + 8.
-inline void fragment(u32 (&a)[4], u32 above, u32 below, const Grid& grid) {
-  a[0] = two_of(above, 0, grid.offset[0], grid.scale[0]);
-  a[1] = two_of(below, 0, grid.offset[1], grid.scale[1]);
-  a[2] = two_of(above, 1, grid.offset[0], grid.scale[0]);
-  a[3] = two_of(below, 1, grid.offset[1], grid.scale[1]);
-}
 
 // What a lane has of a strip at a time: INT4: a block of 64 columns; 8 bits: half of one, rows g and g + 8.
 struct Codes {
@@ -425,11 +264,10 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
   constexpr int PER_ROW = ROWS / 4, STEP = 32 * WARPS / PER_ROW;
   const int column = threadIdx.x % PER_ROW * 4, n = work.strip * 16 + column, first_m = work.m_tile * M_TILE;
   const int num_rows = min(M_TILE, p.m - first_m), here = min(4, p.n - n);
-  constexpr float SUM_SCALE = IS_FUSED ? 8192 : 1;
   float scale[4] = {SUM_SCALE, SUM_SCALE, SUM_SCALE, SUM_SCALE}, bias[4] = {0, 0, 0, 0};
   for (int c = 0; c < here; ++c) {
     if (GROUP_ROWS == 0) scale[c] = reinterpret_cast<const float*>(p.scale)[n + c];
-    if (p.bias != nullptr) bias[c] = widen<X_KIND>(p.bias[n + c]);
+    if (p.bias != nullptr) bias[c] = widen<KIND>(p.bias[n + c]);
   }
   for (int row = rank + threadIdx.x / PER_ROW * split; row < num_rows; row += STEP * split) {
     float4 sum = {0, 0, 0, 0};
@@ -437,8 +275,8 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
       const float4 part = load_of(shared + (row * PITCH + column) * 4, from);
       sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
-    u32 pair[2] = {narrow2<X_KIND>(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]),
-                   narrow2<X_KIND>(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3])};
+    u32 pair[2] = {narrow2<KIND>(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]),
+                   narrow2<KIND>(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3])};
     u16* y = p.y + static_cast<u64>(first_m + row) * p.n + n;
     if (here == 4 && p.n % 4 == 0) {
       *reinterpret_cast<uint2*>(y) = {pair[0], pair[1]};

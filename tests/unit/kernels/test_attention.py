@@ -1,15 +1,25 @@
 """Attention over pages without a GPU: the torch version against its definition, and the kernels' machine code."""
 
+import re
+import subprocess
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import attention_decode, attention_prefill, attention_tile, paged_kv
+from quantkit_kernels import (
+    attention_decode,
+    attention_few,
+    attention_prefill,
+    attention_tile,
+    attention_widen,
+    paged_kv,
+)
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build
-from tests.triton_aot import CAPABILITIES, Resources, compile_for
+from tests.triton_aot import CAPABILITIES, CUOBJDUMP, Resources, compile_for
 
 HOPPER = 90
 STORED = {
@@ -118,6 +128,25 @@ def test_cuts_fill_the_device_and_spare_full_batches():
             assert 1 <= attention_decode.cut(batch, 8, context, 132, 64)[0] <= 64
 
 
+def test_one_launch_as_far_as_it_is_faster():
+    def pays(batch: int, context: int, dtype: torch.dtype, scale_shape: tuple[int, ...] | None) -> bool:
+        pool = paged_kv.create_pool(1, 8, 128, dtype, scale_shape=scale_shape)
+        numbers = torch.zeros(batch + 1, dtype=torch.int32)
+        return attention_few.pays(pool, Pages(numbers[:, None], numbers[1:], numbers, 1, context), 132)
+
+    per_token = (1, 8, 16)
+    assert [attention_few.cluster_of(8 * batch, 132) for batch in (1, 2, 4, 8, 16, 64)] == [8, 4, 2, 2, 1, 1]
+    assert attention_few.warps_of(8, 512, 8, 132) == 4 and attention_few.warps_of(8, 513, 8, 132) == 8
+    assert attention_few.span_of(torch.int8, 4096, 8) == 1 and attention_few.span_of(torch.int8, 4097, 8) == 2
+    assert (
+        attention_few.span_of(torch.int8, 100, 1) == 2 and attention_few.span_of(torch.bfloat16, 9999, 1) == 1
+    )
+    assert pays(1, 131072, torch.bfloat16, None) and not pays(17, 1024, torch.bfloat16, None)
+    assert pays(1, 8192, torch.int8, (8,)) and not pays(1, 8193, torch.int8, (8,))
+    assert pays(16, 32768, torch.int8, (8,)) and not pays(64, 1024, torch.int8, (8,))
+    assert pays(64, 1024, torch.int8, per_token) and not pays(256, 1024, torch.int8, per_token)
+
+
 def compile_attention(
     kernel,
     capability: int,
@@ -128,18 +157,20 @@ def compile_attention(
     element: str,
     words: int,
     planes: int,
+    others: dict[str, str] | None = None,
 ) -> Resources:
     form, per_token = FORMATS[stored]
     pointers = dict.fromkeys(("k_scale", "v_scale", "partial", "lse"), "*fp32")
     pointers |= dict.fromkeys(("block_table", "lengths", "cu_seqlens_q"), "*i32")
-    pointers |= {"q": "*bf16", "k": element, "v": element, "out": "*bf16"}
-    numbers = dict.fromkeys(("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table"), "i32")
+    pointers |= {"q": "*bf16", "k": element, "v": element, "out": "*bf16"} | (others or {})
+    names = ("max_q_len", "num_splits", "tiles_of_split", "window", "stride_table")
+    numbers = dict.fromkeys(names, "i32")
     numbers |= {"softmax_scale": "fp32", "soft_cap": "fp32"}
-    constants |= {"GROUP": 4, "FORMAT": form, "HAS_SCALE": form != "16-bit", "PER_TOKEN": per_token, "D": 128}
+    constants = {"GROUP": 4, "FORMAT": form, "BLOCK_SIZE": 16} | constants
+    constants |= {"HAS_SCALE": form != "16-bit", "PER_TOKEN": per_token, "D": 128}
     constants |= {
-        "NORMALISE": form != "16-bit",
+        "NORMALISE": constants["FORMAT"] != "16-bit",
         "CONVERTS": form != "e4m3" or capability >= 89,
-        "BLOCK_SIZE": 16,
     }
     constants |= {"HAS_CAP": False, "WORDS": words, "PLANES": planes}
     constants |= {"stride_q": 6144, "stride_query": 128}  # as in a model with 32 and 8 heads
@@ -163,15 +194,16 @@ def compile_decode(capability: int, stored: str, num_rows: int = 4) -> Resources
     )  # fmt: skip
 
 
-def compile_prefill(capability: int, stored: str) -> Resources:
-    per_token = stored.endswith("token")
-    shape = attention_prefill.program_shape(128, is_8_bit=stored != "bf16", per_token=per_token)
-    rows, tile, num_warps, stages = shape
-    constants = {"ROWS": rows, "TILE": tile, "STAGES": stages, "HAS_WINDOW": False}
-    element = "*bf16" if stored == "bf16" else "*i8"
+def compile_prefill(
+    capability: int, stored: str, *, shape: tuple[int, int, int, int] | None = None
+) -> Resources:
+    rows, tile, num_warps, stages = shape or attention_prefill.program_shape(128)
+    is_wide = stored != "bf16"
+    constants = {"ROWS": rows, "TILE": tile, "STAGES": stages, "HAS_WINDOW": False, "FORMAT": "16-bit"}
+    constants |= {"IS_WIDE": FORMATS[stored][1], "BLOCK_SIZE": attention_widen.SLOTS if is_wide else 16}
     return compile_attention(
         attention_prefill.prefill_kernel, capability, stored, constants, num_warps,
-        element=element, words=128, planes=1,
+        element="*bf16", words=128, planes=1, others={"v": "*fp16"} if is_wide else None,
     )  # fmt: skip
 
 
@@ -198,6 +230,52 @@ def test_prefill_uses_the_warpgroup_mma(stored):
     resources = compile_prefill(HOPPER, stored)
     assert resources.stack <= 32  # a few values that wait outside the loops
     assert "HGMMA" in resources.sass
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("stored", ["e4m3", "int8 per token"])
+def test_codes_become_16_bits(capability, stored):
+    form, per_token = FORMATS[stored]
+    types = dict.fromkeys(("k_scale", "v_scale", "records"), "*fp32") | {"k": "*i8", "v": "*i8"}
+    types |= dict.fromkeys(("block_table", "lengths", "cu_seqlens_q", "wide_table"), "*i32")
+    types |= {
+        "wide_k": "*bf16",
+        "wide_v": "*fp16",
+        "softmax_scale": "fp32",
+        "window": "i32",
+        "stride_table": "i32",
+    }
+    constants = {"stride_block": 16384, "stride_head": 2048, "stride_token": 128, "FORMAT": form, "D": 128}
+    constants |= {"PER_TOKEN": per_token, "HAS_WINDOW": True, "CONVERTS": form == "int8" or capability >= 89}
+    constants |= {
+        "ELEMENTS": 128,
+        "BLOCK_SIZE": 16,
+        "SLOTS": attention_widen.SLOTS,
+        "TOKENS": attention_widen.TOKENS,
+    }
+    resources = compile_for(attention_widen.widen_kernel, capability, types, constants, 4)
+    assert resources.stack == 0
+    assert "STG.E.128" in resources.sass and "LDG.E.128" in resources.sass
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("stored", STORED)
+def test_one_launch_keeps_keys_and_values_in_registers(stored, rows, capability, tmp_path):
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings comes with CUDA builds of torch")
+    from quantkit_kernels import nvrtc
+
+    per_token = STORED[stored].get("per_token", False)
+    dtype = STORED[stored]["dtype"]
+    span = 1 if stored == "bf16" else 2
+    kind = attention_few.Kind(torch.bfloat16, dtype, per_token, True, True, 128, 16, rows, 8, 8, span)
+    path = tmp_path / "decode.cubin"
+    path.write_bytes(nvrtc.compile_cubin("decode.cu", "decode", attention_few.defines_of(kind), capability))
+    sass = subprocess.run([CUOBJDUMP, "--dump-sass", path], check=True, capture_output=True, text=True).stdout
+    assert f"HMMA.16816.F32{'.BF16' if stored == 'bf16' else ' '}" in sass
+    assert not re.search(r"\b(LDL|STL)\b", sass), "registers spilled"
+    assert len(re.findall(r"LDG\.E\.NA\.128", sass)) == 2 * 16  # the first, and the next
+    assert "LDS.U" not in sass and "LDGSTS" not in sass
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -1,5 +1,6 @@
 """The kernel that writes rows of a weight in 16 bits, compiled for every architecture without a GPU."""
 
+import math
 import subprocess
 
 import pytest
@@ -10,17 +11,17 @@ pytest.importorskip(
 pytest.importorskip("triton", reason="triton is not installed: its disassembler reads the machine code")
 
 from quantkit_kernels import nvrtc
-from quantkit_kernels.sliced import MAX_GRID_ROWS, ROW_STEP, SLICE_BYTES, rows_of_slice
+from quantkit_kernels.sliced import SLICE_BYTES, TILE_COLUMNS, TILE_ROWS, rows_of_slice
 from tests.triton_aot import CAPABILITIES, CUOBJDUMP
 
 FORMATS = [(4, 0, 128, 0, 2), (4, 0, 32, 1, 4), (8, 1, 0, 0, 4), (8, 0, 64, 1, 3)]
-NAMES = ("W_BITS", "IS_E4M3", "GROUP", "ZERO", "SCALE_KIND", "OUT_KIND")
+NAMES = ("W_BITS", "IS_E4M3", "GROUP", "ZERO", "SCALE_KIND", "IS_BF16")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_it_compiles_and_stays_in_registers(capability, tmp_path):
     for i, numbers in enumerate(FORMATS):
-        defines = tuple(zip(NAMES, (*numbers, 2 + i % 2), strict=True))
+        defines = tuple(zip(NAMES, (*numbers, i % 2), strict=True))
         cubin = nvrtc.compile_cubin("dequantize.cu", "dequantize", defines, divmod(capability, 10))
         path = tmp_path / "dequantize.cubin"
         path.write_bytes(cubin)
@@ -32,8 +33,18 @@ def test_it_compiles_and_stays_in_registers(capability, tmp_path):
 
 
 @pytest.mark.parametrize("k", [1, 64, 4096, 14336, 1 << 20])
-def test_a_slice_is_whole_tiles_and_fits_if_one_tile_does(k):
-    rows = rows_of_slice(k)
-    assert rows % ROW_STEP == 0
-    assert rows == ROW_STEP or rows * k * 2 <= SLICE_BYTES
-    assert rows <= MAX_GRID_ROWS
+@pytest.mark.parametrize("num_rows", [1, 300, 2048, 4096])
+def test_a_slice_is_whole_tiles_and_fits_if_one_tile_does(num_rows, k):
+    rows = rows_of_slice(num_rows, 4096, k, 132)
+    assert rows % TILE_COLUMNS == 0
+    assert rows == TILE_COLUMNS or rows * k * 2 <= SLICE_BYTES
+
+
+@pytest.mark.parametrize("num_rows", [2048, 4096])
+def test_slices_take_as_many_rounds_as_the_whole(num_rows):
+    n, step = 28672, rows_of_slice(num_rows, 28672, 4096, 132)
+
+    def rounds(rows):
+        return math.ceil(rows // TILE_COLUMNS * (num_rows // TILE_ROWS) / 132)
+
+    assert sum(rounds(min(step, n - start)) for start in range(0, n, step)) <= rounds(n)

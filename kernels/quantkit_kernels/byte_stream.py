@@ -1,0 +1,196 @@
+"""Products of 8-bit codes with few rows of x: the host's side of `csrc/byte_stream.cu`, which draws the kernel.
+
+Bound: the bytes of the weight. M ≤ 64; compute capability 9.0 alone (`wgmma`).
+Shape suffixes: M rows, N out_features, K in_features.
+"""
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels import nvrtc
+from quantkit_kernels.capability import num_multiprocessors
+
+CAPABILITY = (9, 0)
+MAX_ROWS = 64
+BOX_COLUMNS = 128
+MAX_TILE_ROWS = 256  # of a tensor map's box
+SHARED_BYTES = 227 << 10  # of a block
+PARAMS = "128s128s6P4i"
+Y_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class Kind(NamedTuple):
+    """What the kernel is compiled for. m_tile: rows of x that are multiplied."""
+
+    codes: torch.dtype
+    out_dtype: torch.dtype
+    in_blocks: bool
+    m_tile: int
+
+
+class Shape(NamedTuple):
+    """How a product is cut.
+
+    rows: of w in a tile. k_groups: of warps that share its columns. x_boxes, boxes: of 128 columns in a slot of x, and
+    of w. w_stages, x_stages: slots of the rings.
+    """
+
+    rows: int
+    k_groups: int
+    x_boxes: int
+    boxes: int
+    w_stages: int
+    x_stages: int
+
+
+class Plan(NamedTuple):
+    """A kernel and how it is launched."""
+
+    kernel: nvrtc.CudaKernel
+    shape: Shape
+    threads: int
+    shared_bytes: int
+
+
+def stream(
+    x_MK: Tensor,
+    w_codes_NK: Tensor,
+    w_scale: Tensor,
+    *,
+    num_outputs: int,
+    out_dtype: torch.dtype,
+    x_scale: Tensor,
+    bias_N: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    code_sum_N: Tensor | None = None,
+    shape: Shape | None = None,
+) -> Tensor:
+    """x · wᵀ (+ bias), [M, N] in out_dtype; M ≤ 64. It starts while the kernel in front still runs.
+
+    x_MK, w_codes_NK: int8 or float8_e4m3fn, rows start at multiples of 16 bytes. x_scale, w_scale: float32 [M] or [1],
+    and [N]; or of 128 columns, [M, ceil(K / 128)], and of blocks of 128 × 128. zero_point: int8 like x_scale, with
+    code_sum_N, the int32 sums of w's rows. shape: instead of `shape_of`.
+    """
+    num_rows, num_cols = x_MK.shape
+    assert 0 < num_rows <= MAX_ROWS, f"{num_rows} rows, of at most {MAX_ROWS}"
+    assert x_MK.stride(1) == w_codes_NK.stride(1) == 1, "columns have to be next to each other"
+    y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x_MK.device)
+    kind = Kind(x_MK.dtype, out_dtype, w_scale.ndim == 2, m_tile_of(num_rows))
+    multiprocessors = num_multiprocessors(x_MK.device)
+    plan = _plan(kind, shape or shape_of(kind, num_outputs, multiprocessors), x_MK.get_device())
+    x_scale = x_scale.contiguous()
+    bias_N = None if bias_N is None else bias_N.to(out_dtype)
+    args = (
+        tensor_map(w_codes_NK.data_ptr(), *w_codes_NK.shape, w_codes_NK.stride(0), plan.shape.rows),
+        tensor_map(x_MK.data_ptr(), num_rows, num_cols, x_MK.stride(0), kind.m_tile),
+        y_MN.data_ptr(),
+        w_scale.data_ptr(),
+        x_scale.data_ptr(),
+        nvrtc.address(zero_point),
+        nvrtc.address(code_sum_N),
+        nvrtc.address(bias_N),
+        num_rows,
+        num_outputs,
+        -(-num_cols // BOX_COLUMNS),
+        0 if x_scale.numel() == 1 else 1,
+    )
+    blocks = min(-(-num_outputs // plan.shape.rows), multiprocessors)
+    plan.kernel.launch((blocks,), plan.threads, args, shared_bytes=plan.shared_bytes, dependent=True)
+    return y_MN
+
+
+def m_tile_of(num_rows: int) -> int:
+    """Rows of x that a tensor core multiplies."""
+    return next(tile for tile in (8, 16, 32, 64) if num_rows <= tile)
+
+
+@functools.cache
+def _plan(kind: Kind, shape: Shape, device: int) -> Plan:
+    kernel = nvrtc.load("byte_stream.cu", "byte_stream", PARAMS, defines_of(kind, shape))
+    return Plan(kernel, shape, threads_of(shape), shared_bytes_of(kind, shape))
+
+
+@functools.cache
+def shape_of(kind: Kind, n: int, multiprocessors: int) -> Shape:
+    """As many rows of w on each multiprocessor, in one tile or several; slots as measured on an H100."""
+    passes = -(-n // (MAX_TILE_ROWS // 2 * multiprocessors))
+    rows = -(-n // (multiprocessors * passes * 16)) * 16
+    if rows > 64:
+        return with_stages(kind, Shape(rows, 1, 2, 2, 0, 3))
+    x_boxes, x_stages = {8: (8, 3), 16: (8, 3), 32: (4, 4), 64: (4, 3)}[kind.m_tile]
+    wide = with_stages(kind, Shape(rows, 2, x_boxes, 8, 0, x_stages))
+    return wide if wide.w_stages > 2 else with_stages(kind, Shape(rows, 2, 4, 4, 0, 3))
+
+
+def with_stages(kind: Kind, shape: Shape) -> Shape:
+    """As many slots of w as there is room for."""
+    free = SHARED_BYTES - shared_bytes_of(kind, shape._replace(w_stages=0))
+    return shape._replace(w_stages=free // (shape.rows * BOX_COLUMNS * shape.boxes + 16))
+
+
+def _row_groups(shape: Shape) -> int:
+    """Groups of 64 rows that a tile has."""
+    return -(-shape.rows // 64)
+
+
+def threads_of(shape: Shape) -> int:
+    """Those that multiply, and two warps that copy."""
+    return 128 * _row_groups(shape) * shape.k_groups + 64
+
+
+def shared_bytes_of(kind: Kind, shape: Shape) -> int:
+    """The rings, sums of groups, barriers, facts of the rows of x; what the last box's missing rows are read from."""
+    w_slot = shape.rows * BOX_COLUMNS * shape.boxes
+    x_slot = kind.m_tile * BOX_COLUMNS * shape.x_boxes
+    scales = 4 * shape.x_boxes * kind.m_tile if kind.in_blocks else 0
+    rings = shape.w_stages * (w_slot + 16) + shape.x_stages * (x_slot + 16 + scales)
+    sums = (shape.k_groups - 1) * shape.rows * kind.m_tile * 4
+    missing = (64 * _row_groups(shape) - shape.rows) * BOX_COLUMNS
+    return max(rings + sums + 8 * kind.m_tile, shape.w_stages * w_slot + missing)
+
+
+def defines_of(kind: Kind, shape: Shape) -> nvrtc.Defines:
+    """What `csrc/byte_stream.cu` is specialised for."""
+    return (
+        ("IS_INT8", int(kind.codes == torch.int8)),
+        ("IN_BLOCKS", int(kind.in_blocks)),
+        ("Y_KIND", Y_KINDS[kind.out_dtype]),
+        ("M_TILE", kind.m_tile),
+        ("TILE_ROWS", shape.rows),
+        ("K_GROUPS", shape.k_groups),
+        ("X_BOXES", shape.x_boxes),
+        ("BOXES", shape.boxes),
+        ("W_STAGES", shape.w_stages),
+        ("X_STAGES", shape.x_stages),
+    )
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def tensor_map(pointer: int, rows: int, columns: int, stride: int, box_rows: int) -> bytes:
+    """A CUtensorMap of bytes [rows, columns] for boxes of 128 columns, swizzled as tensor cores read them.
+
+    What lies beyond the last row or column arrives as zero. It depends on these numbers alone.
+    """
+    from cuda.bindings import driver
+
+    status, found = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2,
+        pointer,
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(stride)],
+        [driver.cuuint32_t(BOX_COLUMNS), driver.cuuint32_t(box_rows)],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,  # 128 of them: 2 % slower
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    assert status.value == 0, (
+        f"no tensor map of {rows} x {columns} by {stride} from {pointer:#x}: {status.name}"
+    )
+    return ctypes.string_at(found.getPtr(), 128)
