@@ -74,7 +74,8 @@ def chat(
         elif line:
             asked = [*messages, {"role": "user", "content": str(line)}]
             text = _answer(llm, asked, params)
-            messages = asked if text is None else [*asked, {"role": "assistant", "content": text}]
+            if text is not None:
+                messages = [*asked, {"role": "assistant", "content": text}]
 
 
 def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.formats.source import resolve_source
 from quantkit.runtime.engine import Event
@@ -107,7 +108,9 @@ class LLM:
         self, text: str | None, prompt_ids: list[int], params: SamplingParams, *, is_streamed: bool
     ) -> str:
         """Put a request in the engine's queue: a sequence for each of its answers."""
-        params.check_token_ids(self.started.model.spec.vocab_size)
+        vocab_size = self.started.model.spec.vocab_size
+        params.check_token_ids(vocab_size)
+        _check_prompt(prompt_ids, vocab_size)
         sequences = [
             EngineSequence(
                 sequence_id=number,
@@ -145,6 +148,18 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode_prompt(prompt, raw=True) if isinstance(prompt, str) else list(prompt)
+
+
+def _check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise GenerationError for token ids that the model does not have."""
+    wrong = next(
+        (token for token in prompt_ids if type(token) is not int or not 0 <= token < vocab_size), None
+    )
+    if wrong is not None:
+        raise GenerationError(
+            f"the prompt: {wrong!r} is no token of the model, which has {vocab_size}",
+            fix=f"give token ids from 0 to {vocab_size - 1}, or a text",
+        )
 
 
 def _new_token(event: Event) -> NewToken:

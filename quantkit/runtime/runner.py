@@ -69,12 +69,11 @@ class Runner:
         self._rows = RowState(num_rows, -(-max_model_len // BLOCK_SIZE), device)
         self._sampler = Sampler(num_rows + 1, model.spec.vocab_size, device)
         self._device = device
-        self._max_model_len = max_model_len
         self._offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         self.is_async = device.type == "cuda"  # `launch` returns before the device is done
         self._graphs: DecodeGraphs | None = None
         if model.target.has_kernels and not eager:
-            self._graphs = DecodeGraphs(self._decode_logits, num_rows, device)
+            self._graphs = DecodeGraphs(self._decode_logits, num_rows, max_model_len, device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -118,9 +117,9 @@ class Runner:
         hidden_TE = self._decoder(step, self._pools)
         return self._decoder.logits(hidden_TE[at_S]), row_S, length_S
 
-    def _decode_logits(self, row_B: Tensor, length_B: Tensor) -> Tensor:
-        """A decode step for any lengths: what a graph holds."""
-        step = self._decode_step(row_B, length_B, self._max_model_len)
+    def _decode_logits(self, row_B: Tensor, length_B: Tensor, max_context: int) -> Tensor:
+        """A decode step for any lengths up to max_context: what a graph holds."""
+        step = self._decode_step(row_B, length_B, max_context)
         logits_BV: Tensor = self._decoder.logits(self._decoder(step, self._pools))
         return logits_BV
 

@@ -18,7 +18,6 @@ pytestmark = [
 ]
 LENGTHS = (1, 5, 16, 17, 31, 33, 40, 9, 120, 64, 63, 65)
 SCHEMES = ("bf16", "int4", "fp8")
-TIE = 0.1  # of logits, which bf16 cannot tell apart
 
 
 def engine_of(path, **settings):
@@ -32,12 +31,15 @@ def prompts(lengths=LENGTHS):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_tokens_are_those_of_float32_up_to_ties(scheme, folder):  # noqa: F811
+    """A tie: the CPU in bf16 is off by as much, for the same tokens."""
     path = folder("gpu-llama", scheme)
-    exact = load_model(path, dtype=torch.float32)
+    exact, rounded = load_model(path, dtype=torch.float32), load_model(path, dtype=torch.bfloat16)
     for prompt, answer in zip(prompts(), answers(engine_of(path), prompts(), max_tokens=40), strict=True):
-        logits = exact.logits(torch.tensor(prompt + answer[:-1]))[len(prompt) - 1 :]
+        ids = torch.tensor(prompt + answer[:-1])
+        logits = exact.logits(ids)[len(prompt) - 1 :]
+        noise = (rounded.logits(ids)[len(prompt) - 1 :] - logits).abs().max()
         chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert float((logits.amax(1) - chosen).max()) < TIE
+        assert float((logits.amax(1) - chosen).max()) < 2 * float(noise)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

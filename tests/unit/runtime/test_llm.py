@@ -1,4 +1,4 @@
-"""`LLM` on a tiny model over bytes: texts, conversations, streams, and what is left after an interrupt; and the verbs."""
+"""`LLM` on a tiny model over bytes: texts, conversations, streams, what is left after an interrupt; and the verbs."""
 
 import dataclasses
 import inspect
@@ -130,8 +130,10 @@ def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(saved):
         llm.generate(["Hi", "x" * 64], SamplingParams(max_tokens=4))
     with pytest.raises(GenerationError, match="no token 260"):
         llm.generate("Hi", SamplingParams(stop_token_ids=(260,)))
-    with pytest.raises(GenerationError, match="token id 300 is outside"):
+    with pytest.raises(GenerationError, match="300 is no token of the model, which has 260"):
         llm.generate([[1, 300]], SamplingParams())
+    with pytest.raises(GenerationError, match="-1 is no token"):
+        llm.generate([[1, -1]], SamplingParams())
     with pytest.raises(GenerationError, match="no chat template"):
         llm.chat([{"role": "user", "content": "Hi"}])
     assert not llm._engine.has_work
@@ -263,7 +265,7 @@ def test_chat_ends_with_its_input_and_says_when_the_context_is_full(talking, mon
     say(monkeypatch, "x" * 70, "Hi")
     assert run(["chat", str(talking), "--max-tokens", "6"]) == 0
     captured = capfd.readouterr()
-    assert "/reset" in captured.err
+    assert "begin anew with /reset" in captured.err
     assert "prompt tokens" in captured.err
 
 
