@@ -1,0 +1,102 @@
+"""The engine's speed on checkpoints of the Llama-3.1-8B shape, the same requests for each. Needs a GPU.
+
+    PYTHONPATH=.:kernels python tests/gpu/bench_engine.py CHECKPOINT[,kv_cache_dtype] …        made by make_8b.py
+
+Prompts of random tokens, greedy answers, no prefix is cached. Decode at batch 1: 128 tokens in, 257 out, tokens a second
+after the first. n requests of 512 in, 128 out, all at once: tokens a second after the last first token, and of all.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from quantkit.bench.ceilings import measure_read
+from quantkit.bench.generation import Speed, random_prompts, run_requests, speed_of
+from quantkit.bench.timeline import Timeline, profile_steps
+from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.runtime.memory_plan import weight_bytes
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.sequence import Sequence
+from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.start import Started, start_engine
+
+MANY = (8, 32, 64, 256)
+
+
+def best(started: Started, count: int, num_in: int, num_out: int, repeats: int = 2) -> Speed:
+    """The fastest of some runs, after one that compiles and captures."""
+    prompts = random_prompts(count, num_in, started.model.spec.vocab_size)
+    run_requests(started.engine, prompts, min(num_out, 6))
+    runs = [speed_of(run_requests(started.engine, prompts, num_out)) for _ in range(repeats)]
+    return min(runs, key=lambda run: run.seconds)
+
+
+def timeline(started: Started, count: int) -> Timeline:
+    """Of decode steps at 512 tokens of context."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    sequences = [
+        Sequence(sequence_id=number, prompt_ids=prompt, params=params, eos_ids=frozenset())
+        for number, prompt in enumerate(random_prompts(count, 512, started.model.spec.vocab_size))
+    ]
+    for sequence in sequences:
+        started.engine.add(sequence)
+    while any(sequence.num_generated < 2 for sequence in sequences):
+        started.engine.step()
+    found = profile_steps(started.engine, 12)
+    for sequence in sequences:
+        started.engine.end(sequence)
+    while started.engine.has_work:
+        started.engine.step()
+    return found
+
+
+def measure(name: str, read_rate: float) -> None:
+    """All rows of one checkpoint."""
+    folder, _, kv = name.partition(",")
+    checkpoint = open_checkpoint(Path(folder))
+    settings = EngineSettings(
+        device="cuda", max_model_len=4096, prefix_caching=False, kv_cache_dtype=kv or "auto"
+    )
+    started = start_engine(checkpoint, settings)
+    model = started.model
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in started.seconds.items())
+    say(f"== {Path(folder).name} {kv}: {sum(started.seconds.values()):.1f} s to ready ({parts})")
+    one = best(started, 1, 128, 257)
+    weights = weight_bytes(checkpoint, model.spec, model.dtype)
+    weights -= model.spec.vocab_size * model.spec.hidden_size * 2
+    assert one.tpot_ms is not None, "257 tokens"
+    share = weights / (one.tpot_ms[50] / 1e3) / read_rate
+    pace = 1e3 / one.tpot_ms[50]
+    say(
+        f"batch 1: {pace:.1f} tok/s, TPOT {one.tpot_ms[50]:.3f} ms, {share:.0%} of {read_rate / 1e12:.2f} TB/s"
+    )
+    for num_in in (512, 2048):
+        say(f"TTFT {num_in}: {best(started, 1, num_in, 2, 5).ttft_ms[50]:.2f} ms")
+    for count in MANY:
+        found = best(started, count, 512, 128)
+        rates = f"decode {found.decode_rate:.0f}, all {found.output_rate:.0f} tok/s"
+        say(f"{count} requests: {rates}, TTFT p50 {found.ttft_ms[50]:.0f} ms")
+    for count in (1, 64):
+        line = timeline(started, count)
+        kinds = sorted(line.by_kind.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{kind} {us:.0f}" for kind, us in kinds)
+        say(f"step of {count}, us: {line.step_us:.0f}, {line.num_kernels:.0f} kernels: {parts}")
+        say(f"idle: {line.idle_share:.1%}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> None:
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    read_rate = measure_read(torch.device("cuda", 0))
+    for name in sys.argv[1:]:
+        measure(name, read_rate)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
