@@ -45,10 +45,12 @@ INT8_INPUT = (Kernel("int8_int8", None, int8_int8.supports, int8_int8.prepare, i
 
 
 def choose_float(weight: LinearWeight, dtype: torch.dtype) -> tuple[Kernel, ...]:
-    """Kernels for a floating-point input, ordered by max_rows; the last one takes any M."""
-    _check_cpu(weight)
+    """Kernels for a floating-point input, ordered by max_rows; the last one takes any M.
+
+    On a GPU, in float32 alone: dequantizing, which is plain torch.
+    """
     chosen: list[Kernel] = []
-    for kernel in FLOAT_INPUT:
+    for kernel in FLOAT_INPUT if _is_on_cpu(weight, dtype) else FLOAT_INPUT[-1:]:
         if kernel.supports(weight, dtype):
             chosen.append(kernel)
             if kernel.max_rows is None:
@@ -58,13 +60,16 @@ def choose_float(weight: LinearWeight, dtype: torch.dtype) -> tuple[Kernel, ...]
 
 def choose_int8(weight: LinearWeight, dtype: torch.dtype) -> Kernel | None:
     """The kernel that takes int8 codes as input, or None where there is none for this weight."""
-    _check_cpu(weight)
+    if not _is_on_cpu(weight, dtype):
+        return None
     return next((kernel for kernel in INT8_INPUT if kernel.supports(weight, dtype)), None)
 
 
-def _check_cpu(weight: LinearWeight) -> None:
+def _is_on_cpu(weight: LinearWeight, dtype: torch.dtype) -> bool:
     device = weight.codes_NK.device.type
-    assert device in ("cpu", "meta"), f"weights on {device}: product.prepare finds their kernel"
+    is_on_cpu = device in ("cpu", "meta")
+    assert is_on_cpu or dtype == torch.float32, f"weights on {device}: product.prepare finds their kernel"
+    return is_on_cpu
 
 
 Tile = tuple[int | None, int | None]  # rows and columns that share a scale; None: all of them

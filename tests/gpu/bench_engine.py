@@ -2,10 +2,12 @@
 
     PYTHONPATH=.:kernels python tests/gpu/bench_engine.py CHECKPOINT[,kv_cache_dtype] …        made by make_8b.py
 
-Prompts of random tokens, greedy answers, no prefix is cached. Decode at batch 1: 128 tokens in, 257 out, tokens a second
-after the first. n requests of 512 in, 128 out, all at once: tokens a second after the last first token, and of all.
+Prompts of random tokens, greedy answers, no prefix is cached. Decode at batch 1: 128 tokens in, 257 out, tokens a
+second after the first. n requests of 512 in, 128 out, all at once: tokens a second after the last first token, and
+of all.
 """
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -95,6 +97,7 @@ def main() -> None:
     read_rate = measure_read(torch.device("cuda", 0))
     for name in sys.argv[1:]:
         measure(name, read_rate)
+        gc.collect()  # graphs hold the runner that captured them
         torch.cuda.empty_cache()
 
 

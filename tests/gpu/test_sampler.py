@@ -1,5 +1,8 @@
 """Drawing tokens: the kernels against the definition in plain torch, and that a row depends on nothing but itself."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 
@@ -191,6 +194,18 @@ PARAMS = [
 ]
 
 
+@contextlib.contextmanager
+def waiting_is_an_error():
+    """The host may not wait for the device. torch warns that it does not notice all that would."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @needs_gpu
 def test_a_sampler_on_the_device_never_waits_and_samples_as_on_the_cpu():
     num_logits, rows = 5000, list(range(len(PARAMS)))
@@ -208,15 +223,12 @@ def test_a_sampler_on_the_device_never_waits_and_samples_as_on_the_cpu():
                 torch.randn(8, len(rows), num_logits, generator=generator(0)), start=3
             )
         ]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             sampler.assign(new_rows)
             sampled = [
                 sampler.sample(*operands, sampler.work(rows, [position] * len(rows)))
                 for position, operands in enumerate(steps, start=3)
             ]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         found.append(sampled)
     for on_cpu, on_gpu in zip(*found, strict=True):
         assert torch.equal(on_cpu.token_ids_B, on_gpu.token_ids_B.cpu())
