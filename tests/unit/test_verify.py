@@ -141,7 +141,7 @@ BROKEN_LINEARS = [
 ]
 
 
-@pytest.mark.parametrize("scheme, change, suffix, found", BROKEN_LINEARS, ids=str)
+@pytest.mark.parametrize("scheme, change, suffix, found", BROKEN_LINEARS)
 def test_a_broken_linear_is_found_and_named(tmp_path, scheme, change, suffix, found):
     folder = write_quantized(tmp_path, scheme).path
     edit(folder, change)
