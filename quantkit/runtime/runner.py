@@ -70,6 +70,8 @@ class Runner:
         self._sampler = Sampler(num_rows + 1, model.spec.vocab_size, device)
         self._device = device
         self._offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        none = torch.zeros(0, dtype=torch.int64)
+        self._nothing = Sampled(none, none.bool(), None)
         self.is_async = device.type == "cuda"  # `launch` returns before the device is done
         self._graphs: DecodeGraphs | None = None
         if model.target.has_kernels and not eager:
@@ -91,6 +93,8 @@ class Runner:
             logits_BV, row_B, length_B = self._graphs.run(rows, lengths)
         else:
             logits_BV, row_B, length_B = self._run(plan)
+        if not rows:  # chunks of prompts alone, none to its end
+            return InFlight(self._nothing)
         row_B = row_B.long()
         sampled = self._sampler.sample(logits_BV, row_B, length_B.long(), self._sampler.work(rows, lengths))
         self._rows.last_token_R.index_copy_(0, row_B, sampled.token_ids_B)
@@ -115,7 +119,7 @@ class Runner:
         if single:
             step = _joined(self._decode_step(row_B, length_B, _longest(single)), step)
         hidden_TE = self._decoder(step, self._pools)
-        return self._decoder.logits(hidden_TE[at_S]), row_S, length_S
+        return self._decoder.logits(hidden_TE[at_S]) if last else hidden_TE, row_S, length_S
 
     def _decode_logits(self, row_B: Tensor, length_B: Tensor, max_context: int) -> Tensor:
         """A decode step for any lengths up to max_context: what a graph holds."""

@@ -108,6 +108,12 @@ def blocks_bytes(folder, num_blocks):
     return num_blocks * BLOCK_SIZE * started.model.kv.token_bytes
 
 
+def test_a_step_that_ends_no_prompt_brings_nothing(llama):
+    engine = engine_of(llama, max_num_seqs=1, max_num_batched_tokens=1 + BLOCK_SIZE)
+    engine.add(sequence(0, tokens(40).tolist(), max_tokens=2))
+    assert [len(engine.step()) for _ in range(4)] == [0, 0, 1, 1]
+
+
 def test_rows_change_hands(llama):
     """One engine, many sequences in few rows, longer ones after shorter ones and the other way round."""
     engine = engine_of(llama, max_num_seqs=2, prefix_caching=False)
