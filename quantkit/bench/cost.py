@@ -8,7 +8,7 @@ MILLION = 1_000_000
 
 
 class Prices(NamedTuple):
-    """gpu: for an hour. api_in, api_out: for a million tokens of prompts and of answers. One currency."""
+    """gpu: for an hour, above 0. api_in, api_out: for a million tokens of prompts and of answers, one of them above 0."""
 
     gpu: float
     api_in: float
@@ -38,15 +38,13 @@ def cost_of(
     own_request = prices.gpu / SECONDS_PER_HOUR / request_rate
     api_request = (num_prompt_tokens * prices.api_in + num_output_tokens * prices.api_out) / MILLION
     month = request_rate * SECONDS_PER_HOUR * HOURS_PER_MONTH
-    needed = prices.gpu * HOURS_PER_MONTH / api_request if api_request else None
-    is_cheaper = needed is not None and needed <= month
+    needed = prices.gpu * HOURS_PER_MONTH / api_request
+    is_cheaper = needed <= month
     return Cost(
         own_request=own_request,
         api_request=api_request,
-        tokens_per_unit=(num_prompt_tokens + num_output_tokens) / own_request
-        if own_request
-        else float("inf"),
+        tokens_per_unit=(num_prompt_tokens + num_output_tokens) / own_request,
         requests_per_month=month,
         break_even_requests=needed if is_cheaper else None,
-        break_even_load=needed / month if is_cheaper and needed is not None else None,
+        break_even_load=needed / month if is_cheaper else None,
     )

@@ -73,16 +73,22 @@ def bench_engine(
     prompts_file: a prompt on each line, taken in turn; None: random tokens. Prefixes are not cached.
     """
     checkpoint = open_checkpoint(resolve_source(source, revision=revision, announce=announce))
-    read_rate = measure_read(chosen_device(settings.device))
+    device = chosen_device(settings.device)
+    read_rate = measure_read(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     started = start_engine(checkpoint, settings, announce=announce)
     spec = started.model.spec
     prompts = random_prompts(num_requests, num_prompt_tokens, spec.vocab_size)
     if prompts_file is not None:
         prompts = _prompts_of(prompts_file, checkpoint, num_requests)
-    run_requests(started.engine, prompts, min(num_output_tokens, 4))  # compiles, captures
-    runs = [speed_of(run_requests(started.engine, prompts, num_output_tokens)) for _ in range(repeats)]
+    run_requests(started.engine, prompts, num_output_tokens)  # compiles, and captures every size that comes
+    runs = [
+        speed_of(run_requests(started.engine, prompts, num_output_tokens), settings.max_num_seqs)
+        for _ in range(repeats)
+    ]
     speed = min(runs, key=lambda run: run.seconds)
-    device = started.model.target.device
     is_gpu = device.type == "cuda"
     return EngineReport(
         device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
@@ -92,7 +98,7 @@ def bench_engine(
         peak_bytes=torch.cuda.max_memory_allocated(device) if is_gpu else None,
         speed=speed,
         bandwidth=_bandwidth(checkpoint, started, speed, settings.max_num_seqs, read_rate),
-        timeline=_timeline(started, prompts, settings.max_num_seqs) if is_gpu else None,
+        timeline=_timeline(started, prompts[: settings.max_num_seqs]) if is_gpu else None,
     )
 
 
@@ -101,31 +107,37 @@ def _bandwidth(
 ) -> float | None:
     """The share in decode; None where there is no decode, or where not all weights are read."""
     model, spec = started.model, started.model.spec
-    if speed.decode_rate is None or any(layer.experts is not None for layer in spec.layers):
+    waits = speed.num_requests > max_num_seqs  # for others to end: how many decode at once changes
+    if speed.decode_rate is None or waits or any(layer.experts is not None for layer in spec.layers):
         return None
     weights = weight_bytes(checkpoint, spec, model.dtype)
     if not spec.is_head_tied:
         weights -= spec.vocab_size * spec.hidden_size * model.dtype.itemsize
-    running = min(speed.num_requests, max_num_seqs)
+    running = speed.num_requests
     cached = running * (speed.num_prompt_tokens + speed.num_output_tokens / 2) / speed.num_requests
     return (weights + cached * model.kv.token_bytes) * speed.decode_rate / running / read_rate
 
 
-def _timeline(started: Started, prompts: Sequence[list[int]], max_num_seqs: int) -> Timeline:
-    """Of decode steps of as many of the prompts as run at once."""
+def _timeline(started: Started, prompts: Sequence[list[int]]) -> Timeline | None:
+    """Of decode steps of all these prompts together; None where they leave no room for so many."""
     engine = started.engine
-    params = SamplingParams(max_tokens=PROFILED_STEPS + 8, ignore_eos=True)
+    num_prompt_steps = sum(map(len, prompts)) // started.max_num_batched_tokens + len(prompts)
+    num_tokens = num_prompt_steps + PROFILED_STEPS + 4
+    if max(map(len, prompts)) + num_tokens > started.max_model_len:
+        return None
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     sequences = [
         EngineSequence(
             sequence_id=number, prompt_ids=prompt, params=params, eos_ids=frozenset(), arrival=number
         )
-        for number, prompt in enumerate(prompts[:max_num_seqs])
+        for number, prompt in enumerate(prompts)
     ]
     for sequence in sequences:
         engine.add(sequence)
-    while any(sequence.num_generated < 2 for sequence in sequences):
+    while any(sequence.num_generated < 2 and sequence.finish is None for sequence in sequences):
         engine.step()
-    timeline = profile_steps(engine, PROFILED_STEPS)
+    is_whole = all(sequence.finish is None for sequence in sequences)
+    timeline = profile_steps(engine, PROFILED_STEPS) if is_whole else None
     for sequence in sequences:
         engine.end(sequence)
     while engine.has_work:

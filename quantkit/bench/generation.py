@@ -48,8 +48,8 @@ class Arrivals(NamedTuple):
 class Speed(NamedTuple):
     """Of one run. Times in milliseconds, at PERCENTILES; None where no request has two tokens.
 
-    decode_rate: tokens a second after all first ones have come; output_rate, total_rate: of the whole run, new tokens,
-    and prompts too.
+    decode_rate: tokens a second after all first ones have come, None where some wait for others to end. output_rate,
+    total_rate: of the whole run, new tokens, and prompts too.
     """
 
     num_requests: int
@@ -94,13 +94,15 @@ def run_requests(engine: Engine, prompts: Many[list[int]], num_output_tokens: in
     return [Arrivals(len(prompts[number]), tuple(seconds)) for number, seconds in times.items()]
 
 
-def speed_of(requests: Many[Arrivals]) -> Speed:
-    """What the arrivals of one run amount to."""
+def speed_of(requests: Many[Arrivals], max_num_seqs: int) -> Speed:
+    """What the arrivals of one run amount to. max_num_seqs: so many run at once."""
     num_prompt = sum(request.num_prompt_tokens for request in requests)
     num_output = sum(len(request.seconds) for request in requests)
     seconds = max(request.seconds[-1] for request in requests)
     all_started = max(request.ttft for request in requests)
     late = sum(moment > all_started for request in requests for moment in request.seconds)
+    if len(requests) > max_num_seqs:
+        late = 0
     tpots = [request.tpot for request in requests if request.tpot is not None]
     gaps = [gap for request in requests for gap in request.gaps]
     return Speed(

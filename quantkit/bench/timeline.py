@@ -14,12 +14,12 @@ from quantkit.runtime.engine import Engine
 
 # What a kernel's name says about its work; the first that matches.
 KINDS = (
-    ("attention", ("decode_kernel", "combine_kernel", "prefill_kernel")),
-    ("linears", ("skinny", "tile", "stream", "gemm", "nvjet", "cutlass", "dequant", "matmul", "w4a8", "moe")),
+    ("attention", ("decode", "combine_kernel", "prefill_kernel", "widen")),
+    ("linears", ("skinny", "tile", "stream", "wide", "gemm", "nvjet", "cutlass", "dequant", "grouped")),
     ("norms", ("norm",)),
-    ("activation", ("silu", "activation")),
+    ("activation", ("activation", "encode_parts", "quantize_rows")),
     ("rope and append", ("rope",)),
-    ("sampling", ("argmax", "topk", "draw", "filter", "sample")),
+    ("sampling", ("argmax", "best_of", "topk", "draw", "weigh", "list_kernel", "cut_kernel")),
     ("copies", ("Memcpy", "Memset")),
 )
 OTHER = "other"
@@ -41,7 +41,7 @@ class Timeline(NamedTuple):
 
 
 def profile_steps(engine: Engine, num_steps: int) -> Timeline:
-    """The next steps of an engine on a GPU. The first is left out: launches wait for the profiler there."""
+    """The next steps of an engine on a GPU."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(num_steps):

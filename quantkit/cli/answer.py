@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from quantkit.errors import GenerationError
+
 if TYPE_CHECKING:
     from quantkit.runtime.outputs import RequestOutput
 
@@ -41,6 +43,14 @@ class Answer:
         if self._writes:
             sys.stdout.write(answer.text)
             sys.stdout.flush()
+
+    def check(self) -> None:
+        """Raise GenerationError if the model could not go on."""
+        if self._finish == "error":
+            raise GenerationError(
+                "the model's logits are not numbers (NaN): its weights are damaged, or overflow in this dtype",
+                fix="run `quantkit verify` on the folder, or try --dtype float32",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for a program to read."""

@@ -20,6 +20,7 @@ from quantkit.cli.model_options import (
     Model,
     Revision,
 )
+from quantkit.errors import BenchError
 from quantkit.runtime.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -114,6 +115,9 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Build or buy: tokens for the money at the measured speed, and from which volume on this machine is cheaper."""
+    prices = Prices(gpu_price, api_price_in, api_price_out)
+    if not (gpu_price > 0 and api_price_in + api_price_out > 0):
+        raise BenchError("a price of nothing leaves nothing to compare", fix="give prices above 0")
     settings = EngineSettings(
         dtype=dtype,
         device=device,
@@ -125,7 +129,7 @@ def cost(
     report = _run(model, settings, revision, requests, prompt_tokens, output_tokens, prompts, repeats)
     speed = report.speed
     found = cost_of(
-        Prices(gpu_price, api_price_in, api_price_out),
+        prices,
         num_prompt_tokens=speed.num_prompt_tokens / speed.num_requests,
         num_output_tokens=speed.num_output_tokens / speed.num_requests,
         request_rate=speed.num_requests / speed.seconds,

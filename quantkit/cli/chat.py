@@ -80,9 +80,9 @@ def chat(
 
 def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams) -> str | None:
     """Print an answer; its text, or None where there was none: the conversation is too long."""
-    prompt_ids = llm.tokenizer.encode_chat(messages)
-    answer = Answer(len(prompt_ids), writes=True)
     try:
+        prompt_ids = llm.tokenizer.encode_chat(messages)
+        answer = Answer(len(prompt_ids), writes=True)
         for output in llm.stream(prompt_ids, params):
             answer.add(output)
     except GenerationError as error:

@@ -66,6 +66,7 @@ def generate(
     answer = Answer(len(prompt_ids), writes=not as_json)
     for output in llm.stream(prompt_ids, params):
         answer.add(output)
+    answer.check()
     typer.echo(json.dumps(answer.as_dict()) if as_json else "")
     if not as_json:
         to_stderr(answer.summary())

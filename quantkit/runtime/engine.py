@@ -71,6 +71,14 @@ class Engine:
                 events.append(Event(sequence, None, FinishReason.ERROR, None))
         logprobs = dict(zip(sampling, results.logprobs or (), strict=False))
         for sequence, token_id, finish in self.scheduler.processed(plan, results.token_ids):
-            wanted = sequence.params.logprobs is not None
-            events.append(Event(sequence, token_id, finish, logprobs.get(sequence) if wanted else None))
+            events.append(Event(sequence, token_id, finish, _wanted(sequence, logprobs.get(sequence))))
         return events
+
+
+def _wanted(sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
+    """As many of the likeliest as the sequence asks for; a step computes as many as any of it does."""
+    count = sequence.params.logprobs
+    if count is None or logprobs is None:
+        return None
+    top_ids, top_logprobs = logprobs.top_ids[:count], logprobs.top_logprobs[:count]
+    return logprobs._replace(top_ids=top_ids, top_logprobs=top_logprobs)

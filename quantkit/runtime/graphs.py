@@ -32,10 +32,16 @@ def graph_sizes(num_rows: int) -> list[int]:
     return [size for size in SIZES if size < largest] + [largest]
 
 
-def graph_bytes(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
+def context_sizes(max_model_len: int) -> list[int]:
+    """Longest contexts of graphs."""
+    return [context for context in CONTEXTS if context < max_model_len] + [max_model_len]
+
+
+def graph_bytes(num_rows: int, max_model_len: int, vocab_size: int, dtype: torch.dtype) -> int:
     """What all graphs keep: their logits, and what the driver takes for the nodes."""
     sizes = graph_sizes(num_rows)
-    return sum(sizes) * vocab_size * dtype.itemsize + len(sizes) * DRIVER_BYTES
+    one_context = sum(sizes) * vocab_size * dtype.itemsize + len(sizes) * DRIVER_BYTES
+    return len(context_sizes(max_model_len)) * one_context
 
 
 class DecodeGraphs:
@@ -55,7 +61,7 @@ class DecodeGraphs:
         self._padding_row = padding_row
         self._sizes = graph_sizes(padding_row)
         self._inputs_2B = torch.empty(2, self._sizes[-1], dtype=torch.int32, device=device)
-        self._contexts = [context for context in CONTEXTS if context < max_model_len] + [max_model_len]
+        self._contexts = context_sizes(max_model_len)
         self._captured: dict[tuple[int, int], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 

@@ -100,7 +100,7 @@ def choose_format(
         own = next(name for name, plain in PLAIN.items() if plain == dtype)
         raise SchemeError(
             f"a KV cache in {asked} for a model that computes in {own}",
-            fix=f"ask for {own}, fp8, int8 or auto, or load the model in {asked}",
+            fix=f"ask for auto, which is {own}, for fp8 or int8, or load the model in {asked}",
         )
     if asked in PLAIN or (asked == "auto" and stored is None):
         layers = [LayerKV(dtype)] * num_layers

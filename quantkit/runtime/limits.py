@@ -31,7 +31,7 @@ class Limits:
         if not 1 <= num_prompt <= longest:
             raise GenerationError(
                 f"the prompt has {num_prompt} tokens, and the model takes {self.max_model_len} with the answer",
-                fix=f"give a prompt of 1 to {longest} tokens",
+                fix=f"shorten it to {longest} tokens" if num_prompt else "give a prompt that is not empty",
             )
         num_most = min(sequence.limit, self.max_model_len)
         num_needed = blocks.num_needed(num_most - 1)  # the last token is never computed

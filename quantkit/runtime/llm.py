@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,7 @@ class LLM:
         self._engine = self.started.engine
         self._outputs = OutputProcessor(self.tokenizer)
         self._sequences: dict[int, EngineSequence] = {}
+        self._ready: dict[str, deque[RequestOutput]] = {}  # outputs that nobody has taken, by request
         self._numbers = itertools.count()
 
     def generate(
@@ -84,25 +86,25 @@ class LLM:
             text, self._encode(prompt), sampling_params or SamplingParams(), is_streamed=True
         )
         try:
-            while self._engine.has_work:
-                yield from self._step()
+            while True:
+                output = self._next(request_id)
+                yield output
+                if output.finished:
+                    return
         finally:
-            self._abort([request_id])
+            self._end([request_id])
 
     def _complete(
         self, prompts: Sequence[tuple[Prompt | None, list[int]]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
-        finished: dict[str, RequestOutput] = {}
         request_ids: list[str] = []
         try:
             for (prompt, prompt_ids), each in zip(prompts, params, strict=True):
                 text = prompt if isinstance(prompt, str) else None
                 request_ids.append(self._submit(text, prompt_ids, each, is_streamed=False))
-            while self._engine.has_work:
-                finished |= {output.request_id: output for output in self._step()}
+            return [self._next(request_id) for request_id in request_ids]
         finally:
-            self._abort(request_ids)  # does nothing but after an error or an interrupt
-        return [finished[request_id] for request_id in request_ids]
+            self._end(request_ids)
 
     def _submit(
         self, text: str | None, prompt_ids: list[int], params: SamplingParams, *, is_streamed: bool
@@ -122,6 +124,7 @@ class LLM:
             for index, number in zip(range(params.n), self._numbers, strict=False)
         ]
         request_id = str(sequences[0].sequence_id)
+        self._ready[request_id] = deque()
         for sequence in sequences:
             self._engine.add(sequence)
             self._sequences[sequence.sequence_id] = sequence
@@ -131,18 +134,27 @@ class LLM:
         )
         return request_id
 
-    def _step(self) -> list[RequestOutput]:
-        """One step of the engine, as outputs."""
+    def _next(self, request_id: str) -> RequestOutput:
+        """What comes next of a request, whoever else has requests in the engine."""
+        while not self._ready[request_id]:
+            self._step()
+        return self._ready[request_id].popleft()
+
+    def _step(self) -> None:
+        """One step of the engine, as outputs of its requests."""
         tokens = [_new_token(event) for event in self._engine.step()]
         processed = self._outputs.process(tokens, now=time.monotonic())
         for number in processed.stopped:
             self._engine.end(self._sequences[number])
         for number in [token.sequence_id for token in tokens if token.finish] + processed.stopped:
             del self._sequences[number]
-        return processed.outputs
+        for output in processed.outputs:
+            self._ready[output.request_id].append(output)
 
-    def _abort(self, request_ids: Sequence[str]) -> None:
+    def _end(self, request_ids: Sequence[str]) -> None:
+        """Forget requests; those that go on, after an error or an interrupt, or since nobody listens, are ended."""
         for request_id in request_ids:
+            self._ready.pop(request_id, None)
             for number in self._outputs.abort(request_id):
                 self._engine.end(self._sequences.pop(number))
 

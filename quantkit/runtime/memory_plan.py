@@ -64,7 +64,7 @@ class MemoryPlan:
         if self.num_tokens < max_model_len:
             raise MemoryPlanError(
                 f"{self.num_tokens:,} tokens of the KV cache fit, and one sequence may have {max_model_len:,}",
-                fix=f"use max_model_len {self.num_tokens}, kv_cache_dtype fp8 or int8, or a larger memory_fraction "
+                fix=f"use max_model_len {self.num_tokens}, kv_cache_dtype fp8 or int8, or a larger gpu_memory_fraction "
                 f"than {self.fraction:g}",
             )
 
@@ -73,12 +73,12 @@ class MemoryPlan:
         if self.used + self.weights > self.fraction * self.total:
             return MemoryPlanError(
                 f"{missing}: weights take {_gb(self.weights)} GB of {_gb(self.total)}, others {_gb(self.used)}",
-                fix=f"use a checkpoint of fewer bits, a larger memory_fraction than {self.fraction:g}, or end what "
+                fix=f"use a checkpoint of fewer bits, a larger gpu_memory_fraction than {self.fraction:g}, or end what "
                 "else uses the device",
             )
         return MemoryPlanError(
             f"{missing}: a step takes {_gb(self.workspace)} GB, graphs {_gb(self.reserved)} GB",
-            fix="use a smaller max_num_batched_tokens or max_num_seqs, or a larger memory_fraction "
+            fix="use a smaller max_num_batched_tokens or max_num_seqs, or a larger gpu_memory_fraction "
             f"than {self.fraction:g}",
         )
 

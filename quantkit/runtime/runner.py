@@ -70,7 +70,7 @@ class Runner:
         self._sampler = Sampler(num_rows + 1, model.spec.vocab_size, device)
         self._device = device
         self._offsets = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
-        none = torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64, device=device)  # there, so that the host waits for the step
         self._nothing = Sampled(none, none.bool(), None)
         self.is_async = device.type == "cuda"  # `launch` returns before the device is done
         self._graphs: DecodeGraphs | None = None
@@ -81,11 +81,18 @@ class Runner:
     def warm_up(self) -> None:
         """Compile what single users need, and capture their graphs."""
         if self._graphs is not None:
-            self._graphs.capture_small()
+            with torch.cuda.device(self._device):
+                self._graphs.capture_small()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
         """Start a step; on a GPU, returns at once."""
+        if self._device.type == "cpu":
+            return self._launch(plan)
+        with torch.cuda.device(self._device):  # events, streams and captures are those of the current one
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> InFlight:
         self._sampler.assign([_new_row(item) for item in self._rows.claim(plan.rows)])
         self._rows.update(plan.rows)
         rows, lengths = _sampling(plan)

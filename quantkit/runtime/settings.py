@@ -37,7 +37,7 @@ class EngineSettings:
         _one_of("dtype", self.dtype, (None, *get_args(DtypeName)))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, get_args(KVDtypeName))
         _at_least("max_model_len", self.max_model_len, 2)
-        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_seqs", self.max_num_seqs, 1, optional=False)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 1)
         if not 0 < self.gpu_memory_fraction <= 1:
@@ -53,6 +53,6 @@ def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise GenerationError(f"{name} {value!r} is not one of {names}", fix="give one of these")
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and (type(value) is not int or value < least):
+def _at_least(name: str, value: int | None, least: int, *, optional: bool = True) -> None:
+    if (value is None and not optional) or (value is not None and (type(value) is not int or value < least)):
         raise GenerationError(f"{name} {value!r} makes no sense", fix=f"give a number from {least} on")

@@ -1,5 +1,6 @@
 """From a checkpoint and settings to an engine that is ready: plan the memory, load, size the cache, warm up."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.runtime.block_manager import BlockManager
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.graphs import graph_bytes
+from quantkit.runtime.kv_pool import KVFormat
+from quantkit.runtime.limits import Limits
 from quantkit.runtime.load import DTYPES, kv_format, load_model, model_dtype
 from quantkit.runtime.memory_plan import plan_memory
 from quantkit.runtime.model import Model
@@ -23,6 +26,7 @@ from quantkit.runtime.target import Target
 from quantkit_kernels.paged_kv import BLOCK_SIZE
 
 CPU_KV_BYTES = 1 << 30
+WIDENING_BYTES = 528 << 20  # of `attention_widen` for one layer, records of scales with it
 STEP_TOKENS = {"cuda": 8192, "cpu": 512}
 
 
@@ -32,6 +36,7 @@ class Started(NamedTuple):
     engine: Engine
     model: Model
     max_model_len: int
+    max_num_batched_tokens: int
     num_kv_tokens: int
     seconds: dict[str, float]
 
@@ -85,7 +90,14 @@ def start_engine(
     runner.warm_up()
     clock.lap("warm up")
     num_tokens = (sizes.num_blocks - 1) * BLOCK_SIZE
-    return Started(Engine(scheduler, runner), model, sizes.max_model_len, num_tokens, clock.seconds)
+    return Started(
+        Engine(scheduler, runner),
+        model,
+        sizes.max_model_len,
+        sizes.max_num_batched_tokens,
+        num_tokens,
+        clock.seconds,
+    )
 
 
 def _target(checkpoint: Checkpoint, settings: EngineSettings) -> Target:
@@ -120,7 +132,13 @@ def _plan(
     longest = settings.max_model_len or spec.max_positions
     num_bytes = settings.kv_cache_bytes or CPU_KV_BYTES
     num_tokens = num_bytes // kv.token_bytes
+    limits = Limits(
+        max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=step_tokens, max_model_len=longest
+    )
+    limits.check_budget(BLOCK_SIZE)
     if target.device.type == "cuda":
+        gc.collect()  # graphs and the runner that captured them hold each other
+        torch.cuda.empty_cache()
         plan = plan_memory(
             checkpoint,
             spec,
@@ -129,9 +147,7 @@ def _plan(
             fraction=settings.gpu_memory_fraction,
             max_num_batched_tokens=step_tokens,
             max_num_seqs=settings.max_num_seqs,
-            reserved=0
-            if settings.eager
-            else graph_bytes(settings.max_num_seqs, spec.vocab_size, target.dtype),
+            reserved=_reserved_bytes(spec, target, kv, settings, longest),
         )
         for line in plan.lines():
             announce(line)
@@ -144,6 +160,19 @@ def _plan(
             fix=f"give kv_cache_bytes {kv.token_bytes * (longest + BLOCK_SIZE)} or more, or a smaller max_model_len",
         )
     return _Sizes(step_tokens, min(longest, num_blocks * BLOCK_SIZE), num_blocks + 1)
+
+
+def _reserved_bytes(
+    spec: DecoderSpec, target: Target, kv: KVFormat, settings: EngineSettings, longest: int
+) -> int:
+    """Beside weights, steps and cache: what graphs keep, and 8-bit keys and values in 16 bits for prompts."""
+    reserved = 0
+    if target.has_kernels and not settings.eager:
+        reserved += graph_bytes(settings.max_num_seqs, longest, spec.vocab_size, target.dtype)
+    if any(layer.dtype.itemsize == 1 for layer in kv.layers):
+        one_sequence = 4 * longest * spec.num_kv_heads * spec.head_dim
+        reserved += max(WIDENING_BYTES, one_sequence) * (2 if settings.batch_invariant else 1)
+    return reserved
 
 
 def _salt(checkpoint: Checkpoint, settings: EngineSettings) -> bytes:

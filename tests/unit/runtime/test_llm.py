@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit import LLM, SamplingParams
@@ -77,6 +78,28 @@ def test_a_stream_joins_to_the_whole(saved):
     assert "".join(piece.outputs[0].text for piece in pieces) == whole.text
     assert [token for piece in pieces for token in piece.outputs[0].token_ids] == whole.token_ids
     assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_streams_and_answers_do_not_mix(saved):
+    llm = load(saved)
+    params = SamplingParams(max_tokens=10)
+    alone = [llm.generate(prompt, params)[0].outputs[0].text for prompt in PROMPTS]
+    first, second = (llm.stream(prompt, params) for prompt in PROMPTS[:2])
+    pieces = [[next(first)], [next(second)]]
+    assert texts(llm.generate(PROMPTS[2], params)) == [[alone[2]]]
+    for stream, into in ((second, pieces[1]), (first, pieces[0])):
+        into += stream
+    assert ["".join(piece.outputs[0].text for piece in each) for each in pieces] == alone[:2]
+
+
+def test_logprobs_are_as_many_as_were_asked_for_in_any_company(saved):
+    llm = load(saved)
+    asked = [SamplingParams(max_tokens=3, logprobs=count) for count in (1, 8, 0)]
+    outputs = llm.generate(PROMPTS, [*asked])
+    alone = [llm.generate(prompt, params)[0] for prompt, params in zip(PROMPTS, asked, strict=True)]
+    for together, by_itself in zip(outputs, alone, strict=True):
+        found, expected = together.outputs[0].logprobs, by_itself.outputs[0].logprobs
+        assert [list(each) for each in found] == [list(each) for each in expected]
 
 
 def test_a_stream_that_is_left_leaves_nothing(saved):
@@ -267,6 +290,23 @@ def test_chat_ends_with_its_input_and_says_when_the_context_is_full(talking, mon
     captured = capfd.readouterr()
     assert "begin anew with /reset" in captured.err
     assert "prompt tokens" in captured.err
+
+
+def test_chat_goes_on_after_a_line_that_is_refused(talking, monkeypatch, capfd):
+    say(monkeypatch, "\ud800", "Hi")
+    assert run(["chat", str(talking), "--max-tokens", "6"]) == 0
+    captured = capfd.readouterr()
+    assert "not UTF-8" in captured.err
+    assert "prompt tokens" in captured.err
+
+
+def test_logits_that_are_no_numbers_are_an_error(saved, capfd):
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], torch.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert run(["generate", str(saved), "Hi"]) == 2
+    assert "not numbers" in capfd.readouterr().err
 
 
 def test_chat_needs_a_template(saved, monkeypatch, capfd):
