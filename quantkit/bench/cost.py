@@ -8,7 +8,7 @@ MILLION = 1_000_000
 
 
 class Prices(NamedTuple):
-    """gpu: for an hour, above 0. api_in, api_out: for a million tokens of prompts and of answers, one of them above 0."""
+    """gpu: for an hour, above 0. api_in, api_out: for a million tokens of prompts and answers, one of them above 0."""
 
     gpu: float
     api_in: float
