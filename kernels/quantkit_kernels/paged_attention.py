@@ -1,7 +1,7 @@
 """Attention over pages behind two functions: the GPU's kernels for 16-bit queries, plain torch for all others.
 
-    paged_decode     few new tokens in each sequence     attention_decode     | torch: sequence by sequence, keys and
-    paged_prefill    any number                          attention_prefill    | values gathered, then its attention
+    paged_decode     few new tokens in each sequence     attention_decode     | torch: keys and values gathered,
+    paged_prefill    any number                          attention_prefill    | of single tokens all at once
 
 In torch keys and values are dequantized to the dtype of the queries, each product rounded. Where scores are capped,
 which torch's attention cannot do, the definition in `paged_kv` computes.
@@ -31,6 +31,8 @@ def paged_decode(
         from quantkit_kernels import attention_decode
 
         return attention_decode.launch(q_TQD, pool, pages, masking, split_tokens)
+    if len(q_TQD) == len(pages.lengths_B) > 1 and not (masking.soft_cap or split_tokens):
+        return attend_together(q_TQD, pool, pages, masking)
     return attend(q_TQD, pool, pages, masking)
 
 
@@ -57,6 +59,36 @@ def attend(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tenso
         )
     ]
     return torch.cat(parts)
+
+
+def attend_together(q_BQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:
+    """One new token in each sequence, all in one call, contexts filled up to the longest: [B, Q, D].
+
+    What fills up is zeros: what lies there is another sequence's, and may be no number.
+    """
+    batch, _, head_dim = q_BQD.shape
+    num_heads, block_size = pool.k_PHSD.shape[1:3]
+    length_B1 = pages.lengths_B[:, None]
+    num_blocks = -(-int(length_B1.max()) // block_size)
+    position_C = torch.arange(num_blocks * block_size, device=q_BQD.device)
+    is_seen_BC = position_C < length_B1
+    if masking.window:
+        is_seen_BC &= position_C >= length_B1 - masking.window
+    blocks = pages.block_table_BL[:, :num_blocks].reshape(-1)
+
+    def values(codes_PHSD: Tensor, scale: Tensor | None) -> Tensor:
+        every_HCD = gather(codes_PHSD, scale, blocks, 0, batch * len(position_C), q_BQD.dtype)
+        each_BHCD = every_HCD.view(num_heads, batch, -1, head_dim).transpose(0, 1)
+        return each_BHCD.masked_fill(~is_seen_BC[:, None, :, None], 0)
+
+    out_BHGD = scaled_dot_product_attention(
+        q_BQD.reshape(batch, num_heads, -1, head_dim),
+        values(pool.k_PHSD, pool.k_scale),
+        values(pool.v_PHSD, pool.v_scale),
+        attn_mask=is_seen_BC[:, None, None],
+        scale=masking.softmax_scale,
+    )
+    return out_BHGD.reshape(q_BQD.shape)
 
 
 def _has_kernels(q_TQD: Tensor) -> bool:
