@@ -1,6 +1,7 @@
 """`quantkit chat`: a conversation on the terminal."""
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -83,13 +84,12 @@ def _answer(llm: "LLM", messages: list[dict[str, str]], params: SamplingParams) 
     try:
         prompt_ids = llm.tokenizer.encode_chat(messages)
         answer = Answer(len(prompt_ids), writes=True)
-        for output in llm.stream(prompt_ids, params):
-            answer.add(output)
+        with suppress(KeyboardInterrupt):  # what has been said stays
+            for output in llm.stream(prompt_ids, params):
+                answer.add(output)
     except GenerationError as error:
         to_stderr(f"error: {error}, or begin anew with /reset")
         return None
-    except KeyboardInterrupt:
-        pass  # what has been said stays
     typer.echo("")
     to_stderr(answer.summary())
     return answer.text

@@ -14,9 +14,10 @@ import quantkit
 from quantkit import LLM, SamplingParams
 from quantkit.cli.chat import chat as chat_verb
 from quantkit.cli.generate import generate as generate_verb
-from quantkit.cli.main import run
+from quantkit.cli.main import INTERRUPTED, run
 from quantkit.errors import GenerationError
 from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.tokenizer import Tokenizer
 from tests.tiny_models import CONFIGS, save_tiny
 from tests.unit.runtime.conftest import TEMPLATE
 
@@ -290,6 +291,32 @@ def test_chat_ends_with_its_input_and_says_when_the_context_is_full(talking, mon
     captured = capfd.readouterr()
     assert "begin anew with /reset" in captured.err
     assert "prompt tokens" in captured.err
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(talking, monkeypatch, capfd):
+    stream = LLM.stream
+
+    def interrupted(self, *arguments):
+        yield next(stream(self, *arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream", interrupted)
+    say(monkeypatch, "Hi", "Hi")
+    assert run(["chat", str(talking), "--max-tokens", "6"]) == 0
+    assert capfd.readouterr().err.count("1 new; stopped") == 2
+
+
+def test_ctrl_c_before_an_answer_ends_the_conversation(talking, monkeypatch):
+    load, calls = Tokenizer.encode_chat, iter(range(9))
+
+    def interrupted(self, messages):
+        if next(calls) == 1:  # the first asks whether there is a template
+            raise KeyboardInterrupt
+        return load(self, messages)
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", interrupted)
+    say(monkeypatch, "Hi")
+    assert run(["chat", str(talking), "--max-tokens", "6"]) == INTERRUPTED
 
 
 def test_chat_goes_on_after_a_line_that_is_refused(talking, monkeypatch, capfd):
