@@ -20,6 +20,7 @@ from quantkit.errors import BenchError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.source import resolve_source
 from quantkit.runtime.memory_plan import weight_bytes
+from quantkit.runtime.model import Model
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.sequence import Sequence as EngineSequence
 from quantkit.runtime.settings import EngineSettings
@@ -83,12 +84,7 @@ def bench_engine(
     prompts = random_prompts(num_requests, num_prompt_tokens, spec.vocab_size)
     if prompts_file is not None:
         prompts = _prompts_of(prompts_file, checkpoint, num_requests)
-    run_requests(started.engine, prompts, num_output_tokens)  # compiles, and captures every size that comes
-    runs = [
-        speed_of(run_requests(started.engine, prompts, num_output_tokens), settings.max_num_seqs)
-        for _ in range(repeats)
-    ]
-    speed = min(runs, key=lambda run: run.seconds)
+    speed = fastest_run(started, prompts, num_output_tokens, repeats, settings.max_num_seqs)
     is_gpu = device.type == "cuda"
     return EngineReport(
         device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
@@ -97,28 +93,41 @@ def bench_engine(
         num_kv_tokens=started.num_kv_tokens,
         peak_bytes=torch.cuda.max_memory_allocated(device) if is_gpu else None,
         speed=speed,
-        bandwidth=_bandwidth(checkpoint, started, speed, settings.max_num_seqs, read_rate),
-        timeline=_timeline(started, prompts[: settings.max_num_seqs]) if is_gpu else None,
+        bandwidth=_bandwidth(checkpoint, started.model, speed, read_rate),
+        timeline=decode_timeline(started, prompts[: settings.max_num_seqs]) if is_gpu else None,
     )
 
 
-def _bandwidth(
-    checkpoint: Checkpoint, started: Started, speed: Speed, max_num_seqs: int, read_rate: float
-) -> float | None:
-    """The share in decode; None where there is no decode, or where not all weights are read."""
-    model, spec = started.model, started.model.spec
-    waits = speed.num_requests > max_num_seqs  # for others to end: how many decode at once changes
-    if speed.decode_rate is None or waits or any(layer.experts is not None for layer in spec.layers):
+def fastest_run(
+    started: Started, prompts: Sequence[list[int]], num_output_tokens: int, repeats: int, max_num_seqs: int
+) -> Speed:
+    """Of some runs of the same requests, after one that compiles, and captures every size that comes."""
+    run_requests(started.engine, prompts, num_output_tokens)
+    runs = [
+        speed_of(run_requests(started.engine, prompts, num_output_tokens), max_num_seqs)
+        for _ in range(repeats)
+    ]
+    return min(runs, key=lambda run: run.seconds)
+
+
+def step_weight_bytes(checkpoint: Checkpoint, model: Model) -> int:
+    """Bytes of weights that a decode step reads, of a model without experts."""
+    weights = weight_bytes(checkpoint, model.spec, model.dtype)
+    if model.spec.is_head_tied:
+        return weights
+    return weights - model.spec.vocab_size * model.spec.hidden_size * model.dtype.itemsize
+
+
+def _bandwidth(checkpoint: Checkpoint, model: Model, speed: Speed, read_rate: float) -> float | None:
+    """The share in decode; None where there is no decode of all at once, or where not all weights are read."""
+    if speed.decode_rate is None or any(layer.experts is not None for layer in model.spec.layers):
         return None
-    weights = weight_bytes(checkpoint, spec, model.dtype)
-    if not spec.is_head_tied:
-        weights -= spec.vocab_size * spec.hidden_size * model.dtype.itemsize
-    running = speed.num_requests
-    cached = running * (speed.num_prompt_tokens + speed.num_output_tokens / 2) / speed.num_requests
-    return (weights + cached * model.kv.token_bytes) * speed.decode_rate / running / read_rate
+    cached = speed.num_prompt_tokens + speed.num_output_tokens / 2
+    step_bytes = step_weight_bytes(checkpoint, model) + cached * model.kv.token_bytes
+    return step_bytes * speed.decode_rate / speed.num_requests / read_rate
 
 
-def _timeline(started: Started, prompts: Sequence[list[int]]) -> Timeline | None:
+def decode_timeline(started: Started, prompts: Sequence[list[int]]) -> Timeline | None:
     """Of decode steps of all these prompts together; None where they leave no room for so many."""
     engine = started.engine
     num_prompt_steps = sum(map(len, prompts)) // started.max_num_batched_tokens + len(prompts)

@@ -14,12 +14,9 @@ from pathlib import Path
 import torch
 
 from quantkit.bench.ceilings import measure_read
-from quantkit.bench.generation import Speed, random_prompts, run_requests, speed_of
-from quantkit.bench.timeline import Timeline, profile_steps
+from quantkit.bench.engine import decode_timeline, fastest_run, step_weight_bytes
+from quantkit.bench.generation import Speed, random_prompts
 from quantkit.formats.checkpoint import open_checkpoint
-from quantkit.runtime.memory_plan import weight_bytes
-from quantkit.runtime.sampling_params import SamplingParams
-from quantkit.runtime.sequence import Sequence
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.start import Started, start_engine
 
@@ -27,30 +24,9 @@ MANY = (8, 32, 64, 256)
 
 
 def best(started: Started, count: int, num_in: int, num_out: int, repeats: int = 2) -> Speed:
-    """The fastest of some runs, after one that compiles and captures."""
+    """The fastest of some runs of random prompts."""
     prompts = random_prompts(count, num_in, started.model.spec.vocab_size)
-    run_requests(started.engine, prompts, num_out)
-    runs = [speed_of(run_requests(started.engine, prompts, num_out), 256) for _ in range(repeats)]
-    return min(runs, key=lambda run: run.seconds)
-
-
-def timeline(started: Started, count: int) -> Timeline:
-    """Of decode steps at 512 tokens of context."""
-    params = SamplingParams(max_tokens=40, ignore_eos=True)
-    sequences = [
-        Sequence(sequence_id=number, prompt_ids=prompt, params=params, eos_ids=frozenset())
-        for number, prompt in enumerate(random_prompts(count, 512, started.model.spec.vocab_size))
-    ]
-    for sequence in sequences:
-        started.engine.add(sequence)
-    while any(sequence.num_generated < 2 for sequence in sequences):
-        started.engine.step()
-    found = profile_steps(started.engine, 12)
-    for sequence in sequences:
-        started.engine.end(sequence)
-    while started.engine.has_work:
-        started.engine.step()
-    return found
+    return fastest_run(started, prompts, num_out, repeats, EngineSettings().max_num_seqs)
 
 
 def measure(name: str, read_rate: float) -> None:
@@ -65,10 +41,8 @@ def measure(name: str, read_rate: float) -> None:
     parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in started.seconds.items())
     say(f"== {Path(folder).name} {kv}: {sum(started.seconds.values()):.1f} s to ready ({parts})")
     one = best(started, 1, 128, 257)
-    weights = weight_bytes(checkpoint, model.spec, model.dtype)
-    weights -= model.spec.vocab_size * model.spec.hidden_size * 2
     assert one.tpot_ms is not None, "257 tokens"
-    share = weights / (one.tpot_ms[50] / 1e3) / read_rate
+    share = step_weight_bytes(checkpoint, model) / (one.tpot_ms[50] / 1e3) / read_rate
     pace = 1e3 / one.tpot_ms[50]
     say(
         f"batch 1: {pace:.1f} tok/s, TPOT {one.tpot_ms[50]:.3f} ms, {share:.0%} of {read_rate / 1e12:.2f} TB/s"
@@ -80,7 +54,8 @@ def measure(name: str, read_rate: float) -> None:
         rates = f"decode {found.decode_rate:.0f}, all {found.output_rate:.0f} tok/s"
         say(f"{count} requests: {rates}, TTFT p50 {found.ttft_ms[50]:.0f} ms")
     for count in (1, 64):
-        line = timeline(started, count)
+        line = decode_timeline(started, random_prompts(count, 512, model.spec.vocab_size))
+        assert line is not None, "4096 tokens have room for it"
         kinds = sorted(line.by_kind.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {us:.0f}" for kind, us in kinds)
         say(f"step of {count}, us: {line.step_us:.0f}, {line.num_kernels:.0f} kernels: {parts}")
