@@ -50,15 +50,15 @@ def attend(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tenso
     if masking.soft_cap:
         return paged_kv.attend(q_TQD.float(), pool, pages, masking).to(q_TQD.dtype)
     lengths, bounds = pages.lengths_B.tolist(), pages.cu_seqlens_q.tolist()
-    if len(lengths) == 1:
+    if len(lengths) == 1 and bounds[1] == len(q_TQD):
         return _attend_one(q_TQD, pool, pages.block_table_BL[0], lengths[0], masking)
-    parts = [
-        _attend_one(q_TQD[first:last], pool, blocks_L, length, masking)
-        for first, last, blocks_L, length in zip(
-            bounds[:-1], bounds[1:], pages.block_table_BL, lengths, strict=True
-        )
-    ]
-    return torch.cat(parts)
+    out_TQD = torch.zeros_like(q_TQD)  # tokens behind the last sequence are padding
+    for first, last, blocks_L, length in zip(
+        bounds[:-1], bounds[1:], pages.block_table_BL, lengths, strict=True
+    ):
+        if first < last:
+            out_TQD[first:last] = _attend_one(q_TQD[first:last], pool, blocks_L, length, masking)
+    return out_TQD
 
 
 def attend_together(q_BQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:

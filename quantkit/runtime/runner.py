@@ -6,13 +6,14 @@ Shape suffixes: T tokens of a step, B sequences of a step, R rows of device stat
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantkit.runtime.graphs import DecodeGraphs
+from quantkit.runtime.graphs import Capture, ChunkGraphs, ChunkInputs, DecodeGraphs, SampledLogits
 from quantkit.runtime.logprobs import Logprobs, TokenLogprobs
 from quantkit.runtime.model import Model
 from quantkit.runtime.packed import send
@@ -58,10 +59,13 @@ def _to_pinned(tensor: Tensor) -> Tensor:
 
 
 class Runner:
-    """Owns the device: the model, the KV pool, the state of rows, the graphs."""
+    """Owns the device: the model, the KV pool, the state of rows, the graphs.
+
+    capture: how to make graphs of steps; None: none are made.
+    """
 
     def __init__(
-        self, model: Model, *, num_blocks: int, num_rows: int, max_model_len: int, eager: bool = False
+        self, model: Model, *, num_blocks: int, num_rows: int, max_model_len: int, capture: Capture | None
     ) -> None:
         device = model.target.device
         self._decoder = model.decoder
@@ -73,66 +77,96 @@ class Runner:
         none = torch.zeros(0, dtype=torch.int64, device=device)  # there, so that the host waits for the step
         self._nothing = Sampled(none, none.bool(), None)
         self.is_async = device.type == "cuda"  # `launch` returns before the device is done
-        self._graphs: DecodeGraphs | None = None
-        if model.target.has_kernels and not eager:
-            self._graphs = DecodeGraphs(self._decode_logits, num_rows, max_model_len, device)
+        self._decode_graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
+        if capture is not None:
+            sizes = {"padding_row": num_rows, "max_model_len": max_model_len}
+            self._decode_graphs = DecodeGraphs(self._decode_logits, capture, **sizes, device=device)
+            self._chunk_graphs = ChunkGraphs(self._chunk_logits, capture, **sizes, device=device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile what single users need, and capture their graphs."""
-        if self._graphs is not None:
-            with torch.cuda.device(self._device):
-                self._graphs.capture_small()
+        with self._on_device():
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        if self._decode_graphs is not None and self._chunk_graphs is not None:
+            self._chunk_graphs.capture_small()
+            self._decode_graphs.capture_small()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
         """Start a step; on a GPU, returns at once."""
-        if self._device.type == "cpu":
+        with self._on_device():
             return self._launch(plan)
-        with torch.cuda.device(self._device):  # events, streams and captures are those of the current one
-            return self._launch(plan)
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Events, streams and captures are those of the current GPU."""
+        return torch.cuda.device(self._device) if self.is_async else nullcontext()
 
     def _launch(self, plan: StepPlan) -> InFlight:
         self._sampler.assign([_new_row(item) for item in self._rows.claim(plan.rows)])
         self._rows.update(plan.rows)
-        rows, lengths = _sampling(plan)
-        if plan.num_decode == len(plan.rows) and self._graphs is not None and self._graphs.takes(len(rows)):
-            logits_BV, row_B, length_B = self._graphs.run(rows, lengths)
-        else:
-            logits_BV, row_B, length_B = self._run(plan)
-        if not rows:  # chunks of prompts alone, none to its end
+        rows, lengths = _sampling(plan.rows)
+        parts = self._logits(plan)
+        if not rows:
             return InFlight(self._nothing)
+        logits_BV, row_B, length_B = (
+            torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True)
+        )
         row_B = row_B.long()
         sampled = self._sampler.sample(logits_BV, row_B, length_B.long(), self._sampler.work(rows, lengths))
         self._rows.last_token_R.index_copy_(0, row_B, sampled.token_ids_B)
         return InFlight(sampled)
 
-    def _run(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Any step, outside of graphs: logits, rows and lengths of the sequences that sample."""
+    def _logits(self, plan: StepPlan) -> list[SampledLogits]:
+        """Of the sequences that sample, in the order of the plan: from a graph of each kind, or from one eager step.
+
+        Two graphs read the weights twice, which takes less time than the launches that they save.
+        """
         single, chunks = plan.rows[: plan.num_decode], plan.rows[plan.num_decode :]
-        ends = accumulate(item.num_new for item in plan.rows)
-        last = [end - 1 for end, item in zip(ends, plan.rows, strict=True) if item.samples]
-        row_B, length_B, *of_chunks, at_S, row_S, length_S = send(
-            (
-                [item.row for item in single],
-                [item.start + 1 for item in single],
-                *_chunk_parts(chunks),
-                last,
-                *_sampling(plan),
-            ),
-            self._device,
-        )
-        step = self._chunk_step(chunks, of_chunks)
+        decode, chunk = self._decode_graphs, self._chunk_graphs
+        num_tokens = sum(item.num_new for item in chunks)
+        if decode is None or chunk is None or not decode.takes(len(single)):
+            return [self._eager(single, chunks)]
+        if not chunk.takes(num_tokens, len(chunks)):
+            return [self._eager(single, chunks)]
+        parts = []
         if single:
-            step = _joined(self._decode_step(row_B, length_B, _longest(single)), step)
-        hidden_TE = self._decoder(step, self._pools)
-        return self._decoder.logits(hidden_TE[at_S]) if last else hidden_TE, row_S, length_S
+            parts.append(decode.run(*_sampling(single)))
+        if chunks:
+            parts.append(chunk.run(_chunk_parts(chunks)))
+        return parts
+
+    def _eager(self, single: Sequence[Scheduled], chunks: Sequence[Scheduled]) -> SampledLogits:
+        """Any step, outside of graphs."""
+        sent = send((*_sampling(single), *_chunk_parts(chunks)), self._device)
+        row_B, length_B, inputs = sent[0], sent[1], ChunkInputs(*sent[2:])
+        steps = []
+        if single:
+            steps.append(self._decode_step(row_B, length_B, _longest(single)))
+        if chunks:
+            steps.append(self._chunk_step(inputs, max(item.num_new for item in chunks), _longest(chunks)))
+        hidden_TE = self._decoder(_joined(steps), self._pools)
+        last_S = torch.cat((self._offsets[: len(single)], inputs.last_S + len(single)))
+        return SampledLogits(
+            self._decoder.logits(hidden_TE[last_S]) if len(last_S) else hidden_TE,
+            torch.cat((row_B, inputs.row_S)),
+            torch.cat((length_B, inputs.length_S)),
+        )
 
     def _decode_logits(self, row_B: Tensor, length_B: Tensor, max_context: int) -> Tensor:
         """A decode step for any lengths up to max_context: what a graph holds."""
         step = self._decode_step(row_B, length_B, max_context)
         logits_BV: Tensor = self._decoder.logits(self._decoder(step, self._pools))
         return logits_BV
+
+    def _chunk_logits(self, inputs: ChunkInputs, max_context: int) -> Tensor:
+        """A step of chunks for any lengths up to max_context: what a graph holds."""
+        step = self._chunk_step(inputs, len(inputs.token_ids_T), max_context)
+        logits_SV: Tensor = self._decoder.logits(self._decoder(step, self._pools)[inputs.last_S])
+        return logits_SV
 
     def _decode_step(self, row_B: Tensor, length_B: Tensor, max_context: int) -> Step:
         """One new token each, the last token of the row; nothing is read by the host."""
@@ -149,19 +183,15 @@ class Runner:
             num_decode_tokens=len(row_B),
         )
 
-    def _chunk_step(self, chunks: Sequence[Scheduled], parts: Sequence[Tensor]) -> Step:
-        """Chunks of prompts, from what `_chunk_parts` made of them."""
-        token_ids_T, positions_T, slots_T, row_B, length_B, offsets = parts
-        pages = None
-        if chunks:
-            table_BL = self._rows.block_table_RL.index_select(0, row_B)
-            pages = Pages(table_BL, length_B, offsets, max(item.num_new for item in chunks), _longest(chunks))
+    def _chunk_step(self, inputs: ChunkInputs, max_q_len: int, max_context: int) -> Step:
+        """Chunks of prompts. The two limits size the launch of attention."""
+        table_CL = self._rows.block_table_RL.index_select(0, inputs.row_C)
         return Step(
-            token_ids_T=token_ids_T.long(),
-            positions_T=positions_T.long(),
-            slots_T=slots_T.long(),
+            token_ids_T=inputs.token_ids_T.long(),
+            positions_T=inputs.positions_T.long(),
+            slots_T=inputs.slots_T.long(),
             decode=None,
-            prefill=pages,
+            prefill=Pages(table_CL, inputs.length_C, inputs.offsets, max_q_len, max_context),
             num_decode_tokens=0,
         )
 
@@ -172,14 +202,14 @@ def _new_row(item: Scheduled) -> NewRow:
     return NewRow(item.row, sequence.params, sequence.prompt_ids, answer_ids, sequence.stop_ids)
 
 
-def _sampling(plan: StepPlan) -> tuple[list[int], list[int]]:
+def _sampling(rows: Sequence[Scheduled]) -> tuple[list[int], list[int]]:
     """Rows that sample, and the lengths of their sequences: the places of the tokens to come."""
-    sampling = [item for item in plan.rows if item.samples]
+    sampling = [item for item in rows if item.samples]
     return [item.row for item in sampling], [item.start + item.num_new for item in sampling]
 
 
 def _chunk_parts(chunks: Sequence[Scheduled]) -> list[list[int]]:
-    """Token ids, positions, slots, rows, lengths and offsets."""
+    """What `ChunkInputs` holds, without padding."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -189,8 +219,10 @@ def _chunk_parts(chunks: Sequence[Scheduled]) -> list[list[int]]:
         positions += new
         slots += _slots(item.sequence.blocks, new)
     lengths = [item.start + item.num_new for item in chunks]
-    offsets = [0, *accumulate(item.num_new for item in chunks)]
-    return [token_ids, positions, slots, [item.row for item in chunks], lengths, offsets]
+    ends = list(accumulate(item.num_new for item in chunks))
+    last = [end - 1 for end, item in zip(ends, chunks, strict=True) if item.samples]
+    rows = [item.row for item in chunks]
+    return [token_ids, positions, slots, rows, lengths, [0, *ends], last, *_sampling(chunks)]
 
 
 def _slots(blocks: Sequence[int], new: range) -> list[int]:
@@ -201,8 +233,11 @@ def _slots(blocks: Sequence[int], new: range) -> list[int]:
     return slots[new.start - first : new.stop - first]
 
 
-def _joined(single: Step, chunks: Step) -> Step:
-    """One step of both."""
+def _joined(steps: Sequence[Step]) -> Step:
+    """One step of the single tokens and the chunks, or of what there is."""
+    if len(steps) == 1:
+        return steps[0]
+    single, chunks = steps
     return Step(
         token_ids_T=torch.cat((single.token_ids_T, chunks.token_ids_T)),
         positions_T=torch.cat((single.positions_T, chunks.positions_T)),

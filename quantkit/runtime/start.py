@@ -11,7 +11,7 @@ from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.runtime.block_manager import BlockManager
 from quantkit.runtime.engine import Engine
-from quantkit.runtime.graphs import graph_bytes
+from quantkit.runtime.graphs import Capture, cuda_capture, graph_bytes
 from quantkit.runtime.kv_pool import KVFormat
 from quantkit.runtime.limits import Limits
 from quantkit.runtime.load import DTYPES, kv_format, load_model, model_dtype
@@ -85,7 +85,7 @@ def start_engine(
         num_blocks=sizes.num_blocks,
         num_rows=settings.max_num_seqs,
         max_model_len=sizes.max_model_len,
-        eager=settings.eager,
+        capture=capture_on(model.target) if not settings.eager else None,
     )
     runner.warm_up()
     clock.lap("warm up")
@@ -160,6 +160,11 @@ def _plan(
             fix=f"give kv_cache_bytes {kv.token_bytes * (longest + BLOCK_SIZE)} or more, or a smaller max_model_len",
         )
     return _Sizes(step_tokens, min(longest, num_blocks * BLOCK_SIZE), num_blocks + 1)
+
+
+def capture_on(target: Target) -> Capture | None:
+    """How steps are captured on a target; None: they cannot be."""
+    return cuda_capture(target.device) if target.has_kernels else None
 
 
 def _reserved_bytes(

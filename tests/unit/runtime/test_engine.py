@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.runtime import graphs, start
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.sequence import FinishReason, Sequence
 from quantkit.runtime.settings import EngineSettings
@@ -56,8 +57,25 @@ def llama(tmp_path):
     return save_tiny("llama", tmp_path)
 
 
+def run_again(function):
+    """What stands in for a CUDA graph on a CPU: the same calls on the same tensors, into the same output."""
+    output = function()
+    return lambda: output.copy_(function()), output
+
+
+@pytest.fixture(params=["eager", "graphs"])
+def captured(request, monkeypatch):
+    """With and without graphs, of sizes that a tiny model meets."""
+    if request.param == "graphs":
+        monkeypatch.setattr(start, "capture_on", lambda target: run_again)
+        monkeypatch.setattr(graphs, "TOKENS", (4, 20, 40, 64))
+        monkeypatch.setattr(graphs, "FEW_TOKENS", (4,))
+        monkeypatch.setattr(graphs, "CONTEXTS", (20,))
+        monkeypatch.setattr(graphs, "SEQUENCES", 3)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_tokens_equal_transformers(name, tmp_path):
+def test_greedy_tokens_equal_transformers(name, tmp_path, captured):
     save_tiny(name, tmp_path)
     prompt = tokens(9).tolist()
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -72,18 +90,18 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
     assert answers(engine_of(tmp_path), [prompt], max_tokens=30) == [expected]
 
 
-def test_a_batch_of_mixed_lengths_equals_one_by_one(llama):
+def test_a_batch_of_mixed_lengths_equals_one_by_one(llama, captured):
     alone = [answers(engine_of(llama), [prompt])[0] for prompt in prompts()]
     assert answers(engine_of(llama), prompts()) == alone
 
 
-def test_chunks_equal_whole_prompts(llama):
+def test_chunks_equal_whole_prompts(llama, captured):
     whole = answers(engine_of(llama), prompts())
     budget = 2 + BLOCK_SIZE
     assert answers(engine_of(llama, max_num_seqs=2, max_num_batched_tokens=budget), prompts()) == whole
 
 
-def test_what_is_cached_equals_what_is_cold(llama):
+def test_what_is_cached_equals_what_is_cold(llama, captured):
     prompt = tokens(40).tolist()
     engine = engine_of(llama)
     cold = answers(engine, [prompt])
@@ -92,7 +110,7 @@ def test_what_is_cached_equals_what_is_cold(llama):
     assert answers(engine_of(llama, prefix_caching=False), [prompt]) == cold
 
 
-def test_preempted_sequences_equal_undisturbed_ones(llama):
+def test_preempted_sequences_equal_undisturbed_ones(llama, captured):
     undisturbed = answers(engine_of(llama), prompts((30, 31, 30)), max_tokens=20)
     num_preemptions = 0
     for num_blocks in range(4, 11):  # one of these sequences needs four
@@ -108,13 +126,13 @@ def blocks_bytes(folder, num_blocks):
     return num_blocks * BLOCK_SIZE * started.model.kv.token_bytes
 
 
-def test_a_step_that_ends_no_prompt_brings_nothing(llama):
+def test_a_step_that_ends_no_prompt_brings_nothing(llama, captured):
     engine = engine_of(llama, max_num_seqs=1, max_num_batched_tokens=1 + BLOCK_SIZE)
     engine.add(sequence(0, tokens(40).tolist(), max_tokens=2))
     assert [len(engine.step()) for _ in range(4)] == [0, 0, 1, 1]
 
 
-def test_rows_change_hands(llama):
+def test_rows_change_hands(llama, captured):
     """One engine, many sequences in few rows, longer ones after shorter ones and the other way round."""
     engine = engine_of(llama, max_num_seqs=2, prefix_caching=False)
     alone = [answers(engine_of(llama), [prompt])[0] for prompt in prompts()]
@@ -123,7 +141,7 @@ def test_rows_change_hands(llama):
     assert answers(engine, prompts()[::-1]) == alone[::-1]
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(llama):
+def test_a_seed_gives_the_same_tokens_in_any_company(llama, captured):
     params = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "seed": 7}
     alone = answers(engine_of(llama), prompts((9,)), **params)[0]
     assert answers(engine_of(llama), prompts(), **params)[-1] == alone
@@ -142,7 +160,7 @@ def test_it_ends_at_a_stop_token_at_max_tokens_and_where_the_context_ends(llama)
 
 
 @pytest.mark.parametrize("num_steps", range(6))
-def test_a_sequence_is_ended_in_any_state_and_the_others_do_not_notice(num_steps, llama):
+def test_a_sequence_is_ended_in_any_state_and_the_others_do_not_notice(num_steps, llama, captured):
     undisturbed = answers(engine_of(llama), prompts((33, 9)))
     engine = engine_of(llama, max_num_seqs=2, max_num_batched_tokens=2 + BLOCK_SIZE)
     victim, other = sequence(0, prompts((33,))[0]), sequence(1, prompts((9,))[0])
@@ -183,6 +201,21 @@ def test_logprobs_are_those_of_the_model(llama):
     for event, row in zip(events, expected, strict=True):
         assert event.logprobs.logprob == pytest.approx(float(row[event.token_id]), abs=1e-4)
         assert event.logprobs.top_ids == row.topk(3).indices.tolist()
+
+
+def test_graphs_compute_what_no_graph_does(llama, captured, monkeypatch):
+    """Steps that fit run in graphs, and only these; the tokens are the same whichever ran."""
+    ran = []
+    for kind in (graphs.DecodeGraphs, graphs.ChunkGraphs):
+        plain = kind.run
+        monkeypatch.setattr(
+            kind, "run", lambda self, *a, plain=plain: (ran.append(type(self).__name__), plain(self, *a))[1]
+        )
+    engine = engine_of(llama)
+    many, few = answers(engine, prompts()), answers(engine, prompts((5, 9)))
+    assert few == [many[1], many[-1]]
+    kinds = {"DecodeGraphs", "ChunkGraphs"} if engine._runner._chunk_graphs is not None else set()
+    assert set(ran) == kinds
 
 
 def test_what_can_never_be_computed_is_refused_when_it_comes(llama):
