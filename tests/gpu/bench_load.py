@@ -57,8 +57,8 @@ CONFIG = {
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def layouts(scheme: Scheme | None) -> Iterator[Layout]:
-    """The tensors of each file: what is outside of layers, then a layer at a time."""
+def layouts(schemes: dict[str, Scheme | None]) -> Iterator[Layout]:
+    """The tensors of each file: what is outside of layers, then a layer at a time. schemes: of each of LINEARS."""
     bf16 = torch.bfloat16
     yield {
         "model.embed_tokens.weight": (bf16, (VOCAB, HIDDEN)),
@@ -71,17 +71,23 @@ def layouts(scheme: Scheme | None) -> Iterator[Layout]:
             f"{prefix}.{name}_layernorm.weight": (bf16, (HIDDEN,)) for name in ("input", "post_attention")
         }
         for name, shape in LINEARS.items():
+            scheme = schemes[name]
             parts = {"weight": (bf16, shape)} if scheme is None else linear_layout(scheme, *shape, bf16)
             tensors |= {f"{prefix}.{name}.{suffix}": part for suffix, part in parts.items()}
         yield tensors
 
 
-def write(folder: Path, scheme: Scheme | None) -> Path:
+def write(folder: Path, scheme: Scheme | None, *, is_attention_16_bit: bool = False) -> Path:
     """A folder of as many files as layers. Codes are random bits, all scales and norms small."""
+    schemes = {
+        name: None if is_attention_16_bit and name.startswith("self_attn") else scheme for name in LINEARS
+    }
     noise = torch.randint(0, 2**31 - 1, (1 << 26,), dtype=torch.int32)
-    noise &= 0x3FFF3FFF if scheme is None else 0x7E7E7E7E  # finite numbers in bf16, and in e4m3
+    noise &= (
+        0x3C7F3C7F if is_attention_16_bit or scheme is None else 0x7E7E7E7E
+    )  # small in bf16; finite in e4m3
     weight_map = {}
-    for number, tensors in enumerate(layouts(scheme)):
+    for number, tensors in enumerate(layouts(schemes)):
         file = f"model-{number:05}.safetensors"
         weight_map |= dict.fromkeys(tensors, file)
         with (folder / file).open("wb") as out:
@@ -89,7 +95,7 @@ def write(folder: Path, scheme: Scheme | None) -> Path:
             for name, (dtype, shape) in tensors.items():
                 out.write(as_bytes(values(name, dtype, shape, noise)))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    modules = {f"model.layers.{layer}.{name}": scheme for layer in range(LAYERS) for name in LINEARS}
+    modules = {f"model.layers.{layer}.{name}": schemes[name] for layer in range(LAYERS) for name in LINEARS}
     quantization = write_quantization({**modules, "lm_head": None}, None)
     config = CONFIG if scheme is None else {**CONFIG, "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))

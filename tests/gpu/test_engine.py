@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.runtime import graphs
 from quantkit.runtime.load import load_model
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.start import start_engine
@@ -20,21 +21,27 @@ LENGTHS = (1, 5, 16, 17, 31, 33, 40, 9, 120, 64, 63, 65)
 SCHEMES = ("bf16", "int4", "fp8")
 
 
-def engine_of(path, **settings):
+def start(path, **settings):
     chosen = {"device": "cuda", "max_num_seqs": 16, "kv_cache_bytes": 1 << 24} | settings
-    return start_engine(open_checkpoint(path), EngineSettings(**chosen)).engine
+    return start_engine(open_checkpoint(path), EngineSettings(**chosen))
+
+
+def engine_of(path, **settings):
+    return start(path, **settings).engine
 
 
 def prompts(lengths=LENGTHS):
     return [tokens(length, seed=length).tolist() for length in lengths]
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_tokens_are_those_of_float32_up_to_ties(scheme, folder):  # noqa: F811
+def test_tokens_are_those_of_float32_up_to_ties(scheme, eager, folder):  # noqa: F811
     """A tie: the CPU in bf16 is off by as much, for the same tokens."""
     path = folder("gpu-llama", scheme)
     exact, rounded = load_model(path, dtype=torch.float32), load_model(path, dtype=torch.bfloat16)
-    for prompt, answer in zip(prompts(), answers(engine_of(path), prompts(), max_tokens=40), strict=True):
+    found = answers(engine_of(path, eager=eager), prompts(), max_tokens=40)
+    for prompt, answer in zip(prompts(), found, strict=True):
         ids = torch.tensor(prompt + answer[:-1])
         logits = exact.logits(ids)[len(prompt) - 1 :]
         noise = (rounded.logits(ids)[len(prompt) - 1 :] - logits).abs().max()
@@ -56,12 +63,24 @@ def test_a_batch_equals_one_by_one_and_graphs_equal_eager(scheme, folder):  # no
 def test_cached_chunked_and_preempted_equal_whole(kv_cache_dtype, folder):  # noqa: F811
     path = folder("gpu-llama", "int4")
     settings = {"batch_invariant": True, "kv_cache_dtype": kv_cache_dtype}
-    engine = engine_of(path, **settings)
+    started = start(path, **settings)
+    engine = started.engine
     whole = answers(engine, prompts(), max_tokens=20)
     assert answers(engine, prompts(), max_tokens=20) == whole  # cached
     assert engine.scheduler.stats.num_prefix_hits > 0
     chunked = engine_of(path, **settings, max_num_seqs=4, max_num_batched_tokens=4 + BLOCK_SIZE)
     assert answers(chunked, prompts(), max_tokens=20) == whole
+    num_bytes = 12 * BLOCK_SIZE * started.model.kv.token_bytes
+    full = engine_of(path, **settings, max_model_len=160, kv_cache_bytes=num_bytes)
+    assert answers(full, prompts(), max_tokens=20) == whole
+    assert full.scheduler.stats.num_preemptions > 0
+
+
+def test_contexts_that_outgrow_a_graph_go_on_in_the_next(folder, monkeypatch):  # noqa: F811
+    path = folder("gpu-llama", "fp8")
+    whole = answers(engine_of(path, batch_invariant=True), prompts(), max_tokens=40)
+    monkeypatch.setattr(graphs, "CONTEXTS", (24, 48, 80))
+    assert answers(engine_of(path, batch_invariant=True), prompts(), max_tokens=40) == whole
 
 
 def test_seeds_do_not_depend_on_the_batch(folder):  # noqa: F811
