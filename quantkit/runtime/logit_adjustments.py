@@ -54,7 +54,7 @@ class LogitAdjustments:
             penalties = (params.frequency_penalty, params.presence_penalty, params.repetition_penalty)
             self._penalties_R[row] = upload(penalties, torch.float32, self._device)
         elif self._slots.pop(row, None) is not None:
-            self._slot_R[row] = 0
+            self._slot_R[row].fill_(0)
             self._penalties_R[row] = upload(NO_PENALTIES, torch.float32, self._device)
 
     def apply(self, logits_BV: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class LogitAdjustments:
             used = set(self._slots.values())
             slot = next(number for number in range(1, len(used) + 2) if number not in used)
             self._slots[row] = slot
-            self._slot_R[row] = slot
+            self._slot_R[row].fill_(slot)  # to assign a number waits for the device
         if slot >= len(self._counts_SV):
             self._counts_SV = _with_rows(self._counts_SV, 2 * slot)
             self._is_in_prompt_SV = _with_rows(self._is_in_prompt_SV, 2 * slot)

@@ -132,12 +132,13 @@ class Runner:
             return [self._eager(single, chunks)]
         if not chunk.takes(num_tokens, len(chunks)):
             return [self._eager(single, chunks)]
-        parts = []
-        if single:
-            parts.append(decode.run(*_sampling(single)))
-        if chunks:
-            parts.append(chunk.run(_chunk_parts(chunks)))
-        return parts
+        if not chunks:
+            return [decode.run(*_sampling(single))]
+        ended = chunk.run(_chunk_parts(chunks))
+        if not single:
+            return [ended]
+        kept = ended._replace(logits_BV=ended.logits_BV.clone())  # the next graph may compute in their memory
+        return [decode.run(*_sampling(single)), kept]
 
     def _eager(self, single: Sequence[Scheduled], chunks: Sequence[Scheduled]) -> SampledLogits:
         """Any step, outside of graphs."""

@@ -57,17 +57,31 @@ def llama(tmp_path):
     return save_tiny("llama", tmp_path)
 
 
-def run_again(function):
-    """What stands in for a CUDA graph on a CPU: the same calls on the same tensors, into the same output."""
-    output = function()
-    return lambda: output.copy_(function()), output
+def capturing():
+    """What stands in for CUDA graphs on a CPU: the same calls on the same tensors, into the same output.
+
+    Graphs share memory: what one has put out is gone when another runs.
+    """
+    outputs = []
+
+    def capture(function):
+        outputs.append(output := function())
+
+        def replay():
+            for each in outputs:
+                each.fill_(math.nan)
+            output.copy_(function())
+
+        return replay, output
+
+    return capture
 
 
 @pytest.fixture(params=["eager", "graphs"])
 def captured(request, monkeypatch):
     """With and without graphs, of sizes that a tiny model meets."""
     if request.param == "graphs":
-        monkeypatch.setattr(start, "capture_on", lambda target: run_again)
+        monkeypatch.setattr(start, "capture_on", lambda target: capturing())
         monkeypatch.setattr(graphs, "TOKENS", (4, 20, 40, 64))
         monkeypatch.setattr(graphs, "FEW_TOKENS", (4,))
         monkeypatch.setattr(graphs, "CONTEXTS", (20,))
