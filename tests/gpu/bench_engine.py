@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python tests/gpu/bench_engine.py CHECKPOINT[,kv_cache_dtype] …        made by make_8b.py
 
 Prompts of random tokens, greedy answers, no prefix is cached. Decode at batch 1: 128 tokens in, 257 out, tokens a
-second after the first. n requests of 512 in, 128 out, all at once: tokens a second after the last first token; n · 127 / (t(128) − t(1)) with
-t(m) the seconds of a run of m tokens out; tokens a second of the whole run.
+second after the first. n requests of 512 in, 128 out, all at once: tokens a second after the last first token;
+n · 127 / (t(128) − t(1)), t(m) being the seconds of a run of m tokens out; tokens a second of the whole run.
 """
 
 import sys
