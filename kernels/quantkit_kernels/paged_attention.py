@@ -104,7 +104,8 @@ def _attend_one(q_TQD: Tensor, pool: KVPool, blocks_L: Tensor, length: int, mask
     scale, num_heads = masking.softmax_scale, k_HCD.shape[0]
     if num_tokens == 1:  # one query sees everything: its heads of a group become rows of one small matmul
         grouped = q_TQD.view(1, num_heads, -1, head_dim)
-        return scaled_dot_product_attention(grouped, k_HCD[None], v_HCD[None], scale=scale).view(q_TQD.shape)
+        out_1HGD = scaled_dot_product_attention(grouped, k_HCD[None], v_HCD[None], scale=scale)
+        return out_1HGD.reshape(q_TQD.shape)
     is_plain = length == num_tokens and not 0 < masking.window < num_tokens
     out_QTD = scaled_dot_product_attention(
         q_TQD.transpose(0, 1)[None],
