@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli.model_options import DEFAULTS, Device, KVCacheDtype
+from quantkit.runtime.settings import DtypeName
+
 if TYPE_CHECKING:
     from quantkit.evaluation import EvalReport
 
@@ -20,6 +23,12 @@ def eval_models(
     ] = "docs",
     windows: Annotated[int, typer.Option(help="Windows of text, spread evenly over it.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    device: Device = DEFAULTS.device,
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(help="Compute candidates in it; default: on a GPU the model's own, on a CPU float32."),
+    ] = DEFAULTS.dtype,
+    kv_cache_dtype: KVCacheDtype = DEFAULTS.kv_cache_dtype,
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, in nats.")] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Gate: perplexity over the original's, in percent.", metavar="P%")
@@ -42,7 +51,16 @@ def eval_models(
     )
     with Display(Console(stderr=True)) as display:
         report = evaluate(
-            reference, candidates, data=data, windows=windows, length=length, gates=gates, listener=display
+            reference,
+            candidates,
+            data=data,
+            windows=windows,
+            length=length,
+            device=device,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            gates=gates,
+            listener=display,
         )
     _fill_cards(report)
     if as_json:

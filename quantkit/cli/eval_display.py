@@ -76,10 +76,17 @@ def show(report: EvalReport, console: Console | None = None) -> None:
         f"{data.windows} windows of {data.length} tokens, from {data.spec} ({data.tokens:,} tokens). KL in nats "
         "against the original in float32, ± half of the 95 % interval of the mean (bootstrap over whole windows); "
         f"noise: what computing the original in {report.reference.dtype} costs by itself. bpw: bits per weight of "
-        "the decoder layers' linears, scales included.",
+        f"the decoder layers' linears, scales included. {_how(report)}",
         markup=False,
         highlight=False,
     )
+
+
+def _how(report: EvalReport) -> str:
+    """How the candidates were run."""
+    ways = sorted({f"{candidate.dtype} ({candidate.kernels})" for candidate in report.candidates})
+    cache = "" if report.kv_cache_dtype == "auto" else f", KV cache in {report.kv_cache_dtype}"
+    return f"Candidates in {', '.join(ways)} on {report.device}{cache}."
 
 
 def _table(report: EvalReport) -> Table:

@@ -34,7 +34,8 @@ def _section(report: EvalReport, candidate: CandidateReport) -> str:
     data = report.data
     method = (
         f"Measured against `{_short(report.reference.path)}` on {data.windows} windows of {data.length} tokens of "
-        f"`{_short(data.spec)}` (SHA-256 {data.hash[:16]}…), in float32."
+        f"`{_short(data.spec)}` (SHA-256 {data.hash[:16]}…), in {candidate.dtype} on {report.device}"
+        f"{'' if report.kv_cache_dtype == 'auto' else f', KV cache in {report.kv_cache_dtype}'}."
     )
     if candidate.damage is None:
         return f"{method}\n\n**Broken**: {candidate.failure}."

@@ -4,9 +4,7 @@ Decides when the original's weights are in memory; what the predictions are comp
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,30 +12,14 @@ from torch import Tensor
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.cache import DamagedEntryError, TensorCache, Tensors
 from quantkit.evaluation.scores import NotFiniteError, ReferenceWindow, reference_window, score_window
+from quantkit.evaluation.serving import LoadModel, Model, Serving, Setup
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.numerics.logit_codes import LogitCodes
-from quantkit.runtime.load import model_dtype
 from quantkit.version import __version__
 
-CACHE_VERSION = 2  # raise it when the runtime's float32 logits or the stored tensors change
+CACHE_VERSION = 3  # raise it when the runtime's logits or the stored tensors change
 
 Say = Callable[[str], None]
-
-
-class Model(Protocol):
-    """A model that can be run."""
-
-    def logits(self, token_ids_T: Tensor, /) -> Tensor:
-        """Next-token logits of a window, int64 [T] to float32 [T, V]."""
-        ...
-
-
-class LoadModel(Protocol):
-    """Loads a checkpoint to run it in a dtype."""
-
-    def __call__(self, path: Path, /, *, dtype: torch.dtype) -> Model:
-        """The model; raises QuantkitError if it cannot be run."""
-        ...
 
 
 class Reference:
@@ -47,42 +29,46 @@ class Reference:
     `release`; without a cache the float32 ones stay, beside those of a candidate.
     """
 
-    def __init__(self, checkpoint: Checkpoint, load: LoadModel, cache: TensorCache, say: Say) -> None:
-        self.path = checkpoint.path
+    def __init__(
+        self, checkpoint: Checkpoint, setup: Setup, load: LoadModel, cache: TensorCache, say: Say
+    ) -> None:
+        self.checkpoint = checkpoint
         self.content_hash = checkpoint.content_hash()
-        self.dtype = model_dtype(checkpoint)
+        self.exact, self.rounded = setup.exact(), setup.rounded(checkpoint)
         self._load = load
         self._cache = cache
         self._say = say
         self._keeps = True
-        self._models: dict[torch.dtype, Model] = {}
+        self._models: dict[Serving, Model] = {}
 
     def claim(self, windows: Sequence[Tensor]) -> int:
         """Protect what is kept of these windows from being thrown out; returns how many passes are left to do."""
-        dtypes = {torch.float32, self.dtype}
-        keys = {self._key(window, dtype) for window in windows for dtype in dtypes}
+        keys = {self._key(window, serving) for window in windows for serving in {self.exact, self.rounded}}
         self._cache.in_use |= keys
         return sum(not self._cache.has(key) for key in keys)
 
-    @property
-    def dtype_name(self) -> str:
-        """The original's own dtype, as config.json names it."""
-        return str(self.dtype).removeprefix("torch.")
+    def is_kept(self, token_ids_T: Tensor, serving: Serving) -> bool:
+        """Whether what one window gives, run like this, is on disk."""
+        return self._cache.has(self._key(token_ids_T, serving))
 
-    def is_kept(self, token_ids_T: Tensor, dtype: torch.dtype) -> bool:
-        """Whether what one window gives in this dtype is on disk."""
-        return self._cache.has(self._key(token_ids_T, dtype))
+    def windows(self, windows: Sequence[Tensor]) -> Iterator[ReferenceWindow]:
+        """`window` for each, as many in a step as there is room for."""
+        for token_ids_T, parts in self._passes(windows, self.exact):
+            yield self.window(token_ids_T, parts)
 
-    def window(self, token_ids_T: Tensor) -> ReferenceWindow:
-        """Predictions in float32 for one window. Raises EvaluationError if they are not finite."""
-        key = self._key(token_ids_T, torch.float32)
-        stored = self._lookup(key)
+    def window(self, token_ids_T: Tensor, parts: Iterable[Tensor] | None = None) -> ReferenceWindow:
+        """Predictions in float32 for one window. parts: its logits, where they have been computed.
+
+        Raises EvaluationError if they are not finite.
+        """
+        key = self._key(token_ids_T, self.exact)
+        stored = self._lookup(key) if parts is None else None
         if stored is not None:
             return ReferenceWindow(
                 LogitCodes(stored["codes"], stored["step"]), stored["log_prob"], stored["top1"]
             )
         try:
-            window = reference_window(self._logits(token_ids_T, torch.float32), token_ids_T)
+            window = reference_window(parts or self._run_one(token_ids_T, self.exact), token_ids_T)
         except NotFiniteError as error:
             raise self._broken(error) from None
         codes, log_prob_T, top1_T = window
@@ -91,30 +77,56 @@ class Reference:
         )
         return window
 
-    def noise_kl(self, token_ids_T: Tensor) -> Tensor:
-        """KL(float32 ‖ the original's own dtype) per position of one window, float64 [T]; zeros for float32."""
-        if self.dtype == torch.float32:
-            return torch.zeros(len(token_ids_T), dtype=torch.float64)
-        key = self._key(token_ids_T, self.dtype)
-        stored = self._lookup(key)
+    def noise_kls(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """KL(float32 ‖ rounded) per position of each window, float64 [T]; zeros where that is float32 too."""
+        if self.rounded == self.exact:
+            yield from (torch.zeros(len(token_ids_T), dtype=torch.float64) for token_ids_T in windows)
+            return
+        for token_ids_T, parts in self._passes(windows, self.rounded):
+            yield self._noise_kl(token_ids_T, parts)
+
+    def release(self) -> None:
+        """Free the weights, but for those in float32 if they are needed again because nothing can be kept."""
+        for serving in list(self._models):
+            if self._keeps or serving != self.exact:
+                del self._models[serving]
+
+    def _noise_kl(self, token_ids_T: Tensor, parts: Iterable[Tensor] | None) -> Tensor:
+        key = self._key(token_ids_T, self.rounded)
+        stored = self._lookup(key) if parts is None else None
         if stored is not None:
             return stored["kl"]
         try:
-            logits_TV = self._logits(token_ids_T, self.dtype)
-            kl_T = score_window(self.window(token_ids_T), logits_TV, token_ids_T).kl_T
+            parts = parts or self._run_one(token_ids_T, self.rounded)
+            kl_T = score_window(self.window(token_ids_T), parts, token_ids_T).kl_T
         except NotFiniteError as error:
             raise self._broken(error) from None
         self._keep(key, {"kl": kl_T})
         return kl_T
 
-    def release(self) -> None:
-        """Free the weights, but for those in float32 if they are needed again because nothing can be kept."""
-        for dtype in list(self._models):
-            if self._keeps or dtype != torch.float32:
-                del self._models[dtype]
+    def _passes(
+        self, windows: Sequence[Tensor], serving: Serving
+    ) -> Iterator[tuple[Tensor, Iterable[Tensor] | None]]:
+        """Each window, with its logits unless what is made of them is kept."""
+        missing = {self._key(ids_T, serving): ids_T for ids_T in windows if not self.is_kept(ids_T, serving)}
+        computed = self._run(list(missing.values()), serving)
+        for token_ids_T in windows:
+            is_missing = missing.pop(self._key(token_ids_T, serving), None) is not None
+            yield token_ids_T, next(computed) if is_missing else None
 
-    def _key(self, token_ids_T: Tensor, dtype: torch.dtype) -> str:
-        digest = hashlib.sha256(f"{CACHE_VERSION} {__version__} {self.content_hash} {dtype}".encode())
+    def _run(self, windows: Sequence[Tensor], serving: Serving) -> Iterator[Iterator[Tensor]]:
+        """Logits of windows; the model is loaded when the first are asked for."""
+        if serving not in self._models:
+            self._models[serving] = self._load(self.checkpoint, serving)
+        yield from self._models[serving].predictions(windows, step_tokens=serving.step_tokens)
+
+    def _run_one(self, token_ids_T: Tensor, serving: Serving) -> Iterator[Tensor]:
+        return next(self._run([token_ids_T], serving))
+
+    def _key(self, token_ids_T: Tensor, serving: Serving) -> str:
+        """What the numbers depend on. The kernels are of this version; which of them run depends on the GPU."""
+        where = f"{serving.device_name} {serving.dtype_name} {serving.kernels}"
+        digest = hashlib.sha256(f"{CACHE_VERSION} {__version__} {self.content_hash} {where}".encode())
         digest.update(token_ids_T.numpy().tobytes())
         return f"{self.content_hash[:12]}-{digest.hexdigest()[:40]}"
 
@@ -137,11 +149,8 @@ class Reference:
                 "without, which holds the original in memory beside each candidate and computes it again"
             )
 
-    def _logits(self, token_ids_T: Tensor, dtype: torch.dtype) -> Tensor:
-        if dtype not in self._models:
-            self._models[dtype] = self._load(self.path, dtype=dtype)
-        return self._models[dtype].logits(token_ids_T)
-
     def _broken(self, error: NotFiniteError) -> EvaluationError:
-        problem = f"{self.path}: the reference produces {error}, so nothing can be compared with it"
+        problem = (
+            f"{self.checkpoint.path}: the reference produces {error}, so nothing can be compared with it"
+        )
         return EvaluationError(problem, fix="check the reference checkpoint; its weights may be damaged")

@@ -20,7 +20,7 @@ class Damage:
     """What one candidate's predictions lost; KL in nats over all positions, top1 a fraction.
 
     ppl_increase: percent over the reference. kl_ci: 95 % bootstrap interval of the mean over whole windows, or
-    None with a single window. kl_noise_floor: the same mean for the original in its own dtype.
+    None with a single window. kl_noise_floor: the same mean for the original in the reference's `dtype`.
     """
 
     ppl: float
@@ -35,7 +35,10 @@ class Damage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceReport:
-    """The original: perplexity in float32, and what computing in its own dtype costs."""
+    """The original: perplexity in float32, and what computing in `dtype` on the same device costs.
+
+    dtype: the one asked for if it has 16 bits, else the original's own.
+    """
 
     path: str
     content_hash: str
@@ -48,9 +51,14 @@ class ReferenceReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateReport:
-    """One candidate: size and damage, or the reason why it has no figures (`failure`)."""
+    """One candidate: size and damage, or the reason why it has no figures (`failure`).
+
+    dtype, kernels: how it was run. kernels: `quantkit_kernels` that serve on a GPU, or `torch`.
+    """
 
     path: str
+    dtype: str
+    kernels: str
     bits_per_weight: float
     bytes: int
     damage: Damage | None
@@ -70,10 +78,15 @@ class GateResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """All of it. notes: what happened on the way that the reader should know."""
+    """All of it. notes: what happened on the way that the reader should know.
+
+    device: a GPU's name, or cpu. kv_cache_dtype: as asked; auto: as each candidate says.
+    """
 
     reference: ReferenceReport
     data: DataInfo
+    device: str
+    kv_cache_dtype: str
     candidates: tuple[CandidateReport, ...]
     gates: tuple[GateResult, ...]
     notes: tuple[str, ...]
@@ -89,6 +102,8 @@ class EvalReport:
         return {
             "reference": asdict(self.reference),
             "data": asdict(self.data),
+            "device": self.device,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "candidates": [_candidate_json(candidate) for candidate in self.candidates],
             "gates": [asdict(gate) for gate in self.gates],
             "passed": self.passed,
@@ -102,6 +117,8 @@ def _candidate_json(candidate: CandidateReport) -> dict[str, Any]:
     )
     return {
         "path": candidate.path,
+        "dtype": candidate.dtype,
+        "kernels": candidate.kernels,
         **figures,
         "bits_per_weight": candidate.bits_per_weight,
         "bytes": candidate.bytes,

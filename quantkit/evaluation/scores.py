@@ -3,7 +3,7 @@
 Shape suffixes: T positions of a window, R rows of a chunk, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,11 +33,6 @@ class ReferenceWindow(NamedTuple):
     log_prob_T: Tensor
     top1_T: Tensor
 
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.logits.codes_TV.shape[1]
-
 
 class WindowScores(NamedTuple):
     """A candidate on one window: kl_T float64 nats [T], log_prob_T float64 [T − 1], agrees_T bool [T]."""
@@ -47,30 +42,31 @@ class WindowScores(NamedTuple):
     agrees_T: Tensor
 
 
-def reference_window(logits_TV: Tensor, token_ids_T: Tensor) -> ReferenceWindow:
-    """What is kept of the reference's logits. Raises NotFiniteError."""
+def reference_window(parts: Iterable[Tensor], token_ids_T: Tensor) -> ReferenceWindow:
+    """What is kept of the reference's logits: consecutive rows of all [T, V]. Raises NotFiniteError."""
     targets_T = _targets(token_ids_T)
-    log_prob, top1 = [], []
-    for rows in row_chunks(*logits_TV.shape):
-        _check_finite(logits_TV[rows], rows.start)
-        log_prob.append(log_probs(logits_TV[rows], targets_T[rows]))
-        top1.append(logits_TV[rows].argmax(dim=-1))
-    return ReferenceWindow(encode_logits(logits_TV), torch.cat(log_prob)[:-1], torch.cat(top1))
+    codes, log_prob, top1 = [], [], []
+    for rows, logits_RV in _chunks(parts):
+        codes.append(LogitCodes(*(tensor.cpu() for tensor in encode_logits(logits_RV))))
+        log_prob.append(log_probs(logits_RV, targets_T[rows].to(logits_RV.device)).cpu())
+        top1.append(logits_RV.argmax(dim=-1).cpu())
+    codes_TV, step_T = (torch.cat(column) for column in zip(*codes, strict=True))
+    return ReferenceWindow(LogitCodes(codes_TV, step_T), torch.cat(log_prob)[:-1], torch.cat(top1))
 
 
-def score_window(reference: ReferenceWindow, logits_TV: Tensor, token_ids_T: Tensor) -> WindowScores:
-    """Compare a candidate's logits with the reference's. Raises NotFiniteError."""
+def score_window(reference: ReferenceWindow, parts: Iterable[Tensor], token_ids_T: Tensor) -> WindowScores:
+    """Compare a candidate's logits, consecutive rows of all [T, V], with the reference's where they lie.
+
+    Raises NotFiniteError.
+    """
     targets_T = _targets(token_ids_T)
-    parts = []
-    for rows in row_chunks(*logits_TV.shape):
-        _check_finite(logits_TV[rows], rows.start)
-        parts.append(divergence(decode_logits(reference.logits, rows), logits_TV[rows], targets_T[rows]))
-    top1_T = torch.cat([part.top1_R for part in parts])
-    return WindowScores(
-        kl_T=torch.cat([part.kl_R for part in parts]),
-        log_prob_T=torch.cat([part.log_prob_R for part in parts])[:-1],
-        agrees_T=top1_T == reference.top1_T,
-    )
+    found = []
+    for rows, logits_RV in _chunks(parts):
+        device = logits_RV.device
+        reference_RV = decode_logits(reference.logits, rows, device)
+        found.append(divergence(reference_RV, logits_RV, targets_T[rows].to(device)))
+    kl_T, log_prob_T, top1_T = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    return WindowScores(kl_T, log_prob_T[:-1], agrees_T=top1_T == reference.top1_T)
 
 
 def summarise(scores: Sequence[WindowScores], reference_ppl: float, kl_noise_floor: float) -> Damage:
@@ -118,8 +114,19 @@ def _targets(token_ids_T: Tensor) -> Tensor:
     return token_ids_T.roll(-1)
 
 
+def _chunks(parts: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Positions and their logits, few enough at a time for temporaries in float32. Raises NotFiniteError."""
+    start = 0
+    for part_RV in parts:
+        for rows in row_chunks(len(part_RV), part_RV.shape[1], part_RV.device):
+            at = slice(start + rows.start, start + rows.stop)
+            _check_finite(part_RV[rows], at.start)
+            yield at, part_RV[rows]
+        start += len(part_RV)
+
+
 def _check_finite(logits_RV: Tensor, start: int) -> None:
-    low_R, high_R = logits_RV.aminmax(dim=-1)
+    low_R, high_R = (bound_R.float() for bound_R in logits_RV.aminmax(dim=-1))  # float16's have no difference
     broken_R = ~(high_R - low_R).isfinite()
     if broken_R.any():
         row = int(broken_R.nonzero()[0])

@@ -9,6 +9,7 @@ from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.quantization_config import read_quantization
 from quantkit.formats.source import resolve_source
 from quantkit.runtime.models.families import read_spec
+from quantkit.runtime.models.spec import DecoderSpec
 from quantkit.tokens import Tokenizer, load_tokenizer
 
 _TOKENIZER_FIX = "evaluate against the model that the candidate was made from"
@@ -19,14 +20,9 @@ class Subject(NamedTuple):
 
     name: str
     checkpoint: Checkpoint
+    spec: DecoderSpec
     tokenizer: Tokenizer
     size: Size
-
-    @property
-    def vocab_size(self) -> int | None:
-        """`vocab_size` of config.json; None where a multimodal config leaves it out."""
-        value = self.checkpoint.text_config.get("vocab_size")
-        return value if isinstance(value, int) else None
 
 
 def open_subject(source: str, announce: Callable[[str], None]) -> Subject:
@@ -35,15 +31,15 @@ def open_subject(source: str, announce: Callable[[str], None]) -> Subject:
     announce: told before a download or a conversion.
     """
     checkpoint = open_checkpoint(resolve_source(source, announce=announce))
-    read_spec(checkpoint)  # refuses now what could not be run later
+    spec = read_spec(checkpoint)  # refuses now what could not be run later
     read_quantization(checkpoint.config)
-    return Subject(source, checkpoint, load_tokenizer(checkpoint.path), measure_size(checkpoint))
+    return Subject(source, checkpoint, spec, load_tokenizer(checkpoint.path), measure_size(checkpoint))
 
 
 def check_length(subject: Subject, length: int) -> None:
     """Raise EvaluationError if a window is longer than the model's positions."""
-    positions = subject.checkpoint.text_config.get("max_position_embeddings")
-    if isinstance(positions, int) and length > positions:
+    positions = subject.spec.max_positions
+    if length > positions:
         problem = f"--length {length}: {subject.name} has {positions} positions"
         raise EvaluationError(problem, fix=f"use --length {positions} or less")
 
@@ -53,9 +49,13 @@ def check_comparable(reference: Subject, candidate: Subject, sample: str) -> Non
 
     sample: text from the beginning of what will be evaluated.
     """
-    sizes = reference.vocab_size, candidate.vocab_size
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise vocabulary_mismatch(reference.name, sizes[0], candidate.name, sizes[1])
+    sizes = reference.spec.vocab_size, candidate.spec.vocab_size
+    if sizes[0] != sizes[1]:
+        raise EvaluationError(
+            f"{reference.name} has a vocabulary of {sizes[0]} tokens, {candidate.name} one of {sizes[1]}: "
+            "their predictions cannot be compared",
+            fix=_TOKENIZER_FIX,
+        )
     ours, theirs = reference.tokenizer.vocabulary(), candidate.tokenizer.vocabulary()
     moved = next(
         (token for token in sorted(ours.keys() & theirs.keys()) if ours[token] != theirs[token]), None
@@ -65,17 +65,6 @@ def check_comparable(reference: Subject, candidate: Subject, sample: str) -> Non
         raise _tokenizer_mismatch(reference, candidate, finding)
     if reference.tokenizer.encode(sample).ids != candidate.tokenizer.encode(sample).ids:
         raise _tokenizer_mismatch(reference, candidate, "they split the same text differently")
-
-
-def vocabulary_mismatch(
-    reference: str, reference_size: int | None, candidate: str, candidate_size: int | None
-) -> EvaluationError:
-    """The error for predictions over vocabularies of different size."""
-    return EvaluationError(
-        f"{reference} has a vocabulary of {reference_size} tokens, {candidate} one of {candidate_size}: "
-        "their predictions cannot be compared",
-        fix=_TOKENIZER_FIX,
-    )
 
 
 def _tokenizer_mismatch(reference: Subject, candidate: Subject, finding: str) -> EvaluationError:

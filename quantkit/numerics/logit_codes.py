@@ -17,8 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.numerics.divergence import row_chunks
-
 RANGE = 40.0
 TOP_CODE = 65535
 OFFSET = 32768  # codes are stored as int16
@@ -31,22 +29,18 @@ class LogitCodes(NamedTuple):
     step_T: Tensor
 
 
-def encode_logits(logits_TV: Tensor) -> LogitCodes:
-    """Codes of finite logits, any float dtype; temporaries of about 15 MB."""
-    codes_TV = torch.empty(logits_TV.shape, dtype=torch.int16)
-    step_T = torch.empty(len(logits_TV), dtype=torch.float32)
-    for rows in row_chunks(*logits_TV.shape):
-        logits_RV = logits_TV[rows].float()
-        low_R, high_R = logits_RV.aminmax(dim=-1)
-        step_R = ((high_R - low_R).clamp(max=RANGE) / TOP_CODE).clamp(min=torch.finfo(torch.float32).tiny)
-        below_RV = high_R.unsqueeze(-1) - logits_RV
-        below_RV /= step_R.unsqueeze(-1)
-        codes_TV[rows] = below_RV.round_().clamp_(max=TOP_CODE).sub_(OFFSET).to(torch.int16)
-        step_T[rows] = step_R
-    return LogitCodes(codes_TV, step_T)
+def encode_logits(logits_RV: Tensor) -> LogitCodes:
+    """Codes of finite logits, any float dtype, on their device; temporaries: two float32 [R, V]."""
+    logits_RV = logits_RV.float()
+    low_R, high_R = logits_RV.aminmax(dim=-1)
+    step_R = ((high_R - low_R).clamp(max=RANGE) / TOP_CODE).clamp(min=torch.finfo(torch.float32).tiny)
+    below_RV = high_R.unsqueeze(-1) - logits_RV
+    below_RV /= step_R.unsqueeze(-1)
+    codes_RV = below_RV.round_().clamp_(max=TOP_CODE).sub_(OFFSET).to(torch.int16)
+    return LogitCodes(codes_RV, step_R)
 
 
-def decode_logits(codes: LogitCodes, rows: slice) -> Tensor:
-    """Some rows as float32 [R, V], shifted so that each row's maximum is 0."""
-    below_RV = codes.codes_TV[rows].float().add_(OFFSET)
-    return below_RV.mul_(-codes.step_T[rows].unsqueeze(-1))
+def decode_logits(codes: LogitCodes, rows: slice, device: torch.device) -> Tensor:
+    """Some rows as float32 [R, V] on a device, shifted so that each row's maximum is 0."""
+    below_RV = codes.codes_TV[rows].to(device).float().add_(OFFSET)
+    return below_RV.mul_(-codes.step_T[rows].to(device).unsqueeze(-1))

@@ -147,7 +147,7 @@ def _plan(
             fraction=settings.gpu_memory_fraction,
             max_num_batched_tokens=step_tokens,
             max_num_seqs=settings.max_num_seqs,
-            reserved=_reserved_bytes(spec, target, kv, settings, longest),
+            reserved=reserved_bytes(spec, target, kv, settings, longest),
         )
         for line in plan.lines():
             announce(line)
@@ -167,7 +167,7 @@ def capture_on(target: Target) -> Capture | None:
     return cuda_capture(target.device) if target.has_kernels else None
 
 
-def _reserved_bytes(
+def reserved_bytes(
     spec: DecoderSpec, target: Target, kv: KVFormat, settings: EngineSettings, longest: int
 ) -> int:
     """Beside weights, steps and cache: what graphs keep, and 8-bit keys and values in 16 bits for prompts."""

@@ -63,6 +63,28 @@ def test_the_damage_is_within_the_gates(folders):
     assert "0.0001" in gated.stdout + gated.stderr
 
 
+def test_the_originals_perplexity_is_that_of_transformers():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from quantkit.formats.source import resolve_source
+    from quantkit.text import load_documents
+    from quantkit.tokens import load_tokenizer, read_windows, tokenize
+
+    report = json.loads(
+        succeed("eval", "demo", "demo", "--windows", "3", "--length", "300", "--device", "cpu", "--json")
+    )
+    path = resolve_source("demo")
+    with tokenize(load_documents("docs"), load_tokenizer(path)) as ids:
+        ids_BT = torch.stack(list(read_windows(ids, 3, 300)))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        log_probs = model(ids_BT).logits[:, :-1].double().log_softmax(-1)
+    ppl = log_probs.gather(-1, ids_BT[:, 1:, None]).mean().neg().exp().item()
+    assert abs(report["reference"]["ppl"] / ppl - 1) < 1e-5
+    assert report["candidates"][0]["kl_mean"] < 5e-8
+
+
 def test_the_int4_model_answers(folders):
     answer = succeed("generate", folders["int4"], "What is water made of?", "--max-tokens", "32")
     assert "hydrogen" in answer

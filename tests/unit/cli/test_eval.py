@@ -26,7 +26,7 @@ def world(tmp_path, monkeypatch):
 
 
 def quantkit_eval(*arguments, candidate="candidate"):
-    options = ["--data", "text.txt", "--windows", "4", "--length", "16"]
+    options = ["--data", "text.txt", "--windows", "4", "--length", "16", "--device", "cpu"]
     return run(["eval", "original", candidate, *options, *arguments])
 
 
@@ -34,12 +34,14 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
     assert quantkit_eval("--json", "--max-kl", "10") == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
-    assert report.keys() == {"reference", "data", "candidates", "gates", "passed", "notes"}
+    assert report.keys() == {
+        *("reference", "data", "device", "kv_cache_dtype", "candidates", "gates", "passed", "notes")
+    }
     assert {"path", "ppl", "bytes", "bits_per_weight", "kl_noise_floor"} <= report["reference"].keys()
     assert report["data"].keys() == {"spec", "tokens", "hash", "windows", "length"}
     (candidate,) = report["candidates"]
     assert {
-        *("path", "ppl", "kl_mean", "kl_ci", "kl_median", "kl_p99", "kl_noise_floor"),
+        *("path", "dtype", "kernels", "ppl", "kl_mean", "kl_ci", "kl_median", "kl_p99", "kl_noise_floor"),
         *("top1", "bits_per_weight", "bytes", "failure"),
     } <= candidate.keys()
     assert (
@@ -56,6 +58,17 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
         }
     ]
     assert "windows" in err
+
+
+def test_candidates_are_run_as_the_options_say(world, capsys):
+    assert quantkit_eval("--dtype", "bfloat16", "--kv-cache-dtype", "int8", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["device"], report["kv_cache_dtype"]) == ("cpu", "int8")
+    assert (report["candidates"][0]["dtype"], report["candidates"][0]["kernels"]) == ("bfloat16", "torch")
+    assert quantkit_eval("--kv-cache-dtype", "fp8") == 0
+    assert "Candidates in float32 (torch) on cpu, KV cache in fp8." in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_table_has_a_row_for_each(world, capsys):

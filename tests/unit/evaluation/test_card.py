@@ -22,7 +22,13 @@ DAMAGE = Damage(
 
 def report_on(path, damage=DAMAGE, failure=None):
     candidate = CandidateReport(
-        path=str(path), bits_per_weight=4.25, bytes=113_000_000, damage=damage, failure=failure
+        path=str(path),
+        dtype="float16",
+        kernels="torch",
+        bits_per_weight=4.25,
+        bytes=113_000_000,
+        damage=damage,
+        failure=failure,
     )
     reference = ReferenceReport(
         path="org/model",
@@ -34,7 +40,15 @@ def report_on(path, damage=DAMAGE, failure=None):
         bytes=269_000_000,
     )
     data = DataInfo(spec="docs", tokens=112_965, hash="9b" * 32, windows=24, length=512)
-    report = EvalReport(reference=reference, data=data, candidates=(candidate,), gates=(), notes=())
+    report = EvalReport(
+        reference=reference,
+        data=data,
+        device="cpu",
+        kv_cache_dtype="int8",
+        candidates=(candidate,),
+        gates=(),
+        notes=(),
+    )
     return report, candidate
 
 
@@ -62,7 +76,16 @@ def test_figures_replace_the_section_and_nothing_else(folder):
     assert before.partition(EVALUATION_START)[0] == after.partition(EVALUATION_START)[0]
     assert before.partition(EVALUATION_END)[2] == after.partition(EVALUATION_END)[2]
     assert "ot evaluated yet" not in after
-    for figure in ("0.3851", "0.3700 to 0.4000", "+35.50 %", "64.2 %", "4.25", "0.00099", "`org/model`"):
+    for figure in (
+        "0.3851",
+        "0.3700 to 0.4000",
+        "+35.50 %",
+        "64.2 %",
+        "4.25",
+        "0.00099",
+        "`org/model`",
+        "in float16 on cpu, KV cache in int8",
+    ):
         assert figure in after
     assert card.stat().st_mode & 0o777 == 0o640
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "quantkit.json"]

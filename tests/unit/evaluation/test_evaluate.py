@@ -8,9 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.errors import EvaluationError, SourceError, TextError, UnsupportedModelError
+from quantkit.errors import (
+    EvaluationError,
+    GenerationError,
+    SchemeError,
+    SourceError,
+    TextError,
+    UnsupportedModelError,
+)
 from quantkit.evaluation import Gates, evaluate
 from quantkit.evaluation.cache import TensorCache
+from quantkit.evaluation.serving import Serving
 from tests.tiny_llama import CONFIG, VOCAB_SIZE, write_tiny_llama, write_tokenizer
 
 WINDOWS, LENGTH = 4, 16
@@ -18,18 +26,23 @@ TABLE = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_s
 
 
 class TableModel:
-    """Logits looked up by the last token, disturbed; counts its windows and its logits that are still held."""
+    """Logits looked up by the last token, disturbed, in two parts; counts its windows and its logits still held."""
 
     def __init__(self, disturb, log):
         self.disturb = disturb
         self.log = log
 
-    def logits(self, token_ids_T):
-        self.log.held = max(self.log.held, len(self.log.logits))
-        self.log.passes += 1
-        logits_TV = self.disturb(TABLE[token_ids_T].clone())
-        self.log.logits.add(logits_TV)
-        return logits_TV
+    def predictions(self, texts, *, step_tokens):
+        for token_ids_T in texts:
+            self.log.passes += 1
+            yield self.parts(self.disturb(TABLE[token_ids_T].clone()))
+
+    def parts(self, logits_TV):
+        for part_RV in logits_TV.clone().split(9):
+            self.log.held = max(self.log.held, len(self.log.logits))
+            part_RV = part_RV.clone()
+            self.log.logits.add(part_RV)
+            yield part_RV
 
 
 class TableLoader:
@@ -42,11 +55,12 @@ class TableLoader:
         self.logits = weakref.WeakSet()
         self.most_alive = self.held = self.passes = 0
 
-    def __call__(self, path, *, dtype):
-        self.loads.append((path.name, dtype))
-        disturb = self.disturbances.get(path.name, lambda logits_TV: logits_TV)
-        if dtype == torch.bfloat16:
-            disturb = lambda logits_TV: logits_TV.bfloat16().float()  # noqa: E731
+    def __call__(self, checkpoint, serving):
+        name, dtype = checkpoint.path.name, serving.target.dtype
+        self.loads.append((name, dtype, serving.kv_cache_dtype))
+        disturb = self.disturbances.get(name, lambda logits_TV: logits_TV)
+        if dtype != torch.float32:
+            disturb = lambda logits_TV: logits_TV.to(dtype)  # noqa: E731
         model = TableModel(disturb, self)
         self.alive.add(model)
         self.most_alive = max(self.most_alive, len(self.alive))
@@ -91,6 +105,7 @@ def world(tmp_path):
                 "data": str(tmp_path / "text.txt"),
                 "windows": WINDOWS,
                 "length": LENGTH,
+                "device": "cpu",
                 "load": self.loader,
                 "cache": self.cache,
             } | options
@@ -124,13 +139,13 @@ def test_one_model_and_one_window_of_logits_at_a_time(world):
     (world.path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. Why?\n\n" * 300)
     world.run("small", "large", windows=40)
     assert world.loader.loads == [
-        ("original", torch.float32),
-        ("original", torch.bfloat16),
-        ("small", torch.float32),
-        ("large", torch.float32),
+        ("original", torch.float32, "auto"),
+        ("original", torch.bfloat16, "auto"),
+        ("small", torch.float32, "auto"),
+        ("large", torch.float32, "auto"),
     ]
     assert world.loader.most_alive == 1
-    assert world.loader.held <= 1
+    assert world.loader.held <= 1  # the part before, until the next has been made
 
 
 def test_second_run_takes_the_reference_from_disk_with_the_same_figures(world):
@@ -138,7 +153,7 @@ def test_second_run_takes_the_reference_from_disk_with_the_same_figures(world):
     assert world.loader.passes == 3 * WINDOWS
     second = world.run("small")
     assert world.loader.passes == 4 * WINDOWS
-    assert [name for name, _ in world.loader.loads[2:]] == ["small", "small"]
+    assert [name for name, *_ in world.loader.loads[2:]] == ["small", "small"]
     assert figures(first) == figures(second)
 
 
@@ -146,16 +161,16 @@ def test_interrupted_run_continues(world):
     undisturbed = figures(world.run("small", cache=TensorCache(world.path / "other", free_bytes=0)))
 
     def break_at(count):
-        def load(path, *, dtype):
-            model = world.loader(path, dtype=dtype)
-            counted = model.logits
+        def load(checkpoint, serving):
+            model = world.loader(checkpoint, serving)
+            parts = model.parts
 
-            def logits(token_ids_T):
-                if world.loader.passes == count:
+            def interrupted(logits_TV):
+                if world.loader.passes > count:
                     raise KeyboardInterrupt
-                return counted(token_ids_T)
+                return parts(logits_TV)
 
-            model.logits = logits
+            model.parts = interrupted
             return model
 
         return load
@@ -247,6 +262,30 @@ def test_a_float32_original_has_no_noise_floor(world):
     assert world.loader.passes == 2 * WINDOWS
 
 
+def test_candidates_are_run_as_asked_and_the_noise_floor_is_of_that_dtype(world):
+    report = world.run("small", dtype="float16", kv_cache_dtype="int8")
+    assert world.loader.loads == [
+        ("original", torch.float32, "auto"),
+        ("original", torch.float16, "auto"),
+        ("small", torch.float16, "int8"),
+    ]
+    plain = world.run("small")
+    assert report.reference.kl_noise_floor < plain.reference.kl_noise_floor / 4  # 11 bits, 8 bits
+    assert [name for name, *_ in world.loader.loads[3:]] == ["original", "small"]  # the float32 ones are kept
+    row = report.to_json()
+    assert (row["device"], row["kv_cache_dtype"]) == ("cpu", "int8")
+    assert (row["candidates"][0]["dtype"], row["candidates"][0]["kernels"]) == ("float16", "torch")
+    assert (row["reference"]["dtype"], plain.candidates[0].dtype) == ("float16", "float32")
+
+
+def test_what_a_gpu_computed_is_not_taken_for_what_the_cpu_would(world, monkeypatch):
+    world.run("small")
+    passes = world.loader.passes
+    monkeypatch.setattr(Serving, "device_name", "a GPU")
+    world.run("small")
+    assert world.loader.passes == passes + 3 * WINDOWS
+
+
 def rewrite_config(folder, **keys):
     (folder / "config.json").write_text(json.dumps(CONFIG | keys))
 
@@ -258,12 +297,6 @@ def test_vocabulary_mismatch_names_both(world):
     ):
         world.run("small")
     assert world.loader.loads == []
-
-
-def test_logits_of_another_size_than_config_says_are_refused(world):
-    world.loader.disturbances["small"] = lambda logits_TV: logits_TV[:, :-3]
-    with pytest.raises(EvaluationError, match=f"small one of {VOCAB_SIZE - 3}"):
-        world.run("small")
 
 
 def test_other_merges_of_the_tokenizer_are_refused(world):
@@ -291,6 +324,9 @@ def test_other_ids_of_the_tokenizer_are_refused(world):
         ({"windows": -3}, EvaluationError, "--windows -3"),
         ({"length": 1}, EvaluationError, "--length 1"),
         ({"length": 129}, EvaluationError, "--length 129: .*original has 128 positions"),
+        ({"device": "cuda:99"}, GenerationError, "'cuda:99' is not here"),
+        ({"dtype": "int8"}, GenerationError, "dtype 'int8'"),
+        ({"kv_cache_dtype": "bf16"}, SchemeError, "bf16 for a model that computes in fp32"),
         ({"windows": 10_000}, TextError, "10000 windows of 16 need 160000"),
         ({"data": "nowhere.txt"}, TextError, "nowhere.txt: no such file"),
     ],

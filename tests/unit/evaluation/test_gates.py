@@ -19,7 +19,15 @@ def candidate(path, failure=None, **figures):
         "top1": 0.8,
     }
     damage = None if failure else Damage(**(known | figures))
-    return CandidateReport(path=path, bits_per_weight=4.25, bytes=100, damage=damage, failure=failure)
+    return CandidateReport(
+        path=path,
+        dtype="float32",
+        kernels="torch",
+        bits_per_weight=4.25,
+        bytes=100,
+        damage=damage,
+        failure=failure,
+    )
 
 
 def test_only_the_gates_that_were_set_are_checked():

@@ -25,9 +25,10 @@ def data():
     return ids, reference, candidate
 
 
-def scored(ids, reference, candidate):
-    windows = [reference_window(*pair) for pair in zip(reference, ids, strict=True)]
-    scores = [score_window(*three) for three in zip(windows, candidate, ids, strict=True)]
+def scored(ids, reference, candidate, part=LENGTH):
+    windows = [reference_window(whole.split(part), of) for whole, of in zip(reference, ids, strict=True)]
+    pairs = zip(windows, candidate, ids, strict=True)
+    scores = [score_window(window, whole.split(part), of) for window, whole, of in pairs]
     return windows, scores
 
 
@@ -61,6 +62,13 @@ def test_reference_against_itself_is_zero_up_to_the_stored_precision(data):
     assert damage.ppl_increase == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("part", [1, 7])
+def test_logits_in_parts_give_what_all_of_them_give(data, part):
+    for whole, in_parts in zip(scored(*data), scored(*data, part=part), strict=True):
+        for one, other in zip(whole, in_parts, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "infinite")]
 )
@@ -69,9 +77,9 @@ def test_logits_that_are_not_finite_are_named_with_their_position(data, value, k
     broken = candidate[0].clone()
     broken[17, 5] = value
     with pytest.raises(NotFiniteError, match=f"{kind} logits at position 17"):
-        score_window(reference_window(reference[0], ids[0]), broken, ids[0])
+        score_window(reference_window([reference[0]], ids[0]), broken.split(11), ids[0])
     with pytest.raises(NotFiniteError, match="position 17"):
-        reference_window(broken, ids[0])
+        reference_window([broken], ids[0])
 
 
 def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():

@@ -7,6 +7,8 @@ import torch
 
 from quantkit.numerics.logit_codes import RANGE, TOP_CODE, decode_logits, encode_logits
 
+CPU = torch.device("cpu")
+
 
 def logits(scale, rows=64, vocab=4096, seed=0):
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
@@ -14,7 +16,7 @@ def logits(scale, rows=64, vocab=4096, seed=0):
 
 def stored_and_exact(logits_TV):
     codes = encode_logits(logits_TV)
-    return codes, decode_logits(codes, slice(0, len(logits_TV))).double(), logits_TV.double()
+    return codes, decode_logits(codes, slice(0, len(logits_TV)), CPU).double(), logits_TV.double()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 1.0, 4.0, 30.0, 1e4])
@@ -53,7 +55,7 @@ def test_kl_of_a_candidate_moves_by_less_than_the_bound():
 
 def test_maximum_is_exact_and_equal_entries_stay_equal():
     row = torch.tensor([[5.0, 5.0, 1.0, -60.0, -70.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
-    stored = decode_logits(encode_logits(row), slice(0, 2))
+    stored = decode_logits(encode_logits(row), slice(0, 2), CPU)
     assert stored[0].tolist() == pytest.approx([0, 0, -4, -40, -40], abs=1e-3)
     assert stored[1].tolist() == [0, 0, 0, 0, 0]
     assert math.isclose(stored[0, 3], stored[0, 4])
