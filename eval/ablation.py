@@ -66,7 +66,14 @@ def main() -> None:
                 asked.model, "int4-all", folder, settings=settings, calib=asked.calib, device=asked.device
             )
             seconds = time.perf_counter() - started
-            report = quantkit.evaluate(asked.model, [str(folder)], data=asked.data, windows=asked.windows)
+            report = quantkit.evaluate(
+                asked.model,
+                [str(folder)],
+                data=asked.data,
+                windows=asked.windows,
+                device=asked.device,
+                dtype="float32",  # of the algorithm alone
+            )
             damage = report.candidates[0].damage
             low, high = damage.kl_ci or (math.nan, math.nan)
             print(
