@@ -89,6 +89,58 @@ inline u32 mul2(u32 a, u32 b) {
   return d;
 }
 
+// (a & mask) | bits, one instruction where the compiler would make two.
+inline u32 select_or(u32 a, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
+// ---- codes of 8 bits to pairs of 16 bits, exact ----
+
+// For `spread`: a word's first or second two codes, each with its sign eight times above it.
+constexpr u32 FIRST_TWO = 0x9180, SECOND_TWO = 0xB3A2;
+
+inline u32 spread(u32 codes, u32 selector) {
+  u32 d;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(codes), "r"(selector));
+  return d;
+}
+
+// Of two codes that are spread. bf16: (128 + the lowest seven bits) − (128, or 256 if it is negative); fp16: (1024 + code +
+// 128) − 1152.
+template <int KIND>
+inline u32 pair_of_int8(u32 two) {
+  if constexpr (KIND == F16) return sub2<F16>((two & 0x00FF00FF) ^ 0x64806480, 0x64806480);
+  return sub2<BF16>(select_or(two, 0x007F007F, 0x43004300), select_or(two, 0x00800080, 0x43004300));
+}
+
+// Of two codes that are spread: the bits of 16-bit floats that are still to be multiplied by E4M3_POWER: their exponents are
+// too small.
+template <int KIND>
+inline u32 bits_of_e4m3(u32 two) {
+  return KIND == BF16 ? two << 4 & 0x87F087F0 : two << 7 & 0xBF80BF80;
+}
+template <int KIND>
+constexpr u32 E4M3_POWER = KIND == BF16 ? 0x7B807B80 : 0x5C005C00;  // 2^120 or 2^8, twice
+
+inline u32 e4m3_to_f16(u32 w, int first) {
+  u32 d;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }"
+      : "=r"(d)
+      : "r"(w >> (8 * first)));
+  return d;
+}
+
+// Two codes of CODE, bytes `first` (0 or 2) and `first + 1` of w.
+template <int CODE, int KIND>
+inline u32 pair_of_8(u32 w, int first) {
+  if constexpr (CODE == E4M3 && KIND == F16) return e4m3_to_f16(w, first);
+  const u32 two = spread(w, first ? SECOND_TWO : FIRST_TWO);
+  if constexpr (CODE == E4M3) return mul2<KIND>(bits_of_e4m3<KIND>(two), E4M3_POWER<KIND>);
+  return pair_of_int8<KIND>(two);
+}
+
 // ---- memory ----
 
 inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }

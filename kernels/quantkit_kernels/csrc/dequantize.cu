@@ -60,7 +60,7 @@ inline void dequantize_block(const Params& p, int strip, int block, int lane) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         pair[i] = scaled(W_BITS == 4 ? two_of_word(codes[0].w[2 * h + i / 2], i % 2 * 2 + below, grid.offset)
-                                     : two_of_bytes(codes[below].w[2 * h + i / 2], i % 2, grid.offset, E4M3_POWER),
+                                     : two_of_bytes(codes[below].w[2 * h + i / 2], i % 2, grid.offset, E4M3_POWER<KIND>),
                          grid);
       p.out[static_cast<u64>(row + 8 * below) * p.num_blocks * 8 + column / 8] = {pair[0], pair[1], pair[2], pair[3]};
     }

@@ -74,37 +74,6 @@ struct Half {
 
 // ---- conversions ----
 
-// (a & mask) | bits, one instruction where the compiler would make two.
-inline u32 select_or(u32 a, u32 mask, u32 bits) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
-  return d;
-}
-
-inline u32 spread(u32 w, u32 selector) { return __byte_perm(w, 0, selector); }
-
-inline u32 e4m3_to_f16(u32 w, int first) {
-  u32 d;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }"
-      : "=r"(d)
-      : "r"(w >> (8 * first)));
-  return d;
-}
-
-// Two codes of 8 bits, bytes `first` and `first + 1` of w, to a pair of 16-bit floats.
-inline u32 pair_of_8(u32 w, int first) {
-  if constexpr (W_KIND == E4M3 && !IS_BF16) return e4m3_to_f16(w, first);
-  if constexpr (W_KIND == E4M3) {
-    // exponent and mantissa move down to where bf16 has them; that is 2^-120 of the value, so times 2^120
-    u32 high = spread(w, first ? 0x3424 : 0x1404);
-    return mul2<BF16>(select_or(high, 0x80008000, (high & 0x7F007F00) >> 4), 0x7B807B80);
-  }
-  u32 low = spread(w, first ? 0x4342 : 0x4140);
-  if constexpr (IS_BF16)  // (128 + low seven bits) - (128, or 256 where the sign is set)
-    return sub2<BF16>(select_or(low, 0x007F007F, 0x43004300), select_or(low, 0x00800080, 0x43004300));
-  return sub2<F16>((low ^ 0x00800080) | 0x64006400, 0x64806480);  // 1024 + code + 128, less 1152
-}
-
 // Four codes of 4 bits, less their zero point, as bytes: columns 0 2 1 3.
 inline u32 bytes_of_4(u32 w, u32 zero) { return (select_or(w, 0x0F0F0F0F, 0x80808080) - zero) ^ 0x80808080; }
 
@@ -159,7 +128,7 @@ inline Half to_half(const Raw& raw) {
     if constexpr (X_KIND == E4M3)
       half.w[i] = e4m3_to_f16(raw.w[i / 2], i % 2 * 2);
     else
-      half.w[i] = IS_INTEGER && IS_PACKED ? spread(raw.w[i], 0x3120) : raw.w[i];
+      half.w[i] = IS_INTEGER && IS_PACKED ? __byte_perm(raw.w[i], 0, 0x3120) : raw.w[i];
   }
   return half;
 }
@@ -210,8 +179,8 @@ inline void multiply_half(Sum (&sums)[TILES][4], const u32 (&low)[W_BITS / 2], c
         for (int r = 0; r < 4; r++)
           a[r] = sub2<A_KIND>(select_or(low[i] >> (4 * r), 0x000F000F, magic), r % 2 ? zero.high : zero.low);
       } else if constexpr (W_BITS == 8) {
-        a[0] = pair_of_8(low[i], 0), a[1] = pair_of_8(high[i], 0);
-        a[2] = pair_of_8(low[i], 2), a[3] = pair_of_8(high[i], 2);
+        a[0] = pair_of_8<W_KIND, A_KIND>(low[i], 0), a[1] = pair_of_8<W_KIND, A_KIND>(high[i], 0);
+        a[2] = pair_of_8<W_KIND, A_KIND>(low[i], 2), a[3] = pair_of_8<W_KIND, A_KIND>(high[i], 2);
         if constexpr (ZERO)  // at most 255 apart: exact
 #pragma unroll
           for (int r = 0; r < 4; r++) a[r] = sub2<A_KIND>(a[r], r % 2 ? zero.high : zero.low);

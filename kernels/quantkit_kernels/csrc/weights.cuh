@@ -12,8 +12,6 @@
 
 constexpr int KIND = IS_BF16 ? BF16 : F16;                // of what is made
 constexpr u32 BASE = IS_BF16 ? 0x43004300 : 0x64006400;  // 128 or 1024, twice: a code in the lowest bits is added
-constexpr u32 TWO_120 = 0x7B807B80;                      // bf16
-constexpr u32 E4M3_POWER = IS_BF16 ? TWO_120 : 0x5C005C00;  // 2^120, or 2^8 in fp16
 constexpr int SCALE_SIZE = SCALE_KIND == F32 ? 4 : 2;
 
 inline u32 fma2(u32 a, u32 b, u32 c) {
@@ -50,16 +48,10 @@ inline u32 two_of_word(u32 word, int r, u32 offset) {
   return sub2<KIND>(code, offset);
 }
 
-// Two of four 8-bit codes, exact. An integer is (128 + its lowest seven bits) − (128, or 256 if it is negative); e4m3
-// has the bits of a 16-bit float whose exponent is too small by a constant, which `power` makes up for.
+// Two of four 8-bit codes, exact. power: what e4m3's bits are multiplied by.
 inline u32 two_of_bytes(u32 codes, int second, u32 offset, u32 power) {
-  if constexpr (IS_E4M3) {
-    const u32 high = __byte_perm(codes, 0, second ? 0x3424 : 0x1404);
-    constexpr u32 SHIFT = IS_BF16 ? 4 : 1, REST = IS_BF16 ? 0x07F007F0 : 0x3F803F80;
-    return mul2<KIND>((high >> SHIFT & REST) | (high & 0x80008000), power);
-  } else {
-    const u32 low = __byte_perm(codes, 0, second ? 0x4342 : 0x4140);
-    const u32 a = sub2<KIND>((low & 0x007F007F) | BASE, (low & 0x00800080) | BASE);
-    return ZERO ? sub2<KIND>(a, offset) : a;
-  }
+  const u32 two = spread(codes, second ? SECOND_TWO : FIRST_TWO);
+  if constexpr (IS_E4M3) return mul2<KIND>(bits_of_e4m3<KIND>(two), power);
+  const u32 a = pair_of_int8<KIND>(two);
+  return ZERO ? sub2<KIND>(a, offset) : a;
 }

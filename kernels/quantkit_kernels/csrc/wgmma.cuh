@@ -80,7 +80,7 @@ struct Grid {
   u32 offset[2], scale[2];
 };
 
-constexpr u32 TWO_116 = 0x79807980, MINUS_TWO_MINUS_10 = 0xBA80BA80;  // bf16
+constexpr u32 TWO_116 = 0x79807980, TWO_120 = 0x7B807B80, MINUS_TWO_MINUS_10 = 0xBA80BA80;  // bf16
 
 inline Grid grid_of(const u8* scale, const u8* zero, int g) {
   Grid grid;
@@ -93,7 +93,7 @@ inline Grid grid_of(const u8* scale, const u8* zero, int g) {
       grid.scale[below] = mul2<KIND>(grid.scale[below], below ? TWO_116 : TWO_120);
     }
     // below 256, or it would be IS_WIDE: the product is finite
-    if constexpr (IS_E4M3 && GROUP_ROWS && !IS_WIDE) grid.scale[below] = mul2<KIND>(grid.scale[below], E4M3_POWER);
+    if constexpr (IS_E4M3 && GROUP_ROWS && !IS_WIDE) grid.scale[below] = mul2<KIND>(grid.scale[below], E4M3_POWER<KIND>);
   }
   return grid;
 }
@@ -120,7 +120,7 @@ inline void fragment(u32 (&a)[4], u32 word, const Grid& grid) {
 // e4m3: the power is in a scale of 16 bits already.
 inline u32 of_bytes(u32 codes, int second, u32 offset, u32 scale) {
   if constexpr (IS_E4M3 && GROUP_ROWS && !IS_WIDE) return two_of_bytes(codes, second, offset, scale);
-  return in_scale(two_of_bytes(codes, second, offset, E4M3_POWER), scale);
+  return in_scale(two_of_bytes(codes, second, offset, E4M3_POWER<KIND>), scale);
 }
 
 // Four codes each of rows g and g + 8.
