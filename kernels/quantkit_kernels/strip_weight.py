@@ -69,7 +69,7 @@ def prepare(weight: LinearWeight, *, with_row_sum: bool = False) -> StripWeight:
         assert weight.zero_point_RG is None, "no scheme has zero points on both sides"
         row_sum = _row_sums(weight)
     bits = weight.stored_bits
-    stored = to_fragments(weight.codes_NK) if bits == 4 else _aligned_rows(weight.codes_NK)
+    stored = to_fragments(weight.codes_NK) if bits == 4 else aligned_rows(weight.codes_NK)
     scale, zero_point, group = weight.scale_RG, weight.zero_point_RG, weight.tile[1]
     if group >= num_cols:
         if zero_point is None:
@@ -87,7 +87,7 @@ def prepare(weight: LinearWeight, *, with_row_sum: bool = False) -> StripWeight:
 def prepare_dense(weight_NK: Tensor) -> StripWeight:
     """A weight in 16 bits."""
     num_rows, num_cols = weight_NK.shape
-    return StripWeight(_aligned_rows(weight_NK), None, None, None, (num_rows, num_cols), 16, 0)
+    return StripWeight(aligned_rows(weight_NK), None, None, None, (num_rows, num_cols), 16, 0)
 
 
 def _row_sums(weight: LinearWeight) -> Tensor:
@@ -98,7 +98,8 @@ def _row_sums(weight: LinearWeight) -> Tensor:
     return (per_group * weight.scale_RG.float()[of_row]).sum(dim=1)
 
 
-def _aligned_rows(values_NK: Tensor) -> Tensor:
+def aligned_rows(values_NK: Tensor) -> Tensor:
+    """Values whose rows start at multiples of 16 bytes; padded with zeros if they have to move."""
     per_16_bytes = 16 // values_NK.element_size()
     extra = -values_NK.shape[1] % per_16_bytes
     is_aligned = values_NK.stride(0) % per_16_bytes == 0 and values_NK.data_ptr() % 16 == 0

@@ -1,6 +1,7 @@
 """y = x · wᵀ (+ bias) with x in 16 bits and w in INT4, INT8, FP8 or 16 bits: W4A16, W8A16, and no quantization at all.
 
     M ≤ 32              skinny    weights streamed once, bound by their bytes                 compute capability ≥ 9.0
+    M ≤ 64              stream    8-bit weights with scales per row, the same                 9.0
     tens to hundreds    tile      4- and 8-bit weights on wgmma, from registers               9.0
     more                wide      the same, x as it is, tiles that fill every multiprocessor  9.0
     elsewhere           sliced    a slice of w in 16 bits, small enough for the L2, cuBLAS    any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quantkit_kernels import byte_stream
 from quantkit_kernels.batch_invariant import FIXED_ROWS, in_fixed_rows
 from quantkit_kernels.capability import capability, num_multiprocessors
 from quantkit_kernels.dispatch import choose
@@ -25,7 +27,7 @@ from quantkit_kernels.operators import operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.sliced import sliced
-from quantkit_kernels.strip_weight import StripWeight, dense, prepare, prepare_dense
+from quantkit_kernels.strip_weight import StripWeight, aligned_rows, dense, prepare, prepare_dense
 from quantkit_kernels.tile import CAPABILITY, fixed_tiling, tile
 from quantkit_kernels.wide import wide
 
@@ -35,8 +37,30 @@ def cublas(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -
     return linear(x_MK, weight.stored[:, : weight.shape[1]], bias_N)
 
 
+def stream(x_MK: Tensor, weight: StripWeight, *, bias_N: Tensor | None = None) -> Tensor:
+    """`byte_stream` where scales are per row; those of groups go to what takes so many rows without it."""
+    if weight.scale is None or weight.group_size:
+        route = SKINNY if len(x_MK) <= MAX_ROWS // 2 else TILE
+        return route.run(x_MK, weight, bias_N=bias_N)
+    return byte_stream.stream(
+        aligned_rows(x_MK),
+        weight.stored,
+        weight.scale,
+        num_outputs=weight.shape[0],
+        out_dtype=x_MK.dtype,
+        bias_N=bias_N,
+    )
+
+
 SKINNY = Route(
     name="skinny", run=partial(skinny, dependent=True), max_rows=MAX_ROWS, min_capability=MIN_CAPABILITY
+)
+STREAM = Route(
+    name="stream",
+    run=stream,
+    max_rows=byte_stream.MAX_ROWS,
+    min_capability=byte_stream.CAPABILITY,
+    max_capability=byte_stream.CAPABILITY,
 )
 TILE = Route(
     name="tile", run=partial(tile, dependent=True), min_capability=CAPABILITY, max_capability=CAPABILITY
@@ -46,7 +70,7 @@ WIDE = Route(
 )
 SLICED = Route(name="sliced", run=sliced)
 W4A16 = Family(name="w4a16", routes=(SKINNY, TILE, WIDE, SLICED), prepare=prepare, weight_bytes=0.5)
-W8A16 = Family(name="w8a16", routes=(SKINNY, TILE, WIDE, SLICED), prepare=prepare, weight_bytes=1)
+W8A16 = Family(name="w8a16", routes=(SKINNY, STREAM, TILE, WIDE, SLICED), prepare=prepare, weight_bytes=1)
 DENSE16 = Family(
     name="dense16", routes=(SKINNY, Route(name="cublas", run=cublas)), prepare=prepare_dense, weight_bytes=2
 )

@@ -1,4 +1,4 @@
-"""Products of 8-bit codes with few rows against float64, from the same codes."""
+"""Products of 8-bit weights with few rows against float64, from the same codes."""
 
 import pytest
 import torch
@@ -7,6 +7,9 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 
 from quantkit_kernels import byte_stream
 from quantkit_kernels.byte_stream import Shape
+from quantkit_kernels.strip_weight import prepare
+from quantkit_kernels.weight import LinearWeight
+from quantkit_kernels.weight_only import STREAM
 from tests.gpu.triton_device import generator, poisoned, side_by_side  # noqa: F401
 
 pytestmark = [
@@ -17,20 +20,24 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
 ]
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64)
-SHAPES = ((4096, 4096), (33, 208), (129, 4160), (1000, 1536), (16, 16))
-KINDS = ("int8", "fp8", "blocks")
+SHAPES = ((4096, 4096), (6000, 640), (28000, 400), (33, 208), (129, 4160), (1000, 1536), (16, 16))
+CODES = ("int8", "fp8", "blocks")
+WIDE = ("int8 x bfloat16", "fp8 x bfloat16", "int8 x float16", "fp8 x float16")
+KINDS = CODES + WIDE
 
 
 def random_codes(rows, cols, kind, seed):
     draw = torch.Generator("cuda").manual_seed(seed)
-    if kind == "int8":
+    if kind.startswith("int8"):
         return torch.randint(-128, 128, (rows, cols), generator=draw, dtype=torch.int8, device="cuda")
     values = torch.randn(rows, cols, generator=draw, device="cuda") * 100
     return values.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def random_product(m, n, k, kind, *, is_static=False, with_zero=False):
-    """Arguments of `multiply`; float64 of the product, and of the sums of magnitudes."""
+    """Arguments of `multiply`; float64 of the product, and of what the error of sums is measured by."""
+    if kind in WIDE:
+        return random_wide_product(m, n, k, kind)
     x, w = random_codes(m, k, kind, 1), random_codes(n, k, kind, 2)
     draw, blocks = generator(3), -(-k // 128)
     x_grid = (m, blocks) if kind == "blocks" else (1,) if is_static else (m, 1)
@@ -56,10 +63,20 @@ def random_product(m, n, k, kind, *, is_static=False, with_zero=False):
     return (x, x_scale, w, w_scale), more, x_true @ w_true.T, magnitude @ w_true.abs().T
 
 
+def random_wide_product(m, n, k, kind):
+    """x in 16 bits, which has no scale; exact products, K / 16 sums in float32 and some of parts."""
+    x = torch.randn(m, k, generator=generator(1)).to(getattr(torch, kind.split(" x ")[1])).cuda()
+    w, w_scale = random_codes(n, k, kind, 2), (torch.rand(n, generator=generator(3)) + 0.1).mul(0.01).cuda()
+    w_true = w.double() * w_scale.double()[:, None]
+    magnitude = x.double().abs() @ w_true.abs().T
+    return (x, None, w, w_scale), {}, x.double() @ w_true.T, magnitude * (k / 16 + 16) / 2
+
+
 def check(y, expected, magnitude, kind):
     """One rounding of the output, three of scales; FP8 sums keep 14 bits of their largest product."""
     eps = torch.finfo(y.dtype).eps
-    bound = eps * expected.abs() + 2.0**-21 * magnitude + (0 if kind == "int8" else 2.0**-11) * magnitude
+    sums = 2.0**-11 if kind in ("fp8", "blocks") else 0
+    bound = eps * expected.abs() + (2.0**-21 + sums) * magnitude
     error = (y.double() - expected).abs()
     assert torch.isfinite(y).all()
     assert (error <= bound).all(), f"{(error / bound).max():.2f} of the bound"
@@ -85,7 +102,7 @@ def test_options(dtype, kind):
     bias = torch.randn(n, generator=generator(7)).to(dtype).cuda()
     for m in (1, 33):
         args, more, expected, magnitude = random_product(m, n, k, kind, is_static=True)
-        if dtype == torch.float16:
+        if dtype == torch.float16 and kind in CODES:
             args = (args[0], args[1] * 2.0**-12, *args[2:])
             expected, magnitude = expected * 2.0**-12, magnitude * 2.0**-12
         check(multiply(args, n, dtype, bias_N=bias, **more), expected + bias.double(), magnitude, kind)
@@ -93,7 +110,7 @@ def test_options(dtype, kind):
 
 CUTS = [
     Shape(16, 1, 1, 1, 4, 2),
-    Shape(48, 2, 2, 4, 3, 2),
+    Shape(48, 1, 2, 4, 3, 2),
     Shape(112, 2, 2, 2, 2, 2),
     Shape(256, 1, 1, 1, 2, 3),
     Shape(64, 1, 2, 2, 3, 2),
@@ -124,17 +141,33 @@ def test_int8_sums_are_exact():
     assert torch.equal(y, torch.full_like(y, -128 * 255 * k))
 
 
+def surrounded(values):
+    """The same amid NaN, or −1."""
+    rows, cols = values.shape
+    size = values.element_size()
+    around = torch.full((rows + 2, (cols + 24) * size), -1, dtype=torch.int8, device="cuda")
+    around[:rows, : cols * size] = values.view(torch.int8)
+    return around.view(values.dtype)[:rows, :cols]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_lies_beyond_x_and_w_is_never_seen(kind):
     for m in (3, 20, 40):
         args, _, expected, magnitude = random_product(m, 72, 200, kind)
-        around = [
-            torch.full((rows + 2, 224), 127, dtype=torch.int8, device="cuda") for rows in (m, 72)
-        ]  # NaN in e4m3
-        for inside, codes in zip(around, args[::2], strict=True):
-            inside[: len(codes), :200] = codes.view(torch.int8)
-        x, w = (inside.view(args[0].dtype)[:-2, :200] for inside in around)
+        x, w = (surrounded(values) for values in args[::2])
         check(multiply((x, args[1], w, args[3]), 72), expected, magnitude, kind)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("k", [1, 77, 200, 1000])
+def test_any_columns_from_anywhere(k, kind):
+    """As a layer calls it: rows that start where no tensor map can, of x and of w."""
+    n = 90
+    (x, _, w, w_scale), _, expected, magnitude = random_product(5, n, k, kind)
+    weight = prepare(LinearWeight(w, w_scale[:, None], None, (1, k), 8))
+    bias = torch.randn(n, generator=generator(7)).to(x.dtype).cuda()
+    x = torch.cat([x.new_full((5, 1), torch.nan), x], dim=1)[:, 1:]
+    check(STREAM.run(x, weight, bias_N=bias), expected + bias.double(), magnitude, kind)
 
 
 def test_a_weight_beyond_two_billion_codes():

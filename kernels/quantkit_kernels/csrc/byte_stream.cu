@@ -1,22 +1,29 @@
-// y [M, N] = x [M, K] · wᵀ [N, K], both in codes of 8 bits, M ≤ 64, bound by the bytes of w: tensor cores (wgmma) read both
-// from shared memory as they lie on disk.
+// y [M, N] = x [M, K] · wᵀ [N, K], w in codes of 8 bits, M ≤ 64, bound by the bytes of w: tensor cores (wgmma) read codes of
+// w and of x from shared memory as they lie on disk. Where x has 16 bits, w becomes 16 bits in registers.
 //
 //   a block      tile after tile: TILE_ROWS rows of w, all columns, all of x
 //   two threads  stream w and x through rings of their own (tensor maps); w starts before x is there (dependent launch)
 //   warpgroups   64 rows each (those past the tile's are multiplied and forgotten), every K_GROUPS-th box of 128 columns
 //
-//   w ring  W_STAGES × BOXES × [TILE_ROWS][128]     x ring  X_STAGES × X_BOXES × [M_TILE][128]      128-byte swizzle
+//   w ring  W_STAGES × BOXES × [TILE_ROWS][128]     x ring  X_STAGES × X_BOXES × (16 bits: 2 ×) [M_TILE][128 bytes]
 //
-// A tensor core's own sum of FP8 products keeps 14 bits: every 128 columns it goes to float32. Sums of warpgroups are added
-// in their order.
+// All with the 128-byte swizzle. A tensor core's own sum of FP8 products keeps 14 bits: every 128 columns it goes to float32.
+// Sums of warpgroups are added in their order.
 //
-// Definitions: IS_INT8 (else e4m3), IN_BLOCKS (scales of 128 × 128 of w and of 128 columns of x), Y_KIND (0: bf16, 1: fp16,
-// 2: fp32), M_TILE (8, 16, 32, 64), TILE_ROWS (a multiple of 16, at most 256), K_GROUPS, X_BOXES (a multiple of it: of a
-// slot of x), BOXES (a multiple of that: of a slot of w), W_STAGES, X_STAGES.
+// Where x has 16 bits and a tile has two or three strips of 16 rows, no warp makes weights of rows past it. The warps of a
+// team share out strips and half boxes of 64 columns; a warpgroup with two halves multiplies by both of x, and each warp keeps
+// the sums of its own.
+//
+//   48 rows: strip  0 1 2 0 | 1 2 0 1 | 2 0 1 2   half  0 0 0 1 | 1 1 2 2 | 2 3 3 3      32: strip  0 1 0 1   half  0 0 1 1
+//
+// Definitions: IS_INT8 (else e4m3), X_KIND (common.cuh; INT and E4M3: codes like w's), IN_BLOCKS (scales of 128 × 128 of w and
+// of 128 columns of x), Y_KIND (BF16, F16, F32), M_TILE (8, 16, 32, 64), TILE_ROWS (a multiple of 16, at most 256), K_GROUPS,
+// X_BOXES (a multiple of it: of a slot of x), BOXES (a multiple of that: of a slot of w), W_STAGES, X_STAGES.
 
 #include "common.cuh"
 
-#if IS_INT8
+#define HAS_CODES (X_KIND != BF16 && X_KIND != F16)
+#if IS_INT8 && HAS_CODES
 using Sum = int;
 using Sum4 = int4;
 #else
@@ -29,25 +36,30 @@ struct alignas(64) TensorMap {
 };
 
 struct Params {
-  TensorMap w, x;             // boxes of [TILE_ROWS][128] and [M_TILE][128]
+  TensorMap w, x;             // bytes, boxes of [TILE_ROWS][128] and [M_TILE][128]
   void* y;                    // [M][N]
   const float* w_scale;       // [N]; IN_BLOCKS: [ceil(N / 128)][num_blocks]
-  const float* x_scale;       // [M], x_scale_step apart; IN_BLOCKS: [M][num_blocks]
+  const float* x_scale;       // [M], x_scale_step apart; IN_BLOCKS: [M][num_blocks]; read with codes
   const signed char* x_zero;  // like x_scale, or null
   const int* w_sum;           // [N]: of the codes of a row; read with x_zero
   const void* bias;           // [N] like y, or null
   int m, n, num_blocks, x_scale_step;  // num_blocks: of 128 columns
 };
 
-constexpr int ROW_GROUPS = (TILE_ROWS + 63) / 64, ROW_WARPS = TILE_ROWS / 16;
-constexpr int SUMS = M_TILE / 2, PIECES = SUMS / 4;  // of a thread
-constexpr int CONSUMERS = 128 * ROW_GROUPS * K_GROUPS, THREADS = CONSUMERS + 64;
-constexpr int W_BOX = TILE_ROWS * 128, X_BOX = M_TILE * 128;
+constexpr bool SUMS_INTEGERS = IS_INT8 && HAS_CODES, SPLITS = !HAS_CODES && TILE_ROWS <= 48;
+constexpr int ROW_WARPS = TILE_ROWS / 16, ROW_GROUPS = (TILE_ROWS + 63) / 64;
+constexpr int STRIPS = ROW_WARPS == 3 ? 3 : 2;  // SPLITS: of a team
+constexpr int TEAM = !SPLITS ? ROW_GROUPS : STRIPS == 3 ? 3 : 1;  // warpgroups
+constexpr int TEAM_HALVES = !SPLITS ? 1 : STRIPS == 3 ? 4 : 2;  // half boxes that a team has at a time
+constexpr int TEAM_BOXES = TEAM_HALVES == 4 ? 2 : 1, PARTS = K_GROUPS * TEAM_HALVES;
+constexpr int SUMS = M_TILE / 2, PIECES = SUMS / 4, PRODUCTS = SPLITS ? 2 * SUMS : SUMS;  // of a thread
+constexpr int CONSUMERS = 128 * TEAM * K_GROUPS, THREADS = CONSUMERS + 64;
+constexpr int HALVES = HAS_CODES ? 1 : 2, X_HALF = M_TILE * 128, X_BOX = HALVES * X_HALF, W_BOX = TILE_ROWS * 128;
 constexpr int W_BYTES = BOXES * W_BOX, X_BYTES = X_BOXES * X_BOX;
 constexpr int X_AT = W_STAGES * W_BYTES, PARTS_AT = X_AT + X_STAGES * X_BYTES;
-constexpr int W_BARRIERS_AT = PARTS_AT + (K_GROUPS - 1) * TILE_ROWS * M_TILE * 4;
+constexpr int W_BARRIERS_AT = PARTS_AT + (PARTS - 1) * TILE_ROWS * M_TILE * 4;
 constexpr int X_BARRIERS_AT = W_BARRIERS_AT + 16 * W_STAGES, FACTS_AT = X_BARRIERS_AT + 16 * X_STAGES;
-static_assert(X_BOXES % K_GROUPS == 0 && BOXES % X_BOXES == 0, "every group has its boxes");
+static_assert(X_BOXES % (K_GROUPS * TEAM_BOXES) == 0 && BOXES % X_BOXES == 0, "every group has its boxes");
 
 // ---- tensor maps ----
 
@@ -64,48 +76,82 @@ inline u64 evict_last() {
   return policy;
 }
 
-// ---- tensor cores: d [64 × M_TILE] (+)= w [64 × 32] · x [M_TILE × 32]ᵀ, asynchronously ----
+// ---- tensor cores: d [64 × 2 PRODUCTS] (+)= w [64 × 32 bytes of x] · xᵀ, asynchronously ----
 
-#if IS_INT8
-#define IO "+r"
+#if X_KIND == BF16
+#define SUM "+f"
+#define KINDS "k16.f32.bf16.bf16 "
+#define TAIL ", add, 1, 1, 0;"
+#elif X_KIND == F16
+#define SUM "+f"
+#define KINDS "k16.f32.f16.f16 "
+#define TAIL ", add, 1, 1, 0;"
+#elif IS_INT8
+#define SUM "+r"
 #define KINDS "k32.s32.s8.s8 "
-#define TAIL ", add; }"
+#define TAIL ", add;"
 #else
-#define IO "+f"
+#define SUM "+f"
 #define KINDS "k32.f32.e4m3.e4m3 "
-#define TAIL ", add, 1, 1; }"
+#define TAIL ", add, 1, 1;"
 #endif
-#define D4(i) IO(d[i]), IO(d[i + 1]), IO(d[i + 2]), IO(d[i + 3])
+#define D4(i) SUM(d[i]), SUM(d[i + 1]), SUM(d[i + 2]), SUM(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 #define TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
-#if M_TILE == 8
-#define OUTPUTS D4(0)
-#define OPERANDS "n8" KINDS "{%0, %1, %2, %3}, %4, %5"
-#define FLAG "%6"
-#elif M_TILE == 16
-#define OUTPUTS D4(0), D4(4)
-#define OPERANDS "n16" KINDS "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9"
-#define FLAG "%10"
-#elif M_TILE == 32
-#define OUTPUTS D16(0)
-#define OPERANDS "n32" KINDS "{" TEN() ", %10, %11, %12, %13, %14, %15}, %16, %17"
-#define FLAG "%18"
-#elif M_TILE == 64
-#define OUTPUTS D16(0), D16(16)
-#define OPERANDS "n64" KINDS "{" TEN() ", " TEN(1) ", " TEN(2) ", %30, %31}, %32, %33"
-#define FLAG "%34"
+#if HAS_CODES || TILE_ROWS > 48
+#define WIDTH M_TILE
+#else
+#define WIDTH (2 * M_TILE)
 #endif
+#if WIDTH == 8
+#define SUMS_OF D4(0)
+#define D "n8" KINDS "{%0, %1, %2, %3}, "
+#define REST 4, 5, 6, 7, 8, 9
+#elif WIDTH == 16
+#define SUMS_OF D4(0), D4(4)
+#define D "n16" KINDS "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+#define REST 8, 9, 10, 11, 12, 13
+#elif WIDTH == 32
+#define SUMS_OF D16(0)
+#define D "n32" KINDS "{" TEN() ", %10, %11, %12, %13, %14, %15}, "
+#define REST 16, 17, 18, 19, 20, 21
+#elif WIDTH == 64
+#define SUMS_OF D16(0), D16(16)
+#define D "n64" KINDS "{" TEN() ", " TEN(1) ", " TEN(2) ", %30, %31}, "
+#define REST 32, 33, 34, 35, 36, 37
+#elif WIDTH == 128
+#define SUMS_OF D16(0), D16(16), D16(32), D16(48)
+#define D "n128" KINDS "{" TEN() ", " TEN(1) ", " TEN(2) ", " TEN(3) ", " TEN(4) ", " TEN(5) ", %60, %61, %62, %63}, "
+#define REST 64, 65, 66, 67, 68, 69
+#endif
+#define OF(macro, ...) macro(__VA_ARGS__)
 
-// adds: 0: d is not read.
-inline void multiply(Sum (&d)[SUMS], u64 w, u64 x, int adds) {
-  asm volatile("{ .reg .pred add; setp.ne.s32 add, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64" OPERANDS TAIL
-               : OUTPUTS
+// w: a descriptor, or a fragment. adds: 0: d is not read.
+#if HAS_CODES
+#define OPERANDS(w, x, adds, ...) "%" #w ", %" #x
+#define FLAG(w, x, adds, ...) "%" #adds
+inline void multiply(Sum (&d)[PRODUCTS], u64 w, u64 x, int adds) {
+  asm volatile("{ .reg .pred add; setp.ne.s32 add, " OF(FLAG, REST) ", 0;\n"
+               "wgmma.mma_async.sync.aligned.m64" D OF(OPERANDS, REST) TAIL " }"
+               : SUMS_OF
                : "l"(w), "l"(x), "r"(adds));
 }
+#else
+#define OPERANDS(a, b, c, d, x, ...) "{%" #a ", %" #b ", %" #c ", %" #d "}, %" #x
+inline void multiply(Sum (&d)[PRODUCTS], const u32 (&w)[4], u64 x) {
+  asm volatile("{ .reg .pred add; setp.eq.s32 add, 0, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64" D OF(OPERANDS, REST) TAIL " }"
+               : SUMS_OF
+               : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));
+}
+#endif
 
 inline void registers_are_written() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-inline void wait_for_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int IN_FLIGHT>
+inline void wait_but() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
+}
 
 // [rows][128 bytes] in shared memory, the eight 16-byte chunks of row r in the order c ^ (r % 8).
 inline u64 descriptor(u32 address) {
@@ -189,8 +235,8 @@ inline void produce_x(const Params& p, const Run& run, u32 shared, float* scales
         if (threadIdx.x % 32 != 0) continue;
         barrier_expect(ring.full(), X_BYTES);
         const u32 to = shared + X_AT + ring.slot * X_BYTES;
-        for (int box = 0; box < X_BOXES; ++box)
-          copy_box(to + box * X_BOX, p.x, (i * BOXES + part + box) * 128, 0, ring.full(), often);
+        for (int half = 0; half < X_BOXES * HALVES; ++half)
+          copy_box(to + half * X_HALF, p.x, ((i * BOXES + part) * HALVES + half) * 128, 0, ring.full(), often);
       }
 }
 
@@ -203,39 +249,16 @@ struct Fact {
 
   inline Fact(const Params& p) {
     const int at = min(static_cast<int>(threadIdx.x), p.m - 1) * p.x_scale_step;
-    scale = IN_BLOCKS ? 1.0f : p.x_scale[at];
+    scale = IN_BLOCKS || !HAS_CODES ? 1.0f : p.x_scale[at];
     zero = p.x_zero ? p.x_zero[at] : 0;
   }
 };
 
-inline float bias_at(const Params& p, int n) {
-  if (!p.bias) return 0;
-#if Y_KIND == 2
-  return static_cast<const float*>(p.bias)[n];
-#else
-  const u16 bits = static_cast<const u16*>(p.bias)[n];
-#if Y_KIND == 0
-  return __uint_as_float(static_cast<u32>(bits) << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-  return f;
-#endif
-#endif
-}
-
 inline void store(const Params& p, long long at, float value) {
-#if Y_KIND == 2
-  static_cast<float*>(p.y)[at] = value;
-#else
-  u16 bits;
-#if Y_KIND == 0
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  static_cast<u16*>(p.y)[at] = bits;
-#endif
+  if constexpr (Y_KIND == F32)
+    static_cast<float*>(p.y)[at] = value;
+  else
+    static_cast<u16*>(p.y)[at] = narrow<Y_KIND>(value);
 }
 
 // What there is of two rows of w: asked for before they are multiplied.
@@ -249,7 +272,7 @@ struct Rows {
       n[below] = first + 8 * below;
       const int at = min(n[below], p.n - 1);
       scale[below] = IN_BLOCKS ? 1.0f : p.w_scale[at];
-      bias[below] = bias_at(p, at);
+      bias[below] = p.bias ? value_at<Y_KIND>(p.bias, at) : 0;
       sum[below] = p.x_zero ? p.w_sum[at] : 0;
     }
   }
@@ -261,22 +284,22 @@ inline void write(const Params& p, const Fact* facts, const Rows& rows, const Su
   for (int j = 0; j < SUMS; ++j) {
     const int m = j / 4 * 8 + 2 * t + j % 2, below = j / 2 % 2, n = rows.n[below];
     if (m >= p.m || n >= p.n) continue;
-    const Sum sum = IS_INT8 ? total[j] - facts[m].zero * rows.sum[below] : total[j];
+    const Sum sum = SUMS_INTEGERS ? total[j] - facts[m].zero * rows.sum[below] : total[j];
     const float value = static_cast<float>(sum) * rows.scale[below] * facts[m].scale + rows.bias[below];
     store(p, static_cast<long long>(m) * p.n + n, value);
   }
 }
 
-// Sums of the same rows in [K_GROUPS - 1][PIECES][ROW_WARPS][32], added up in order by the first group.
-inline void add_up(Sum4* parts, Sum (&total)[SUMS], int k_group, bool is_real) {
+// Sums of the same rows in [PARTS - 1][PIECES][ROW_WARPS][32], added up in order by who has part 0.
+inline void add_up(Sum4* parts, Sum (&total)[SUMS], int part, bool is_real) {
   constexpr int STEP = ROW_WARPS * 32;
-  if (k_group > 0 && is_real)
+  if (part > 0 && is_real)
 #pragma unroll
     for (int j = 0; j < PIECES; ++j)
-      parts[((k_group - 1) * PIECES + j) * STEP] = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
+      parts[((part - 1) * PIECES + j) * STEP] = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
   asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-  if (k_group > 0 || !is_real) return;
-  for (int other = 0; other < K_GROUPS - 1; ++other)
+  if (part > 0 || !is_real) return;
+  for (int other = 0; other < PARTS - 1; ++other)
 #pragma unroll
     for (int j = 0; j < PIECES; ++j) {
       const Sum4 sum = parts[(other * PIECES + j) * STEP];
@@ -286,9 +309,11 @@ inline void add_up(Sum4* parts, Sum (&total)[SUMS], int k_group, bool is_real) {
 
 // ---- multiplying ----
 
-// Adds a slot of x to the sums of 64 rows: sums of FP8 by way of `d`, integers in `d`. w_scale: of this warp's rows, for
-// each box; x_scale: of the slot.
-inline void multiply_slot(u32 w, u32 x, Sum (&d)[SUMS], Sum (&total)[SUMS], const float* x_scale, const float* w_scale) {
+// Adds a slot of x to the sums of 64 rows: sums of FP8 by way of `d`, others in `d`.
+#if HAS_CODES
+// w_scale: of this warp's rows, for each box; x_scale: of the slot.
+inline void multiply_slot(u32 w, u32 x, Sum (&d)[PRODUCTS], Sum (&total)[SUMS], const float* x_scale,
+                          const float* w_scale) {
 #pragma unroll
   for (int box = 0; box < X_BOXES; box += K_GROUPS) {
     const u64 w_at = descriptor(w + box * W_BOX), x_at = descriptor(x + box * X_BOX);
@@ -304,17 +329,65 @@ inline void multiply_slot(u32 w, u32 x, Sum (&d)[SUMS], Sum (&total)[SUMS], cons
         const float2 pair = *reinterpret_cast<const float2*>(x_scale + box * M_TILE + 8 * i);
         scale[2 * i] = pair.x * w_scale[box], scale[2 * i + 1] = pair.y * w_scale[box];
       }
-    wait_for_all();
+    wait_but<0>();
     if constexpr (!IS_INT8)
 #pragma unroll
       for (int j = 0; j < SUMS; ++j) total[j] += IN_BLOCKS ? d[j] * scale[j / 4 * 2 + j % 2] : d[j];
   }
 }
+#else
+// Products of 16 columns of w and a slot of x, in its order. A lane's codes are 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of rows g
+// and g + 8; a word has those of two lanes.
+struct Slot {
+  static constexpr int OF_BOX = SPLITS ? 4 : 8, STEP = K_GROUPS * TEAM_BOXES, COUNT = OF_BOX * X_BOXES / STEP;
+  u32 w, x, chunk;  // chunk: of 16 bytes, by the swizzle
+
+  inline Slot(u32 w_at, u32 x_at, int half, int g, int t)
+      : w(w_at + g * 128 + t / 2 * 4), x(x_at), chunk((half * 4 ^ g) * 16) {}
+  inline void load(u32 (&words)[4], int i) const {
+    const u32 at = w + i / OF_BOX * STEP * W_BOX + (chunk ^ i % OF_BOX * 16);
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[r]) : "r"(at + r % 2 * 1024 + r / 2 * 8));
+  }
+  inline u64 x_of(int i) const {
+    return descriptor(x + i / OF_BOX * STEP * X_BOX + i % OF_BOX / 4 * X_HALF) + 2 * (i % 4);
+  }
+};
+
+// Adds them to the sums. While some are multiplied the next are made; their words have been asked for before.
+inline void multiply_slot(const Slot& slot, Sum (&d)[PRODUCTS], bool is_second) {
+  constexpr int TOGETHER = PRODUCTS < 32 ? 4 : 2;
+  u32 words[TOGETHER][4], a[2][TOGETHER][4];
+  auto load = [&](int first) {
+#pragma unroll
+    for (int j = 0; j < TOGETHER; ++j) slot.load(words[j], first + j);
+  };
+  load(0);
+#pragma unroll
+  for (int first = 0; first < Slot::COUNT; first += TOGETHER) {
+    u32(&now)[TOGETHER][4] = a[first / TOGETHER % 2];
+    if (first >= 2 * TOGETHER) wait_but<1>();
+#pragma unroll
+    for (int j = 0; j < TOGETHER; ++j)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) now[j][r] = pair_of_8<IS_INT8 ? INT : E4M3, X_KIND>(words[j][r], is_second * 2);
+    if (first + TOGETHER < Slot::COUNT) load(first + TOGETHER);
+    registers_are_written();
+#pragma unroll
+    for (int j = 0; j < TOGETHER; ++j) multiply(d, now[j], slot.x_of(first + j));
+    commit();
+  }
+  wait_but<0>();
+}
+#endif
 
 inline void consume(const Params& p, const Run& run, u8* memory, u32 shared) {
-  const int lane = threadIdx.x % 32, t = lane % 4, warpgroup = threadIdx.x / 128;
-  const int row_group = warpgroup % ROW_GROUPS, k_group = warpgroup / ROW_GROUPS;
-  const int row_warp = row_group * 4 + threadIdx.x / 32 % 4;
+  const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32 % 4;
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler learns that a warp has one
+  const int of_team = warpgroup % TEAM, k_group = warpgroup / TEAM, unit = of_team * 4 + warp;
+  const int row_warp = SPLITS ? unit % STRIPS : unit, half = SPLITS ? unit / STRIPS : 0;
+  const int part = k_group * TEAM_HALVES + half;
   const bool is_real = row_warp < ROW_WARPS;
   Sum4* parts = reinterpret_cast<Sum4*>(memory + PARTS_AT) + row_warp * 32 + lane;
   Fact* facts = reinterpret_cast<Fact*>(memory + FACTS_AT);
@@ -332,7 +405,7 @@ inline void consume(const Params& p, const Run& run, u8* memory, u32 shared) {
       for (int box = 0; box < BOXES; box += K_GROUPS)
         next[box] = w_scales[min(i * BOXES + box + k_group, p.num_blocks - 1)];
     };
-    Sum d[SUMS] = {}, total[SUMS] = {};
+    Sum d[PRODUCTS] = {}, total[SUMS] = {};
     if constexpr (IN_BLOCKS) load_scales(0);
     for (int i = 0; i < run.steps; ++i, w.next()) {
       if constexpr (IN_BLOCKS) {
@@ -341,22 +414,30 @@ inline void consume(const Params& p, const Run& run, u8* memory, u32 shared) {
         load_scales(i + 1 < run.steps ? i + 1 : 0);
       }
       barrier_wait(w.full(), w.parity);
-      const u32 w_at = shared + w.slot * W_BYTES + k_group * W_BOX;
+      const u32 w_at = shared + w.slot * W_BYTES + k_group * TEAM_BOXES * W_BOX;
 #pragma unroll
       for (int box = 0; box < BOXES; box += X_BOXES, x.next()) {
         barrier_wait(x.full(), x.parity);
-        const u32 x_at = shared + X_AT + x.slot * X_BYTES + k_group * X_BOX;
-        multiply_slot(w_at + box * W_BOX + row_group * 8192, x_at, d, total, x_scales + x.slot * X_BOXES * M_TILE,
+        const u32 x_at = shared + X_AT + x.slot * X_BYTES + k_group * TEAM_BOXES * X_BOX;
+#if HAS_CODES
+        multiply_slot(w_at + box * W_BOX + of_team * 8192, x_at, d, total, x_scales + x.slot * X_BOXES * M_TILE,
                       w_scale + box);
+#else
+        const u32 of_warp = w_at + (box + half / 2) * W_BOX + row_warp * 2048;
+        const Slot slot(of_warp, x_at + (SPLITS ? of_team * X_HALF : 0), half % 2, lane / 4, t);
+        multiply_slot(slot, d, t % 2);
+#endif
         if (lane == 0) barrier_arrive(x.empty());
       }
       if (lane == 0) barrier_arrive(w.empty());
     }
-    Sum(&sums)[SUMS] = IS_INT8 ? d : total;
+    if constexpr (IS_INT8 || !HAS_CODES)
+#pragma unroll
+      for (int j = 0; j < SUMS; ++j) total[j] = half > of_team ? d[PRODUCTS - SUMS + j] : d[j];
     if (tile == run.first && threadIdx.x < M_TILE) facts[threadIdx.x] = fact;  // a store waits for what it stores
-    add_up(parts, sums, k_group, is_real);
-    if (k_group == 0 && is_real) write(p, facts, rows, sums, t);
-    if (K_GROUPS > 1 && tile + run.stride < run.end)  // the next may be left
+    add_up(parts, total, part, is_real);
+    if (part == 0 && is_real) write(p, facts, rows, total, t);
+    if (PARTS > 1 && tile + run.stride < run.end)  // the next may be left
       asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
   }
 }
