@@ -42,9 +42,9 @@ class Engine:
         """Whether `step` has something to do."""
         return self._launched is not None or self.scheduler.has_unfinished
 
-    def add(self, sequence: Sequence) -> None:
-        """Put a sequence in the queue. Raises GenerationError if it can never be computed."""
-        self.scheduler.add(sequence)
+    def add(self, *sequences: Sequence) -> None:
+        """Put a request's sequences in the queue, all or none. Raises what `Scheduler.add` does."""
+        self.scheduler.add(*sequences)
 
     def end(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a sequence in whatever state it is; no event follows. Nothing happens to one that has ended."""

@@ -124,10 +124,9 @@ class LLM:
             for index, number in zip(range(params.n), self._numbers, strict=False)
         ]
         request_id = str(sequences[0].sequence_id)
+        self._engine.add(*sequences)
         self._ready[request_id] = deque()
-        for sequence in sequences:
-            self._engine.add(sequence)
-            self._sequences[sequence.sequence_id] = sequence
+        self._sequences |= {sequence.sequence_id: sequence for sequence in sequences}
         numbers = [sequence.sequence_id for sequence in sequences]
         self._outputs.add(
             request_id, text, prompt_ids, params, numbers, now=time.monotonic(), is_streamed=is_streamed

@@ -57,21 +57,15 @@ class Scheduler:
     A step is `schedule`, `launched` at once and, any number of steps later but in the same order, `processed`.
     """
 
-    def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
-    ) -> None:
-        assert max_num_seqs >= 1, "somebody has to run"
-        self._limits = Limits(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-        )
-        self._limits.check_budget(blocks.block_size)
+    def __init__(self, blocks: BlockManager, limits: Limits) -> None:
+        assert limits.max_num_seqs >= 1, "somebody has to run"
+        limits.check_budget(blocks.block_size)
+        self._limits = limits
         self._blocks = blocks
         self._prefixes = PrefixCache(blocks)
         self._waiting: list[Sequence] = []  # both lists: the most important first
         self._running: list[Sequence] = []
-        self._free_rows = list(reversed(range(max_num_seqs)))
+        self._free_rows = list(reversed(range(limits.max_num_seqs)))
         self._num_waiting_tokens = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -106,12 +100,18 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
         )
 
-    def add(self, sequence: Sequence) -> None:
-        """Let it wait for its turn. Raises GenerationError if its turn could never come."""
-        self._limits.check(sequence, self._blocks)
-        sequence.limit = min(sequence.limit, self._limits.max_model_len)
-        self._prefixes.hash_known(sequence)
-        self._enqueue(sequence)
+    def add(self, *sequences: Sequence) -> None:
+        """Let all sequences of a request wait for their turn, or none.
+
+        Raises GenerationError if their turn could never come; QueueFullError if too many wait.
+        """
+        for sequence in sequences:
+            self._limits.check(sequence, self._blocks)
+        self._limits.check_queue(sequences, self.num_waiting, self.num_waiting_tokens)
+        for sequence in sequences:
+            sequence.limit = min(sequence.limit, self._limits.max_model_len)
+            self._prefixes.hash_known(sequence)
+            self._enqueue(sequence)
 
     def schedule(self) -> StepPlan | None:
         """The next step; None if nothing can run before tokens in flight have arrived, or at all."""

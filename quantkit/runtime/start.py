@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,9 @@ class Started(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Tokens of a step, tokens of a sequence, blocks of the cache with the one that is nobody's."""
+    """What the engine takes, blocks of the cache with the one that is nobody's."""
 
-    max_num_batched_tokens: int
-    max_model_len: int
+    limits: Limits
     num_blocks: int
 
 
@@ -68,33 +68,27 @@ def start_engine(
         device=target.device,
         kv_cache_dtype=settings.kv_cache_dtype,
         batch_invariant=settings.batch_invariant,
-        max_model_len=sizes.max_model_len,
+        max_model_len=sizes.limits.max_model_len,
     )
     clock.lap("load")
     blocks = BlockManager(
         sizes.num_blocks, BLOCK_SIZE, salt=_salt(checkpoint, settings), prefix_caching=settings.prefix_caching
     )
-    scheduler = Scheduler(
-        blocks,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
-        max_model_len=sizes.max_model_len,
-    )
     runner = Runner(
         model,
         num_blocks=sizes.num_blocks,
         num_rows=settings.max_num_seqs,
-        max_model_len=sizes.max_model_len,
+        max_model_len=sizes.limits.max_model_len,
         capture=capture_on(model.target) if not settings.eager else None,
     )
     runner.warm_up()
     clock.lap("warm up")
     num_tokens = (sizes.num_blocks - 1) * BLOCK_SIZE
     return Started(
-        Engine(scheduler, runner),
+        Engine(Scheduler(blocks, sizes.limits), runner),
         model,
-        sizes.max_model_len,
-        sizes.max_num_batched_tokens,
+        sizes.limits.max_model_len,
+        sizes.limits.max_num_batched_tokens,
         num_tokens,
         clock.seconds,
     )
@@ -133,7 +127,11 @@ def _plan(
     num_bytes = settings.kv_cache_bytes or CPU_KV_BYTES
     num_tokens = num_bytes // kv.token_bytes
     limits = Limits(
-        max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=step_tokens, max_model_len=longest
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=step_tokens,
+        max_model_len=longest,
+        max_num_waiting_seqs=settings.max_num_waiting_seqs,
+        max_num_waiting_tokens=settings.max_num_waiting_tokens,
     )
     limits.check_budget(BLOCK_SIZE)
     if target.device.type == "cuda":
@@ -159,7 +157,7 @@ def _plan(
             f"the KV cache holds {num_blocks * BLOCK_SIZE:,} tokens, and one sequence may have {longest:,}",
             fix=f"give kv_cache_bytes {kv.token_bytes * (longest + BLOCK_SIZE)} or more, or a smaller max_model_len",
         )
-    return _Sizes(step_tokens, min(longest, num_blocks * BLOCK_SIZE), num_blocks + 1)
+    return _Sizes(replace(limits, max_model_len=min(longest, num_blocks * BLOCK_SIZE)), num_blocks + 1)
 
 
 def capture_on(target: Target) -> Capture | None:

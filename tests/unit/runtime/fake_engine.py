@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from quantkit.runtime.block_manager import BlockManager
+from quantkit.runtime.limits import Limits
 from quantkit.runtime.scheduler import Scheduler
 from quantkit.runtime.sequence import Sequence
 
@@ -100,7 +101,7 @@ class FakeRunner:
 
 
 class FakeEngine:
-    """depth: how many steps are launched before the first is processed."""
+    """depth: how many steps are launched before the first is processed. bounds: of `Limits`, of what waits."""
 
     def __init__(
         self,
@@ -112,15 +113,19 @@ class FakeEngine:
         max_model_len=64,
         prefix_caching=True,
         depth=2,
+        **bounds,
     ):
         self.blocks = BlockManager(
             num_blocks, block_size, salt=b"fake", key=b"key", prefix_caching=prefix_caching
         )
         self.scheduler = Scheduler(
             self.blocks,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            max_model_len=max_model_len,
+            Limits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                max_model_len=max_model_len,
+                **bounds,
+            ),
         )
         self.runner = FakeRunner(max_num_seqs, num_blocks, block_size)
         self.budget, self.max_model_len, self.depth = budget, max_model_len, depth
@@ -131,20 +136,27 @@ class FakeEngine:
         self.num_dropped = 0
         self._numbers = count()
 
-    def add(self, prompt_ids, *, priority=0, eos_ids=EOS, **params):
-        number = next(self._numbers)
-        sequence = Sequence(
-            sequence_id=number,
-            prompt_ids=list(prompt_ids),
-            params=Params(**params),
-            eos_ids=eos_ids,
-            priority=priority,
-            arrival=number,
-        )
-        self.scheduler.add(sequence)
-        self.sequences.append(sequence)
-        self.given[sequence] = []
-        return sequence
+    def add(self, prompt_ids, **params):
+        """A request with one answer."""
+        return self.add_many(1, prompt_ids, **params)[0]
+
+    def add_many(self, n, prompt_ids, *, priority=0, eos_ids=EOS, **params):
+        """The sequences of a request with n answers."""
+        sequences = [
+            Sequence(
+                sequence_id=number,
+                prompt_ids=list(prompt_ids),
+                params=Params(**params),
+                eos_ids=eos_ids,
+                priority=priority,
+                arrival=number,
+            )
+            for _, number in zip(range(n), self._numbers, strict=False)
+        ]
+        self.scheduler.add(*sequences)
+        self.sequences += sequences
+        self.given |= {sequence: [] for sequence in sequences}
+        return sequences
 
     def launch(self):
         """The plan, or None."""

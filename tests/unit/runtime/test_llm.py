@@ -15,7 +15,7 @@ from quantkit import LLM, SamplingParams
 from quantkit.cli.chat import chat as chat_verb
 from quantkit.cli.generate import generate as generate_verb
 from quantkit.cli.main import INTERRUPTED, run
-from quantkit.errors import GenerationError
+from quantkit.errors import GenerationError, QueueFullError
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.tokenizer import Tokenizer
 from tests.tiny_models import CONFIGS, save_tiny
@@ -162,6 +162,17 @@ def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(saved):
         llm.chat([{"role": "user", "content": "Hi"}])
     assert not llm._engine.has_work
     assert llm.generate("Hi", SamplingParams(max_tokens=2))[0].finished
+
+
+def test_a_full_queue_refuses_and_leaves_nothing(saved):
+    llm = load(saved, max_num_waiting_seqs=2)
+    params = SamplingParams(max_tokens=3)
+    with pytest.raises(QueueFullError, match="max_num_waiting_seqs is 2"):
+        llm.generate(PROMPTS, params)
+    assert not llm._engine.has_work and not llm._sequences and not llm._ready
+    assert len(llm.generate(PROMPTS[:2], params)) == 2
+    with pytest.raises(GenerationError, match="max_num_waiting_seqs 0"):
+        load(saved, max_num_waiting_seqs=0)
 
 
 def test_a_conversation_goes_through_the_template(talking):
