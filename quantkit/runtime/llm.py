@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import open_checkpoint
@@ -21,6 +21,7 @@ from quantkit.runtime.tokenizer import load_tokenizer, stop_tokens
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
+T = TypeVar("T")
 
 
 class LLM:
@@ -57,33 +58,37 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Continue texts, or token ids, as they are; all at once, results in the order of the prompts.
 
-        sampling_params: for all, or one for each; None: the defaults, greedy.
+        sampling_params: for all, or one for each; None: the defaults, greedy. priority: likewise; smaller is served
+        first, and keeps its place in the KV cache when that is full.
         """
-        each = _as_list(prompts)
-        encoded = [(prompt, self._encode(prompt)) for prompt in each]
-        return self._complete(encoded, _for_each(sampling_params, len(each)))
+        encoded = [(prompt, self._encode(prompt)) for prompt in _as_list(prompts)]
+        return self._complete(encoded, sampling_params, priority)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer conversations in the model's chat template. messages: {"role": …, "content": …}, one or many lists."""
         is_one = not messages or isinstance(messages[0], dict)
         many: Any = [messages] if is_one else messages
         encoded = [(None, self.tokenizer.encode_chat(conversation)) for conversation in many]
-        return self._complete(encoded, _for_each(sampling_params, len(encoded)))
+        return self._complete(encoded, sampling_params, priority)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[RequestOutput]:
         """Continue one text; each output has what is new. To leave early ends the request."""
         text = prompt if isinstance(prompt, str) else None
         request_id = self._submit(
-            text, self._encode(prompt), sampling_params or SamplingParams(), is_streamed=True
+            text, self._encode(prompt), sampling_params or SamplingParams(), priority, is_streamed=True
         )
         try:
             while True:
@@ -95,21 +100,40 @@ class LLM:
             self._end([request_id])
 
     def _complete(
-        self, prompts: Sequence[tuple[Prompt | None, list[int]]], params: Sequence[SamplingParams]
+        self,
+        prompts: Sequence[tuple[Prompt | None, list[int]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
     ) -> list[RequestOutput]:
+        each_params = _for_each(
+            "sampling_params", SamplingParams() if params is None else params, len(prompts)
+        )
+        each_priority = _for_each("priority", priority, len(prompts))
         request_ids: list[str] = []
         try:
-            for (prompt, prompt_ids), each in zip(prompts, params, strict=True):
+            for (prompt, prompt_ids), its_params, its_priority in zip(
+                prompts, each_params, each_priority, strict=True
+            ):
                 text = prompt if isinstance(prompt, str) else None
-                request_ids.append(self._submit(text, prompt_ids, each, is_streamed=False))
+                request_ids.append(
+                    self._submit(text, prompt_ids, its_params, its_priority, is_streamed=False)
+                )
             return [self._next(request_id) for request_id in request_ids]
         finally:
             self._end(request_ids)
 
     def _submit(
-        self, text: str | None, prompt_ids: list[int], params: SamplingParams, *, is_streamed: bool
+        self,
+        text: str | None,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        *,
+        is_streamed: bool,
     ) -> str:
         """Put a request in the engine's queue: a sequence for each of its answers."""
+        if type(priority) is not int:
+            raise GenerationError(f"priority {priority!r} makes no sense", fix="give a whole number")
         vocab_size = self.started.model.spec.vocab_size
         params.check_token_ids(vocab_size)
         _check_prompt(prompt_ids, vocab_size)
@@ -119,6 +143,7 @@ class LLM:
                 prompt_ids=prompt_ids,
                 params=params.answer(index),
                 eos_ids=self._eos_ids,
+                priority=priority,
                 arrival=number,
             )
             for index, number in zip(range(params.n), self._numbers, strict=False)
@@ -184,11 +209,10 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast("Sequence[Prompt]", [prompts] if is_one else prompts))
 
 
-def _for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts")
-    return params
+def _for_each(name: str, given: T | Sequence[T], count: int) -> Sequence[T]:
+    """One for all, or as many as there are prompts."""
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{len(given)} {name} for {count} prompts")
+    return given

@@ -164,6 +164,39 @@ def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(saved):
     assert llm.generate("Hi", SamplingParams(max_tokens=2))[0].finished
 
 
+def test_smaller_priorities_are_served_first(saved):
+    llm = load(saved, max_num_seqs=1)
+    params = SamplingParams(max_tokens=4, n=2)
+    order = []
+    step = llm._engine.step
+
+    def watched():
+        events = step()
+        order.extend(event.sequence.priority for event in events if event.finish)
+        return events
+
+    llm._engine.step = watched
+    plain = texts(llm.generate(PROMPTS, params))
+    assert order == [0] * 6
+    order.clear()
+    assert texts(llm.generate(PROMPTS, params, priority=[2, 0, 1])) == plain
+    assert order == [0, 0, 1, 1, 2, 2]
+    order.clear()
+    assert list(llm.stream("Hi", params, priority=-3))
+    assert order == [-3, -3]
+
+
+def test_priorities_are_one_for_all_or_for_each(saved):
+    llm = load(saved)
+    params = SamplingParams(max_tokens=2)
+    assert len(llm.generate(PROMPTS, params, priority=3)) == 3
+    with pytest.raises(ValueError, match="2 priority for 3 prompts"):
+        llm.generate(PROMPTS, params, priority=[1, 2])
+    with pytest.raises(GenerationError, match=r"priority 0\.5"):
+        llm.generate(PROMPTS, params, priority=0.5)
+    assert not llm._engine.has_work
+
+
 def test_a_full_queue_refuses_and_leaves_nothing(saved):
     llm = load(saved, max_num_waiting_seqs=2)
     params = SamplingParams(max_tokens=3)
