@@ -91,7 +91,7 @@ def quantize_checkpoint(
             report = _report(checkpoint, folder, writer.num_bytes, started, chosen, was_finished=False)
             summary["linears"] = linear_notes(plan, writer.notes)
             if tokens is not None:
-                summary["observed"] = writer.notes[OBSERVED]
+                summary["observed"] = writer.notes.get(OBSERVED, {})  # the text chose nothing: not journalled
             write_companions(checkpoint, plan, summary, stamps, report, writer.notes.get(SECONDS, {}))
             Stage(folder).remove()
             writer.remove_journal()

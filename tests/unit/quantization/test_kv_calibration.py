@@ -132,6 +132,12 @@ def test_text_that_a_cache_cannot_use_is_refused(source, tmp_path, text):
         quantize(source, tmp_path, text, "kv-int8", "kv_granularity=token", "scales=mse")
 
 
+def test_a_run_with_text_that_nothing_was_chosen_by_ends(source, tmp_path, text):
+    folder = quantize(source, tmp_path / "out", text, "kv-int8", "kv_granularity=token")
+    assert json.loads((folder / "quantkit.json").read_text())["observed"] == {}
+    assert verify_checkpoint(folder).findings == ()
+
+
 @pytest.mark.parametrize("settings", [("kv-int8",), ("kv-fp8",), ("kv-fp8", "kv_granularity=head")])
 def test_a_layer_that_suffers_stays_in_16_bits(tmp_path, text, ids, settings):
     suffering = write_suffering(tmp_path / "model", settings[0].removeprefix("kv-"))
