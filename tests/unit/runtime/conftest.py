@@ -1,10 +1,9 @@
-"""A byte-level tokenizer over every byte, with and without a chat template."""
+"""A byte-level tokenizer over every byte, and a chat template for it."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ["<bos>", "<eos>", "<user>", "<answer>"]
+from tests import byte_tokenizer as bytes_as_tokens
+
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<user>{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<answer>{% endif %}"
@@ -14,10 +13,4 @@ TEMPLATE = (
 @pytest.fixture
 def byte_tokenizer():
     """PreTrainedTokenizerFast: ids 0 to 3 special, then one token for each of the 256 bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate([*SPECIAL, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+    return bytes_as_tokens.byte_tokenizer()
