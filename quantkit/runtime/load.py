@@ -48,7 +48,7 @@ def load_model(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     spec, quantized = read_spec(checkpoint), read_quantization(checkpoint.config)
-    spec = _limited(spec, max_model_len)
+    spec = limited(spec, max_model_len)
     target = Target(device, dtype or model_dtype(checkpoint), batch_invariant)
     kv = kv_format(checkpoint, spec, target, kv_cache_dtype)
     if target.has_kernels:
@@ -62,7 +62,8 @@ def load_model(
         on_device.close()
 
 
-def _limited(spec: DecoderSpec, max_model_len: int | None) -> DecoderSpec:
+def limited(spec: DecoderSpec, max_model_len: int | None) -> DecoderSpec:
+    """A model that is never run with longer contexts. Raises GenerationError if it was not made for these."""
     if max_model_len is None:
         return spec
     if not 1 <= max_model_len <= spec.max_positions:

@@ -15,7 +15,7 @@ from quantkit.runtime.engine import Engine
 from quantkit.runtime.graphs import Capture, cuda_capture, graph_bytes
 from quantkit.runtime.kv_pool import KVFormat
 from quantkit.runtime.limits import Limits
-from quantkit.runtime.load import DTYPES, kv_format, load_model, model_dtype
+from quantkit.runtime.load import DTYPES, kv_format, limited, load_model, model_dtype
 from quantkit.runtime.memory_plan import plan_memory
 from quantkit.runtime.model import Model
 from quantkit.runtime.models.families import read_spec
@@ -59,7 +59,7 @@ def start_engine(
     """
     clock = _Clock()
     target = _target(checkpoint, settings)
-    spec = read_spec(checkpoint)
+    spec = limited(read_spec(checkpoint), settings.max_model_len)
     sizes = _plan(checkpoint, spec, target, settings, announce)
     clock.lap("plan")
     model = load_model(
@@ -68,7 +68,7 @@ def start_engine(
         device=target.device,
         kv_cache_dtype=settings.kv_cache_dtype,
         batch_invariant=settings.batch_invariant,
-        max_model_len=sizes.limits.max_model_len,
+        max_model_len=settings.max_model_len,  # not what fits: LongRoPE's factors do not depend on memory
     )
     clock.lap("load")
     blocks = BlockManager(
@@ -123,7 +123,7 @@ def _plan(
     """How long sequences may be, and how many blocks there are for all of them."""
     kv = kv_format(checkpoint, spec, target, settings.kv_cache_dtype)
     step_tokens = settings.max_num_batched_tokens or STEP_TOKENS[target.device.type]
-    longest = settings.max_model_len or spec.max_positions
+    longest = spec.max_positions
     num_bytes = settings.kv_cache_bytes or CPU_KV_BYTES
     num_tokens = num_bytes // kv.token_bytes
     limits = Limits(

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.runtime import graphs, start
+from quantkit.runtime.load import load_model
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.sequence import FinishReason, Sequence
 from quantkit.runtime.settings import EngineSettings
@@ -144,6 +145,25 @@ def test_a_step_that_ends_no_prompt_brings_nothing(llama, captured):
     engine = engine_of(llama, max_num_seqs=1, max_num_batched_tokens=1 + BLOCK_SIZE)
     engine.add(sequence(0, tokens(40).tolist(), max_tokens=2))
     assert [len(engine.step()) for _ in range(4)] == [0, 0, 1, 1]
+
+
+def test_rotations_follow_the_context_that_was_asked_for_and_not_the_memory(tmp_path):
+    original = {"original_max_position_embeddings": 2 * BLOCK_SIZE}
+    config = CONFIGS["phi3-long"].to_dict()
+    config |= {"rope_parameters": config["rope_parameters"] | original, **original}
+    AutoModelForCausalLM.from_config(Phi3Config(**config)).save_pretrained(tmp_path)
+    few = blocks_bytes(tmp_path, 2)
+    checkpoint = open_checkpoint(tmp_path)
+    ids = tokens(20)
+    long, short = (
+        load_model(tmp_path, dtype=torch.float32, max_model_len=most).logits(ids) for most in (None, 32)
+    )
+    assert not torch.equal(long, short)
+    for most, expected in ((None, long), (32, short)):
+        settings = EngineSettings(dtype="float32", device="cpu", kv_cache_bytes=few, max_model_len=most)
+        started = start_engine(checkpoint, settings)
+        assert started.max_model_len == 2 * BLOCK_SIZE
+        assert torch.equal(started.model.logits(ids), expected)
 
 
 def test_rows_change_hands(llama, captured):
