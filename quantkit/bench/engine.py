@@ -112,7 +112,7 @@ def fastest_run(
 
 def step_weight_bytes(checkpoint: Checkpoint, model: Model) -> int:
     """Bytes of weights that a decode step reads, of a model without experts."""
-    weights = weight_bytes(checkpoint, model.spec, model.dtype)
+    weights = weight_bytes(checkpoint, model.spec, model.target)
     if model.spec.is_head_tied:
         return weights
     return weights - model.spec.vocab_size * model.spec.hidden_size * model.dtype.itemsize

@@ -2,8 +2,9 @@
 
     fraction · total  =  used by others | weights | workspace | reserved (graphs) | tokens of the KV cache …
 
-Weights count as they are kept: codes as on disk, all else in the dtype of the model. While they are loaded a layer and
-the next lie beside them as they are on disk; that is less than the workspace or the cache, which come later.
+Weights count as they are kept: codes as on disk, but INT2 in 4 bits where kernels compute, all else in the dtype of the
+model. While they are loaded a layer and the next lie beside them as they are on disk; that is less than the workspace
+or the cache, which come later.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import torch
 
 from quantkit.errors import MemoryPlanError
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.quantization_config import QuantizedModules, read_quantization
+from quantkit.formats.safetensors_file import TensorInfo
 from quantkit.runtime.kv_pool import KVFormat
+from quantkit.runtime.layers.gpu_linear import kept_bits
 from quantkit.runtime.layers.rotary import NoRope
 from quantkit.runtime.models.spec import DecoderSpec, LayerSpec
 from quantkit.runtime.target import Target
@@ -100,14 +104,14 @@ def plan_memory(
         total=total,
         used=total - free,
         fraction=fraction,
-        weights=weight_bytes(checkpoint, spec, target.dtype),
+        weights=weight_bytes(checkpoint, spec, target),
         workspace=workspace_bytes(spec, target.dtype, max_num_batched_tokens, max_num_seqs),
         reserved=reserved,
         token=kv.token_bytes,
     )
 
 
-def weight_bytes(checkpoint: Checkpoint, spec: DecoderSpec, dtype: torch.dtype) -> int:
+def weight_bytes(checkpoint: Checkpoint, spec: DecoderSpec, target: Target) -> int:
     """Of all tensors of the language model, and of the angles of its rotations."""
     base, head = find_place(checkpoint)
     spare = f"{head}." if spec.is_head_tied else "nothing"
@@ -118,12 +122,20 @@ def weight_bytes(checkpoint: Checkpoint, spec: DecoderSpec, dtype: torch.dtype) 
         and not name.startswith(spare)
         and not name.endswith(UNUSED_SUFFIXES)
     ]
-    kept = sum(
-        info.num_bytes // info.dtype.itemsize * dtype.itemsize if info.dtype in FLOATS else info.num_bytes
-        for info in tensors
-    )
+    quantized = read_quantization(checkpoint.config)
+    kept = sum(_kept_bytes(info, quantized, target) for info in tensors)
     ropes = {layer.rope for layer in spec.layers if not isinstance(layer.rope, NoRope)}
     return kept + len(ropes) * spec.max_positions * (spec.rotary_dim or spec.head_dim) * 4
+
+
+def _kept_bytes(info: TensorInfo, quantized: QuantizedModules, target: Target) -> int:
+    if info.dtype in FLOATS:
+        return info.num_bytes // info.dtype.itemsize * target.dtype.itemsize
+    module, _, kind = info.name.rpartition(".")
+    scheme = quantized.scheme_of(module) if kind == "weight_packed" and target.has_kernels else None
+    if scheme is None:
+        return info.num_bytes
+    return info.num_bytes // scheme.weight.bits * kept_bits(scheme.weight)
 
 
 def workspace_bytes(spec: DecoderSpec, dtype: torch.dtype, num_tokens: int, num_rows: int) -> int:

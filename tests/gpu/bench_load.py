@@ -23,6 +23,7 @@ from quantkit.runtime.load import load_model
 from quantkit.runtime.memory_plan import weight_bytes
 from quantkit.runtime.models.families import read_spec
 from quantkit.runtime.step import Row, build_step
+from quantkit.runtime.target import Target
 from quantkit.schemes import Scheme
 from tests.product_schemes import SCHEMES
 
@@ -136,7 +137,7 @@ def measure(name: str, folder: Path) -> None:
     torch.cuda.synchronize()
     say(name, f"{checkpoint.num_bytes / 1e9:.2f} GB read and copied alone", started)
     del arriving
-    planned = weight_bytes(checkpoint, read_spec(checkpoint), torch.bfloat16)
+    planned = weight_bytes(checkpoint, read_spec(checkpoint), Target(GPU, torch.bfloat16))
     for _ in range(2):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

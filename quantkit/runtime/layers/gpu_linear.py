@@ -78,12 +78,16 @@ def activation_on(scheme: Scheme, device: torch.device) -> Spec | None:
     return None if isinstance(spec, FloatSpec) and not converts_float8(device) else spec
 
 
+def kept_bits(spec: Spec) -> int:
+    """Of a code as the kernels keep it: INT2 in INT4."""
+    return 4 if spec.bits <= 4 else 8
+
+
 def _format(scheme: Scheme | None, dtype: torch.dtype) -> WeightFormat:
     if scheme is None:
         return WeightFormat(16, dtype, TENSOR, False)
     spec = scheme.weight
-    bits = 4 if spec.bits <= 4 else 8  # as the kernels keep them: INT2 in INT4
-    return WeightFormat(bits, _code_dtype(spec), _tile(spec), not spec.symmetric)
+    return WeightFormat(kept_bits(spec), _code_dtype(spec), _tile(spec), not spec.symmetric)
 
 
 def _tile(spec: Spec) -> Tile:

@@ -5,7 +5,7 @@ import torch
 
 from quantkit.errors import SchemeError
 from quantkit.runtime.layers import gpu_linear
-from quantkit.runtime.layers.gpu_linear import GpuLinear, family_of
+from quantkit.runtime.layers.gpu_linear import GpuLinear, family_of, kept_bits
 from quantkit.runtime.layers.linear import SideBySide
 from quantkit.runtime.layers.linear_part import LinearPart, join, quantized_part
 from quantkit.runtime.layers.rows import encode
@@ -39,6 +39,13 @@ def stored_linear(name, *, rows=128, cols=256):
 
 def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_kept_in_as_many_bits_as_are_planned(bits):
+    name = f"int{bits}-g64-sym"
+    part = quantized_part("linear", stored_linear(name), SCHEMES[name], None)
+    assert part.weight.stored_bits == kept_bits(SCHEMES[name].weight)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

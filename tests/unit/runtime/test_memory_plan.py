@@ -17,6 +17,7 @@ from tests.product_schemes import SCHEMES
 from tests.tiny_models import quantize_tiny, save_tiny
 
 GB = 10**9
+CPU = torch.device("cpu")
 PLAN = MemoryPlan(
     total=80 * GB, used=GB, fraction=0.9, weights=16 * GB, workspace=2 * GB, reserved=GB, token=131072
 )
@@ -51,10 +52,25 @@ def test_weights_take_what_was_planned(name, scheme, dtype, tmp_path):
     if scheme is not None:
         folder = quantize_tiny(folder, tmp_path / "quantized", SCHEMES[scheme])
     checkpoint = open_checkpoint(folder)
-    planned = weight_bytes(checkpoint, read_spec(checkpoint), dtype)
+    planned = weight_bytes(checkpoint, read_spec(checkpoint), Target(CPU, dtype))
     held = held_bytes(load_model(folder, dtype=dtype))
     layouts = 2 if scheme == "int4-g32-sym" and dtype == torch.bfloat16 else 1.1  # a CPU keeps two of INT4
     assert 0.9 * planned < held < layouts * planned
+
+
+def test_two_bits_are_planned_as_the_device_keeps_them(tmp_path):
+    source = save_tiny("llama-wide", tmp_path / "source", dtype=torch.bfloat16)
+    two, four = (
+        open_checkpoint(quantize_tiny(source, tmp_path / name, SCHEMES[name]))
+        for name in ("int2-g32-sym", "int4-g32-sym")
+    )
+    spec = read_spec(two)
+    on_gpu = Target(torch.device("cuda"), torch.bfloat16)
+    assert weight_bytes(two, spec, on_gpu) == weight_bytes(four, spec, on_gpu)
+    plain = Target(CPU, torch.bfloat16)
+    assert (
+        weight_bytes(two, spec, plain) < weight_bytes(four, spec, plain) == weight_bytes(four, spec, on_gpu)
+    )
 
 
 def test_a_plan_reads_headers_and_the_device(tmp_path, monkeypatch):
