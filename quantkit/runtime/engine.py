@@ -5,7 +5,10 @@ One thread owns an engine. Text is none of its business: sequences come in as to
 
 from typing import NamedTuple
 
+import torch
+
 from quantkit.runtime.logprobs import TokenLogprobs
+from quantkit.runtime.out_of_memory import out_of_memory
 from quantkit.runtime.runner import InFlight, Results, Runner
 from quantkit.runtime.scheduler import Scheduler
 from quantkit.runtime.sequence import FinishReason, Sequence
@@ -51,15 +54,27 @@ class Engine:
         self.scheduler.finish_early(sequence, reason)
 
     def step(self) -> list[Event]:
-        """Launch the next step; returns what the one before brought (this one, where launching is computing)."""
+        """Launch the next step; returns what the one before brought (this one, where launching is computing).
+
+        Raises GenerationError if the device's memory does not do; what runs then begins anew with the next step, so end
+        some of it first.
+        """
         plan = self.scheduler.schedule()
-        before, self._launched = self._launched, None
-        if plan is not None:
-            self._launched = _Launched(plan, self._runner.launch(plan))
-            self.scheduler.launched(plan)
+        launched = None if plan is None else self._launch(plan)
+        before, self._launched = self._launched, launched
         if before is None and not self._runner.is_async:
             before, self._launched = self._launched, None
         return [] if before is None else self._processed(before.plan, before.in_flight.wait())
+
+    def _launch(self, plan: StepPlan) -> _Launched:
+        try:
+            in_flight = self._runner.launch(plan)
+        except torch.OutOfMemoryError as error:
+            self.scheduler.preempt_all()  # which rows the device knows of is uncertain
+            num_tokens = sum(row.num_new for row in plan.rows)
+            raise out_of_memory(error, f"a step of {num_tokens} tokens") from error
+        self.scheduler.launched(plan)
+        return _Launched(plan, in_flight)
 
     def _processed(self, plan: StepPlan, results: Results) -> list[Event]:
         """Events of the sequences that have not ended meanwhile."""

@@ -137,6 +137,11 @@ class Scheduler:
                 updates.append(self._append(sequence, token_id))
         return updates
 
+    def preempt_all(self) -> None:
+        """Have every running sequence begin anew: rows and blocks may not hold what was to be computed."""
+        while self._running:
+            self._preempt(self._running[-1])
+
     def abort(self, sequence: Sequence) -> None:
         """End it, wherever it is; nothing happens to one that has ended."""
         self.finish_early(sequence, FinishReason.ABORT)

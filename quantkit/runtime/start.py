@@ -20,6 +20,7 @@ from quantkit.runtime.memory_plan import plan_memory
 from quantkit.runtime.model import Model
 from quantkit.runtime.models.families import read_spec
 from quantkit.runtime.models.spec import DecoderSpec
+from quantkit.runtime.out_of_memory import out_of_memory
 from quantkit.runtime.runner import Runner
 from quantkit.runtime.scheduler import Scheduler
 from quantkit.runtime.settings import EngineSettings
@@ -55,8 +56,15 @@ def start_engine(
     """Load a checkpoint and get ready. announce: told the plan of a GPU's memory, line by line, before it is filled.
 
     Raises what `load_model` does; MemoryPlanError if the device is too small; GenerationError for a device that is not
-    there.
+    there, or whose memory does not do in spite of the plan.
     """
+    try:
+        return _start(checkpoint, settings, announce)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, "loading the model") from error
+
+
+def _start(checkpoint: Checkpoint, settings: EngineSettings, announce: Callable[[str], None]) -> Started:
     clock = _Clock()
     target = _target(checkpoint, settings)
     spec = limited(read_spec(checkpoint), settings.max_model_len)

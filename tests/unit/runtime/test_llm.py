@@ -16,6 +16,7 @@ from quantkit.cli.chat import chat as chat_verb
 from quantkit.cli.generate import generate as generate_verb
 from quantkit.cli.main import INTERRUPTED, run
 from quantkit.errors import GenerationError, QueueFullError
+from quantkit.runtime import start
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.tokenizer import Tokenizer
 from tests.tiny_models import CONFIGS, save_tiny
@@ -195,6 +196,55 @@ def test_priorities_are_one_for_all_or_for_each(saved):
     with pytest.raises(GenerationError, match=r"priority 0\.5"):
         llm.generate(PROMPTS, params, priority=0.5)
     assert not llm._engine.has_work
+
+
+FULL = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+
+
+class FullRunner:
+    """A GPU, whose results come a step late, without memory for more than one sequence."""
+
+    is_async = True
+
+    def __init__(self, runner):
+        self._runner = runner
+
+    def launch(self, plan):
+        in_flight = self._runner.launch(plan)
+        if len(plan.rows) > 1:
+            raise torch.OutOfMemoryError(FULL)  # having begun
+        return in_flight
+
+
+def test_a_step_that_finds_no_memory_names_the_options_and_others_go_on(saved):
+    llm = load(saved)
+    params = SamplingParams(max_tokens=10)
+    alone = texts(llm.generate(prompt, params)[0] for prompt in PROMPTS)
+    runner = llm._engine._runner
+    llm._engine._runner = FullRunner(runner)
+    stream = llm.stream(PROMPTS[0], params)
+    pieces = [next(stream), next(stream)]
+    with pytest.raises(
+        GenerationError, match=r"a step of \d+ tokens: CUDA out of memory; Tried to all"
+    ) as error:
+        llm.generate(PROMPTS[1], params)
+    for option in ("gpu_memory_fraction", "max_num_batched_tokens", "max_model_len"):
+        assert option in error.value.fix
+    pieces += stream
+    assert "".join(piece.outputs[0].text for piece in pieces) == alone[0][0]
+    assert not llm._engine.has_work and llm._engine.scheduler.stats.kv_usage == 0
+    llm._engine._runner = runner
+    assert texts(llm.generate(PROMPTS, params)) == alone
+
+
+def test_loading_that_finds_no_memory_names_the_options(saved, monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(start, "load_model", fails)
+    with pytest.raises(GenerationError, match="loading the model: CUDA out of memory") as error:
+        load(saved)
+    assert "gpu_memory_fraction" in error.value.fix
 
 
 def test_a_full_queue_refuses_and_leaves_nothing(saved):

@@ -181,6 +181,11 @@ class Machine(RuleBasedStateMachine):
             self.engine.launch()
 
     @rule()
+    def launch_fails(self):
+        self.engine.scheduler.schedule()
+        self.engine.scheduler.preempt_all()
+
+    @rule()
     def process(self):
         self.engine.process()
 
