@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,16 +51,15 @@ def latency(
     as_json: AsJson = False,
 ) -> None:
     """One request alone: time to the first token, and between tokens."""
-    settings = EngineSettings(
+    report = _run(
+        model, revision, 1, prompt_tokens, output_tokens, prompts, repeats,
         dtype=dtype,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,
         max_num_seqs=1,
         gpu_memory_fraction=gpu_memory_fraction,
-        prefix_caching=False,
-    )
-    report = _run(model, settings, revision, 1, prompt_tokens, output_tokens, prompts, repeats)
+    )  # fmt: skip
     _print(report, as_json=as_json)
 
 
@@ -82,7 +81,8 @@ def throughput(
     as_json: AsJson = False,
 ) -> None:
     """Many requests at once: tokens a second, of decode alone and of everything."""
-    settings = EngineSettings(
+    report = _run(
+        model, revision, requests, prompt_tokens, output_tokens, prompts, repeats,
         dtype=dtype,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
@@ -90,9 +90,7 @@ def throughput(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         gpu_memory_fraction=gpu_memory_fraction,
-        prefix_caching=False,
-    )
-    report = _run(model, settings, revision, requests, prompt_tokens, output_tokens, prompts, repeats)
+    )  # fmt: skip
     _print(report, as_json=as_json)
 
 
@@ -118,15 +116,14 @@ def cost(
     prices = Prices(gpu_price, api_price_in, api_price_out)
     if not (gpu_price > 0 and api_price_in + api_price_out > 0):
         raise BenchError("a price of nothing leaves nothing to compare", fix="give prices above 0")
-    settings = EngineSettings(
+    report = _run(
+        model, revision, requests, prompt_tokens, output_tokens, prompts, repeats,
         dtype=dtype,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,
         gpu_memory_fraction=gpu_memory_fraction,
-        prefix_caching=False,
-    )
-    report = _run(model, settings, revision, requests, prompt_tokens, output_tokens, prompts, repeats)
+    )  # fmt: skip
     speed = report.speed
     found = cost_of(
         prices,
@@ -143,19 +140,21 @@ def cost(
 
 def _run(
     model: str,
-    settings: EngineSettings,
     revision: str | None,
     num_requests: int,
     num_prompt_tokens: int,
     num_output_tokens: int,
     prompts_file: Path | None,
     repeats: int,
+    **settings: Any,
 ) -> "EngineReport":
+    """settings: of the engine, beside those that all of these verbs share."""
+    chosen = EngineSettings(**settings, prefix_caching=False)
     from quantkit.bench.engine import bench_engine
 
     return bench_engine(
         model,
-        settings,
+        chosen,
         revision=revision,
         num_requests=num_requests,
         num_prompt_tokens=num_prompt_tokens,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.runtime.settings import DtypeName, EngineSettings, KVDtypeName
+from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
 
 DEFAULTS = EngineSettings()
 
@@ -12,7 +12,7 @@ Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or
 Dtype = Annotated[DtypeName | None, typer.Option(help="Compute in it; default: the model's own.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
 KVCacheDtype = Annotated[
-    KVDtypeName, typer.Option(help="Store keys and values in it; auto: as the checkpoint says.")
+    KVCacheDtypeName, typer.Option(help="Store keys and values in it; auto: as the checkpoint says.")
 ]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer; default: the model's limit.")

@@ -20,7 +20,7 @@ from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalRe
 from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
 from quantkit.evaluation.serving import LoadModel, Serving, Setup, check_serving, load_served
 from quantkit.evaluation.subjects import Subject, check_comparable, check_length, open_subject
-from quantkit.runtime.settings import DtypeName, EngineSettings, KVDtypeName
+from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
 from quantkit.text import load_documents
 from quantkit.tokens import read_windows, tokenize
 
@@ -61,7 +61,7 @@ def evaluate(
     length: int = 512,
     device: str | None = None,
     dtype: DtypeName | None = None,
-    kv_cache_dtype: KVDtypeName = "auto",
+    kv_cache_dtype: KVCacheDtypeName = "auto",
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
     load: LoadModel = load_served,

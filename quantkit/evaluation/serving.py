@@ -17,7 +17,7 @@ from quantkit.runtime.load import DTYPES, check_kernels, kv_format, load_model, 
 from quantkit.runtime.memory_plan import plan_memory
 from quantkit.runtime.model import LOGITS_ELEMENTS
 from quantkit.runtime.models.families import read_spec
-from quantkit.runtime.settings import EngineSettings, KVDtypeName
+from quantkit.runtime.settings import EngineSettings, KVCacheDtypeName
 from quantkit.runtime.start import STEP_TOKENS, chosen_device, reserved_bytes
 from quantkit.runtime.target import Target
 
@@ -26,7 +26,7 @@ class Serving(NamedTuple):
     """How one model is run over windows of `length` tokens."""
 
     target: Target
-    kv_cache_dtype: KVDtypeName
+    kv_cache_dtype: KVCacheDtypeName
     length: int
 
     @property
@@ -56,7 +56,7 @@ class Setup(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype | None
-    kv_cache_dtype: KVDtypeName
+    kv_cache_dtype: KVCacheDtypeName
     length: int
 
     @classmethod

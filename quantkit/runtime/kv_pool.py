@@ -10,17 +10,17 @@ Knows nothing of which sequence has which block.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import SchemeError
 from quantkit.formats.kv_cache import StoredKV
+from quantkit.runtime.settings import KVCacheDtypeName
 from quantkit_kernels.paged_kv import BLOCK_SIZE, KVPool, create_pool
 
-KVCacheDtype = Literal["auto", "bf16", "fp16", "fp32", "fp8", "int8"]
-PLAIN: Mapping[KVCacheDtype, torch.dtype] = {
+PLAIN: Mapping[KVCacheDtypeName, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
@@ -84,7 +84,7 @@ class KVFormat(NamedTuple):
 
 def choose_format(
     stored: StoredKV | None,
-    asked: KVCacheDtype,
+    asked: KVCacheDtypeName,
     *,
     num_layers: int,
     num_heads: int,
@@ -110,7 +110,7 @@ def choose_format(
     return KVFormat(tuple(layers), num_heads, head_dim, dtype)
 
 
-def _layer(stored: StoredKV | None, asked: KVCacheDtype, layer: int, dtype: torch.dtype) -> LayerKV:
+def _layer(stored: StoredKV | None, asked: KVCacheDtypeName, layer: int, dtype: torch.dtype) -> LayerKV:
     if stored is not None and layer in stored.kept_layers:
         return LayerKV(dtype)
     if stored is not None and asked in ("auto", stored.scheme.dtype):

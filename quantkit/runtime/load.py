@@ -11,13 +11,14 @@ from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.kv_cache import read_kv_cache
 from quantkit.formats.quantization_config import QuantizedModules, read_quantization
 from quantkit.runtime.device_checkpoint import DeviceCheckpoint
-from quantkit.runtime.kv_pool import KVCacheDtype, KVFormat, choose_format
+from quantkit.runtime.kv_pool import KVFormat, choose_format
 from quantkit.runtime.layers.build_experts import check_experts
 from quantkit.runtime.layers.gpu_linear import family_of
 from quantkit.runtime.model import Model
 from quantkit.runtime.models.build import build_decoder
 from quantkit.runtime.models.families import read_spec
 from quantkit.runtime.models.spec import DecoderSpec
+from quantkit.runtime.settings import KVCacheDtypeName
 from quantkit.runtime.target import Target
 from quantkit.runtime.weights import Weights
 
@@ -30,7 +31,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
-    kv_cache_dtype: KVCacheDtype = "auto",
+    kv_cache_dtype: KVCacheDtypeName = "auto",
     batch_invariant: bool = False,
     max_model_len: int | None = None,
 ) -> Model:
@@ -74,7 +75,7 @@ def limited(spec: DecoderSpec, max_model_len: int | None) -> DecoderSpec:
     return replace(spec, max_positions=max_model_len)
 
 
-def kv_format(checkpoint: Checkpoint, spec: DecoderSpec, target: Target, asked: KVCacheDtype) -> KVFormat:
+def kv_format(checkpoint: Checkpoint, spec: DecoderSpec, target: Target, asked: KVCacheDtypeName) -> KVFormat:
     """How keys and values of a checkpoint's model are stored."""
     return choose_format(
         read_kv_cache(checkpoint),

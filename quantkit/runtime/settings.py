@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from quantkit.errors import GenerationError
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
-KVDtypeName = Literal["auto", "bf16", "fp8", "int8"]
+KVCacheDtypeName = Literal["auto", "bf16", "fp16", "fp32", "fp8", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class EngineSettings:
 
     dtype: DtypeName | None = None
     device: str | None = None
-    kv_cache_dtype: KVDtypeName = "auto"
+    kv_cache_dtype: KVCacheDtypeName = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
@@ -38,7 +38,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, (None, *get_args(DtypeName)))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, get_args(KVDtypeName))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, get_args(KVCacheDtypeName))
         _at_least("max_model_len", self.max_model_len, 2)
         _at_least("max_num_seqs", self.max_num_seqs, 1, optional=False)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)

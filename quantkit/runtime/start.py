@@ -10,10 +10,12 @@ import torch
 
 from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.quantization_config import read_quantization
 from quantkit.runtime.block_manager import BlockManager
 from quantkit.runtime.engine import Engine
 from quantkit.runtime.graphs import Capture, cuda_capture, graph_bytes
 from quantkit.runtime.kv_pool import KVFormat
+from quantkit.runtime.layers.gpu_linear import inputs_kept_in_16_bits
 from quantkit.runtime.limits import Limits
 from quantkit.runtime.load import DTYPES, kv_format, limited, load_model, model_dtype
 from quantkit.runtime.memory_plan import plan_memory
@@ -69,6 +71,11 @@ def _start(checkpoint: Checkpoint, settings: EngineSettings, announce: Callable[
     target = _target(checkpoint, settings)
     spec = limited(read_spec(checkpoint), settings.max_model_len)
     sizes = _plan(checkpoint, spec, target, settings, announce)
+    schemes = [scheme for _, scheme in read_quantization(checkpoint.config).groups]
+    for label in inputs_kept_in_16_bits(schemes, target):
+        announce(
+            f"{label}: this GPU has no FP8 instructions; weights stay FP8, inputs are computed in 16 bits"
+        )
     clock.lap("plan")
     model = load_model(
         checkpoint,

@@ -4,6 +4,8 @@ Devices without FP8 instructions take FP8 inputs in 16 bits: the weight alone st
 Shape suffixes: T tokens, N out_features, K in_features.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,14 @@ def activation_on(scheme: Scheme, device: torch.device) -> Spec | None:
     """How a linear's input is quantized on a device; None: not, which is so of FP8 where there are no instructions."""
     spec = scheme.activation
     return None if isinstance(spec, FloatSpec) and not converts_float8(device) else spec
+
+
+def inputs_kept_in_16_bits(schemes: Iterable[Scheme], target: Target) -> list[str]:
+    """The schemes, by label, whose inputs the device's kernels do not quantize although the checkpoint says so."""
+    kept = [
+        scheme for scheme in schemes if scheme.activation and activation_on(scheme, target.device) is None
+    ]
+    return sorted({scheme_label(scheme) for scheme in kept}) if target.has_kernels else []
 
 
 def kept_bits(spec: Spec) -> int:

@@ -5,13 +5,14 @@ import torch
 
 from quantkit.errors import SchemeError
 from quantkit.runtime.layers import gpu_linear
-from quantkit.runtime.layers.gpu_linear import GpuLinear, family_of, kept_bits
+from quantkit.runtime.layers.gpu_linear import GpuLinear, family_of, inputs_kept_in_16_bits, kept_bits
 from quantkit.runtime.layers.linear import SideBySide
 from quantkit.runtime.layers.linear_part import LinearPart, join, quantized_part
 from quantkit.runtime.layers.rows import encode
 from quantkit.runtime.target import Target
 from quantkit.schemes import IntSpec, PerGroup, Scheme
 from quantkit.schemes.activation import fake_quantize_input
+from quantkit.schemes.labels import scheme_label
 from quantkit.schemes.tiles import dequantize_weight
 from tests.product_schemes import SCHEMES
 from tests.tiny_models import round_to_nearest
@@ -39,6 +40,15 @@ def stored_linear(name, *, rows=128, cols=256):
 
 def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def test_devices_without_fp8_keep_such_inputs_in_16_bits_and_that_is_said(device):
+    on_gpu = Target(torch.device("cuda"), torch.bfloat16)
+    schemes = [SCHEMES[name] for name in ("fp8-channel-token", "fp8-channel-weight", "int8-w8a8-dynamic")]
+    assert inputs_kept_in_16_bits(schemes, on_gpu) == []
+    device(8, 0)
+    assert inputs_kept_in_16_bits(schemes, on_gpu) == [scheme_label(schemes[0])]
+    assert inputs_kept_in_16_bits(schemes, BF16) == [], "a CPU quantizes them itself"
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
