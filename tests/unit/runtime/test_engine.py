@@ -15,7 +15,8 @@ from quantkit.runtime.sequence import FinishReason, Sequence
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.start import start_engine
 from quantkit_kernels.paged_kv import BLOCK_SIZE
-from tests.tiny_models import CONFIGS, save_tiny, tokens
+from tests.product_schemes import KV_SCHEMES, SCHEMES
+from tests.tiny_models import CONFIGS, quantize_tiny, save_tiny, tokens
 
 LENGTHS = (1, 5, 16, 17, 31, 33, 40, 9)
 
@@ -135,10 +136,49 @@ def test_preempted_sequences_equal_undisturbed_ones(llama, captured):
     assert num_preemptions > 3
 
 
-def blocks_bytes(folder, num_blocks):
+def blocks_bytes(folder, num_blocks, **settings):
     """Of a cache of so many blocks."""
-    started = start_engine(open_checkpoint(folder), EngineSettings(dtype="float32", device="cpu"))
-    return num_blocks * BLOCK_SIZE * started.model.kv.token_bytes
+    chosen = EngineSettings(dtype="float32", device="cpu", **settings)
+    return num_blocks * BLOCK_SIZE * start_engine(open_checkpoint(folder), chosen).model.kv.token_bytes
+
+
+@pytest.mark.parametrize(("dtype", "kv"), [("fp8", "kv-fp8-head"), ("fp8", None), ("int8", None)])
+def test_a_quantized_cache_is_right_in_a_full_pool_whatever_is_in_the_last_block(dtype, kv, llama, tmp_path):
+    """Calibrated scales, and one per token and head where the checkpoint has none."""
+    folder = llama if kv is None else quantize_tiny(llama, tmp_path / "calibrated", None, KV_SCHEMES[kv])
+    quantized = {"kv_cache_dtype": dtype}
+    roomy = engine_of(folder, prefix_caching=False, **quantized)
+    full = engine_of(folder, kv_cache_bytes=blocks_bytes(folder, 5, **quantized), **quantized)
+    for length in range(BLOCK_SIZE + 1, 2 * BLOCK_SIZE + 1):
+        shared = tokens(length, seed=length).tolist()
+        wanted = [shared, *(tokens(each, seed=length).tolist() for each in (13, 14)), shared]
+        expected = answers(roomy, wanted, max_tokens=24)
+        assert answers(full, wanted, max_tokens=24) == expected, length
+        assert answers(full, [shared], max_tokens=24) == expected[:1], length
+    stats = full.scheduler.stats
+    assert stats.num_preemptions >= BLOCK_SIZE, "which is only where every block is in use"
+    assert stats.num_prefix_hits >= BLOCK_SIZE * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_64_mixed_lengths_equal_one_by_one_to_the_bit_where_no_batch_changes_them(dtype, llama):
+    settings = {"dtype": dtype, "batch_invariant": True, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
+    wanted = [tokens(1 + number % 40, seed=number).tolist() for number in range(64)]
+    params = {"max_tokens": 6, "logprobs": 4}
+    together, one_by_one = (engine_of(llama, prefix_caching=False, **settings) for _ in range(2))
+    found = logprobs_of(together, wanted, **params)
+    alone = [logprobs_of(one_by_one, [prompt], **params)[0] for prompt in wanted]
+    assert found == alone
+
+
+def logprobs_of(engine, prompts, **params):
+    """Of each prompt: every number that the engine says of each new token."""
+    sequences = [sequence(number, prompt, **params) for number, prompt in enumerate(prompts)]
+    engine.add(*sequences)
+    found = {each: [] for each in sequences}
+    for event in run(engine):
+        found[event.sequence].append((event.token_id, event.logprobs))
+    return list(found.values())
 
 
 def test_a_step_that_ends_no_prompt_brings_nothing(llama, captured):
@@ -209,9 +249,12 @@ def test_a_sequence_is_ended_in_any_state_and_the_others_do_not_notice(num_steps
     assert engine.scheduler.stats.kv_usage == 0
 
 
-def test_logits_that_are_no_numbers_end_their_sequence_alone(llama):
-    undisturbed = answers(engine_of(llama), prompts((5, 9)))
-    engine = engine_of(llama)
+@pytest.mark.parametrize("scheme", [None, "int8-w8a8-dynamic", "fp8-channel-token"])
+def test_logits_that_are_no_numbers_end_their_sequence_alone(scheme, llama, tmp_path):
+    """With quantized inputs too, whose scales are of one token each."""
+    folder = llama if scheme is None else quantize_tiny(llama, tmp_path / "quantized", SCHEMES[scheme])
+    undisturbed = answers(engine_of(folder), prompts((5, 9)))
+    engine = engine_of(folder)
     embedding = engine._runner._decoder.embedding.weight
     poisoned = next(token for token in range(90) if token not in [*prompts((9,))[0], *undisturbed[1]])
     embedding[poisoned] = math.nan

@@ -4,18 +4,20 @@ import pytest
 import torch
 
 from quantkit.errors import SchemeError
+from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.runtime.layers import gpu_linear
 from quantkit.runtime.layers.gpu_linear import GpuLinear, family_of, inputs_kept_in_16_bits, kept_bits
 from quantkit.runtime.layers.linear import SideBySide
 from quantkit.runtime.layers.linear_part import LinearPart, join, quantized_part
 from quantkit.runtime.layers.rows import encode
+from quantkit.runtime.load import load_model
 from quantkit.runtime.target import Target
 from quantkit.schemes import IntSpec, PerGroup, Scheme
 from quantkit.schemes.activation import fake_quantize_input
 from quantkit.schemes.labels import scheme_label
 from quantkit.schemes.tiles import dequantize_weight
 from tests.product_schemes import SCHEMES
-from tests.tiny_models import round_to_nearest
+from tests.tiny_models import quantize_tiny, round_to_nearest, save_tiny
 
 BF16 = Target(torch.device("cpu"), torch.bfloat16)
 
@@ -49,6 +51,18 @@ def test_devices_without_fp8_keep_such_inputs_in_16_bits_and_that_is_said(device
     device(8, 0)
     assert inputs_kept_in_16_bits(schemes, on_gpu) == [scheme_label(schemes[0])]
     assert inputs_kept_in_16_bits(schemes, BF16) == [], "a CPU quantizes them itself"
+
+
+def test_a_scheme_without_a_kernel_is_refused_before_anything_is_read(device, tmp_path, monkeypatch):
+    source = save_tiny("llama", tmp_path / "source", dtype=torch.bfloat16)
+    checkpoint = open_checkpoint(quantize_tiny(source, tmp_path / "out", SCHEMES["int8-channel-sym"]))
+    monkeypatch.setattr(type(checkpoint), "read", lambda *_: pytest.fail("tensors are read"))
+    device(7, 5)
+    with pytest.raises(
+        SchemeError, match=r"layers\.0\..*_proj in INT8 channel on GPU 7\.5: no kernel"
+    ) as error:
+        load_model(checkpoint, dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert "CPU" in error.value.fix
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

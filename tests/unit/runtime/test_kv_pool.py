@@ -100,6 +100,17 @@ def test_the_models_own_dtype_can_be_asked_for_and_no_other():
     assert "fp32" in caught.value.fix
 
 
+@pytest.mark.parametrize("asked", ["auto", "fp8", "int8"])
+def test_what_nobody_has_written_is_zero(asked):
+    """Kernels may read it, and multiply it by a probability of 0."""
+    kv = choose_format(None, asked, num_layers=2, num_heads=2, head_dim=8, dtype=torch.bfloat16)
+    junk = [torch.full((1 << 12,), torch.nan) for _ in range(64)]  # for memory that would be used again
+    del junk
+    for pool in kv.create_pools(9, torch.device("cpu")):
+        assert not pool.k_PHSD.float().any() and not pool.v_PHSD.float().any()
+        assert all(scale is None or scale.isfinite().all() for scale in (pool.k_scale, pool.v_scale))
+
+
 def test_scales_of_one_are_said_loudly():
     stored = stored_as(KVScheme(dtype="fp8", granularity="tensor"), scale=1.0)
     with pytest.warns(UserWarning, match="nobody has calibrated it"):

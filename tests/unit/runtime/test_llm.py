@@ -198,6 +198,74 @@ def test_priorities_are_one_for_all_or_for_each(saved):
     assert not llm._engine.has_work
 
 
+def test_every_option_changes_an_answer_streamed_or_whole(saved):
+    llm = load(saved)
+    free = llm.generate("Hi", SamplingParams(max_tokens=12))[0].outputs[0]
+    hot = {"temperature": 2.0, "seed": 1}
+    ends, speaks = {"logit_bias": {min(llm._eos_ids): 100.0}}, {"logit_bias": {2: 100.0}, "ignore_eos": True}
+    cases = {  # without, with
+        "n": ({}, {"n": 2}),
+        "max_tokens": ({}, {"max_tokens": 5}),
+        "min_tokens": (ends, ends | {"min_tokens": 3}),
+        "temperature": ({"seed": 1}, hot),
+        "top_p": (hot, hot | {"top_p": 0.01}),
+        "top_k": (hot, hot | {"top_k": 1}),
+        "min_p": (hot, hot | {"min_p": 0.9}),
+        "seed": (hot, hot | {"seed": 2}),
+        "stop": ({}, {"stop": free.text[4:6]}),
+        "stop_token_ids": ({}, {"stop_token_ids": (free.token_ids[5],)}),
+        "ignore_eos": (ends, ends | {"ignore_eos": True}),
+        "presence_penalty": (hot, hot | {"presence_penalty": 2.0, "logit_bias": {70: 20.0}}),
+        "frequency_penalty": (
+            {"logit_bias": {70: 20.0}},
+            {"logit_bias": {70: 20.0}, "frequency_penalty": 2.0},
+        ),
+        "repetition_penalty": (
+            {"logit_bias": {70: 20.0}},
+            {"logit_bias": {70: 20.0}, "repetition_penalty": 100.0},
+        ),
+        "logit_bias": ({}, {"logit_bias": {70: 100.0}}),
+        "logprobs": ({}, {"logprobs": 2}),
+        "include_stop_str_in_output": (
+            {"stop": free.text[4:6]},
+            {"stop": free.text[4:6], "include_stop_str_in_output": True},
+        ),
+        "skip_special_tokens": (speaks, speaks | {"skip_special_tokens": False}),
+    }
+    assert cases.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
+    for name, (without, given) in cases.items():
+        for answers in (whole_answers, streamed_answers):
+            plain, changed = (
+                answers(llm, SamplingParams(**{"max_tokens": 12} | chosen)) for chosen in (without, given)
+            )
+            assert plain != changed, (name, answers)
+
+
+def whole_answers(llm, params):
+    """Of each answer: text, tokens, why it ended, how many logprobs there are."""
+    return [
+        (one.text, one.token_ids, one.finish_reason, one.stop_reason, len(one.logprobs or ()))
+        for one in llm.generate("Hi", params)[0].outputs
+    ]
+
+
+def streamed_answers(llm, params):
+    """The same, put together from pieces."""
+    joined = {}
+    for piece in llm.stream("Hi", params):
+        for new in piece.outputs:
+            text, token_ids, *_, count = joined.get(new.index, ("", [], None, None, 0))
+            joined[new.index] = (
+                text + new.text,
+                token_ids + new.token_ids,
+                new.finish_reason,
+                new.stop_reason,
+                count + len(new.logprobs or ()),
+            )
+    assert list(joined[0]) == list(whole_answers(llm, params)[0])
+    return list(joined.values())
+
+
 FULL = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
 
 
