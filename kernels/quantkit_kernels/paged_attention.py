@@ -129,7 +129,7 @@ def gather(
     blocks_L = blocks_L[first // block_size : -(-last // block_size)]
     tokens = slice(first % block_size, first % block_size + last - first)
     raw = codes_PHSD.view(torch.int8) if codes_PHSD.itemsize == 1 else codes_PHSD  # float8 cannot be indexed
-    codes_HCD = _side_by_side(raw, blocks_L).view(num_heads, -1, head_dim)[:, tokens]
+    codes_HCD = _side_by_side(raw, blocks_L).reshape(num_heads, -1, head_dim)[:, tokens]
     if scale is None:
         return codes_HCD
     values_HCD = codes_HCD.to(dtype)
@@ -137,7 +137,7 @@ def gather(
         values_HCD = (decode_shifted(codes_HCD.view(codes_PHSD.dtype)) * REBIAS).to(dtype)
     if scale.ndim == 1:
         return values_HCD * scale.to(dtype)[:, None, None]
-    scale_HC = _side_by_side(scale, blocks_L).view(num_heads, -1)[:, tokens]
+    scale_HC = _side_by_side(scale, blocks_L).reshape(num_heads, -1)[:, tokens]
     return values_HCD * scale_HC.to(dtype)[:, :, None]
 
 
@@ -145,4 +145,4 @@ def _side_by_side(page_PHS: Tensor, blocks_L: Tensor) -> Tensor:
     """Blocks of every head, [H, L, S, …]; one block is not copied."""
     if blocks_L.shape[0] == 1:
         return page_PHS[int(blocks_L)].unsqueeze(1)
-    return page_PHS.transpose(0, 1).index_select(1, blocks_L)
+    return page_PHS.index_select(0, blocks_L).transpose(0, 1)  # selected first: else the whole pool is copied
