@@ -1,6 +1,7 @@
 """Orthogonal rotations folded into weights: the product stays, the values to be quantized spread evenly.
 
-With inputs rotated as x' = x · R, a linear that reads them becomes W · R, and one that writes them Rᵀ · W.
+With inputs rotated as x' = x · R, a linear that reads them becomes W · R (`hadamard.rotate`), and one that writes them
+Rᵀ · W. An embedding [V, K] times R gives rotated rows.
 Source: arXiv:2404.00456 (the residual stream), arXiv:2405.16406 section 3 (R1, and R2 between values and
 outputs).
 
@@ -12,16 +13,8 @@ from torch import Tensor
 from quantkit.numerics.hadamard import Rotation, rotate
 
 
-def rotate_inputs(w_NK: Tensor, rotation: Rotation) -> Tensor:
-    """W · R, so that it reads rotated inputs; an embedding [V, K] becomes one that gives rotated rows.
-
-    Float64 if w_NK is, else float32.
-    """
-    return rotate(w_NK, rotation)
-
-
 def rotate_outputs(w_NK: Tensor, rotation: Rotation) -> Tensor:
-    """Rᵀ · W, so that it writes rotated outputs; a bias [N] becomes bias · R. Dtype as `rotate_inputs`."""
+    """Rᵀ · W, so that it writes rotated outputs; a bias [N] becomes bias · R. Dtype as `rotate`."""
     if w_NK.ndim == 1:
         return rotate(w_NK, rotation)
     return rotate(w_NK.T, rotation).T.contiguous()

@@ -3,8 +3,6 @@
 Shape suffixes: T tokens, K in_features.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -12,29 +10,19 @@ from quantkit.numerics import affine
 from quantkit.schemes import FloatSpec, IntSpec, QParams, Spec
 
 RATIOS = tuple(round(1.0 - 0.02 * step, 2) for step in range(36))
-PERCENTILE = 99.999
 MAX_ELEMENTS = 1 << 19  # of the sample: more changes the best ratio no further
 
 
 def static_qparams(
-    sample_TK: Tensor,
-    absmax: Tensor,
-    spec: Spec,
-    *,
-    scale_dtype: torch.dtype = torch.float32,
-    method: Literal["mse", "percentile"] = "mse",
-    percentile: float = PERCENTILE,
+    sample_TK: Tensor, absmax: Tensor, spec: Spec, *, scale_dtype: torch.dtype = torch.float32
 ) -> QParams:
     """Scale [1] in scale_dtype (and zero point int8 [1] for an asymmetric grid) of a linear's input.
 
     sample_TK: some of its inputs, float32. absmax: largest magnitude of all inputs, also those not in the sample.
-    `mse`: the range that holds everything times the ratio, from 0.3 to 1, of least squared error over the sample:
-    clipping the rarest values buys precision for the others. `percentile`: the range that holds that share of the
-    sample's values.
+    The range is the one that holds everything times the ratio, from 0.3 to 1, of least squared error over the sample:
+    clipping the rarest values buys precision for the others.
     """
     values = sample_TK[:: -(-sample_TK.numel() // MAX_ELEMENTS)].float().flatten()
-    if method == "percentile":
-        return _from_range(*_percentile_range(values, spec, percentile), spec, scale_dtype)
     low, high = _full_range(values, absmax)
     candidates = [_from_range(low * ratio, high * ratio, spec, scale_dtype) for ratio in RATIOS]
     errors = torch.stack([_squared_error(values, qparams, spec) for qparams in candidates])
@@ -47,16 +35,6 @@ def _full_range(values: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     if bool(high >= -low):
         return low, torch.maximum(high, absmax)
     return torch.minimum(low, -absmax), high
-
-
-def _percentile_range(values: Tensor, spec: Spec, percentile: float) -> tuple[Tensor, Tensor]:
-    outside = round(values.numel() * (100 - percentile) / 100)  # values beyond the range
-    if spec.symmetric:
-        largest = values.abs().topk(outside + 1).values[-1]
-        return -largest, largest
-    each = outside // 2 + 1
-    low, high = values.topk(each, largest=False).values[-1], values.topk(each).values[-1]
-    return low.clamp(max=0), high.clamp(min=0)
 
 
 def _from_range(low: Tensor, high: Tensor, spec: Spec, scale_dtype: torch.dtype) -> QParams:

@@ -13,15 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.rotation import (
-    rotate_inputs,
-    rotate_inputs_of_heads,
-    rotate_outputs,
-    rotate_outputs_of_heads,
-)
-from quantkit.arch.pairs import EMBEDDING, HEAD, Heads, Link, Pair
-from quantkit.formats.checkpoint import Checkpoint
-from quantkit.numerics.hadamard import Rotation
+from quantkit.algorithms.rotation import rotate_inputs_of_heads, rotate_outputs, rotate_outputs_of_heads
+from quantkit.arch.pairs import Heads, Link, Pair
+from quantkit.numerics.hadamard import Rotation, rotate
 
 Tensors = Mapping[str, Tensor]
 NORM_OFFSET = {Link.NORM: 0.0, Link.NORM_PLUS_ONE: 1.0}
@@ -32,7 +26,7 @@ def fold_scale(
 ) -> dict[str, Tensor]:
     """Inputs of `pair.to` divided by a scale per channel, their weights multiplied by it.
 
-    scale_K: > 0, one per channel that `prev` computes; for VALUES that is [num_kv · dim], see `by_value`.
+    scale_K: > 0, one per channel that `prev` computes; for VALUES that is [num_kv · dim].
     dtype: the norm's dtype on disk. A norm is rounded to it here, and the linears multiplied by the scale that
     remains, so that storing the norm costs nothing.
     """
@@ -49,15 +43,6 @@ def fold_scale(
     if pair.link is Link.VALUES:
         scale_K = _by_query_head(scale_K, heads)
     return changed | {f"{name}.weight": tensors[f"{name}.weight"].float() * scale_K for name in pair.to}
-
-
-def by_value(statistic_K: Tensor, heads: Heads) -> Tensor:
-    """Numbers per input of o_proj [num · dim] as [num_kv, num / num_kv, dim].
-
-    The second dimension holds the query heads that share a value, and so a scale: reduce over it (`amax(1)`,
-    `mean(1)`) and flatten.
-    """
-    return statistic_K.reshape(heads.num_kv, heads.num // heads.num_kv, heads.dim)
 
 
 def rotate_values(tensors: Tensors, pair: Pair, heads: Heads, rotation: Rotation) -> dict[str, Tensor]:
@@ -93,7 +78,7 @@ def rotate_stream(
             changed[f"{pair.prev}.weight"] = torch.ones_like(norm_K)
             for name in pair.to:
                 weight = tensors[f"{name}.weight"].float() * norm_K
-                changed[f"{name}.weight"] = rotate_inputs(weight, rotation)
+                changed[f"{name}.weight"] = rotate(weight, rotation)
     for writer in writers:
         changed |= {
             name: rotate_outputs(tensor.float(), rotation) for name, tensor in _module(tensors, writer)
@@ -113,19 +98,13 @@ def rotate_ends(embedding_VE: Tensor, final_norm_E: Tensor, head_VE: Tensor, rot
     """Embedding and head of a rotated residual stream; the final norm moves into the head.
 
     A tied head cannot stay tied: give the embedding as the head, store both, and say
-    "tie_word_embeddings": false in config.json (`bytes_to_untie`).
+    "tie_word_embeddings": false in config.json.
     """
     return Ends(
-        embedding_VE=rotate_inputs(embedding_VE.float(), rotation),
+        embedding_VE=rotate(embedding_VE.float(), rotation),
         final_norm_E=torch.ones_like(final_norm_E, dtype=torch.float32),
-        head_VE=rotate_inputs(head_VE.float() * final_norm_E.float(), rotation),
+        head_VE=rotate(head_VE.float() * final_norm_E.float(), rotation),
     )
-
-
-def bytes_to_untie(checkpoint: Checkpoint) -> int:
-    """Bytes that a rotation of the residual stream adds to this checkpoint: a head of its own, or 0."""
-    is_untied = f"{HEAD}.weight" in checkpoint.tensors
-    return 0 if is_untied else checkpoint.info(f"{EMBEDDING}.weight").num_bytes
 
 
 def _module(tensors: Tensors, name: str) -> list[tuple[str, Tensor]]:
