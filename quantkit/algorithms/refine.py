@@ -9,24 +9,16 @@ Source: coordinate descent as in arXiv:2309.01885 (QuantEase), with scales as fu
 Shape suffixes: N out_features, K in_features, C columns of a group or block.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from quantkit.algorithms.factor import Factor
 from quantkit.algorithms.gptq import BLOCK_COLUMNS, column_scales, solve_block, solve_block_on_gpu
+from quantkit.algorithms.rounded import Rounded
 from quantkit.schemes import PerChannel, PerGroup, QParams, Spec
 from quantkit.schemes.tiles import expand_to_weight, round_scale
 
 SWEEPS = 2
-
-
-class Refined(NamedTuple):
-    """codes_NK: in the dtype they came in. qparams: in the dtype and shape on disk."""
-
-    codes_NK: Tensor
-    qparams: QParams
 
 
 def refine(
@@ -38,7 +30,7 @@ def refine(
     spec: Spec,
     *,
     sweeps: int = SWEEPS,
-) -> Refined:
+) -> Rounded:
     """Codes and scales of less loss, from those that some rounding chose; zero points stay.
 
     w_NK: any float dtype. hessian_KK: mean of x xᵀ, float32 [K, K], of which `factor` is the factor. Scales move where
@@ -46,7 +38,7 @@ def refine(
     independent. Peak memory: seven times the weight in float32.
     """
     damping = factor.damping * hessian_KK.diagonal().mean().item()
-    state = _State(w_NK, Refined(codes_NK, qparams), hessian_KK, damping, spec)
+    state = _State(w_NK, Rounded(codes_NK, qparams), hessian_KK, damping, spec)
     for _ in range(sweeps):
         if isinstance(spec.granularity, PerChannel | PerGroup):
             state.sweep_scales()
@@ -57,7 +49,7 @@ def refine(
 class _State:
     """Codes and scales, and what follows from them: E and E (H + damping), transposed, float32 [K, N]."""
 
-    def __init__(self, w_NK: Tensor, start: Refined, hessian_KK: Tensor, damping: float, spec: Spec) -> None:
+    def __init__(self, w_NK: Tensor, start: Rounded, hessian_KK: Tensor, damping: float, spec: Spec) -> None:
         self.spec, self.hessian_KK, self.damping = spec, hessian_KK, damping
         self.codes_KN = start.codes_NK.T.clone(memory_format=torch.contiguous_format)
         self.qparams = start.qparams
@@ -99,9 +91,9 @@ class _State:
             self.codes_KN[columns] = solved.codes_CN
             self._add_error(columns, solved.lost_CN)
 
-    def result(self) -> Refined:
+    def result(self) -> Rounded:
         """What has become of the start."""
-        return Refined(self.codes_KN.T.clone(memory_format=torch.contiguous_format), self.qparams)
+        return Rounded(self.codes_KN.T.clone(memory_format=torch.contiguous_format), self.qparams)
 
     def _add_error(self, columns: slice, added_CN: Tensor) -> None:
         self.error_KN[columns] += added_CN

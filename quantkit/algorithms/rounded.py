@@ -11,16 +11,10 @@ from quantkit.schemes import QParams
 
 
 class Rounded(NamedTuple):
-    """Codes and scales of one weight, as they are stored.
-
-    codes_NK: int8 or float8_e4m3fn. qparams: in the dtype and shape on disk. loss: mean squared error of an output,
-    tr((W − Ŵ) H (W − Ŵ)ᵀ) / N. fallback: why the weight was rounded to nearest instead of as asked, or None.
-    """
+    """Codes and scales of one weight. codes_NK: int8 or float8_e4m3fn. qparams: in the dtype and shape on disk."""
 
     codes_NK: Tensor
     qparams: QParams
-    loss: float
-    fallback: str | None = None
 
 
 def output_loss(error_NK: Tensor, hessian: Tensor) -> float:

@@ -1,20 +1,14 @@
 """Round to nearest: each weight goes to the closest code of a grid chosen per tile."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from quantkit.algorithms.rounded import Rounded
 from quantkit.algorithms.scale_search import search_qparams
-from quantkit.schemes import QParams, Spec
+from quantkit.schemes import Spec
 from quantkit.schemes.tiles import minmax_qparams, quantize_weight
-
-
-class RtnResult(NamedTuple):
-    """codes_NK: int8 or float8_e4m3fn. qparams: in the dtype and shape on disk."""
-
-    codes_NK: Tensor
-    qparams: QParams
 
 
 def rtn(
@@ -24,7 +18,7 @@ def rtn(
     *,
     scales: Literal["minmax", "mse", "importance"] = "mse",
     importance_K: Tensor | None = None,
-) -> RtnResult:
+) -> Rounded:
     """Nearest codes on the min-max grid or on the one of least (importance-weighted) squared error.
 
     w_NK: any float dtype. importance_K: see `search_qparams`; given exactly for `importance`.
@@ -34,4 +28,4 @@ def rtn(
         qparams = minmax_qparams(w_NK, spec, scale_dtype)
     else:
         qparams = search_qparams(w_NK, spec, scale_dtype, importance_K)
-    return RtnResult(quantize_weight(w_NK, spec, qparams), qparams)
+    return Rounded(quantize_weight(w_NK, spec, qparams), qparams)

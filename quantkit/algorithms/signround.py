@@ -58,7 +58,7 @@ def signround(
 
     forward: (weights by name, some `inputs` [S, ...]) -> the layer's output; differentiable in the weights.
     inputs, targets: by sample, what the layer gets and what the original gives; finite, on any device.
-    weights: [N, K], float32. The loss of the results is the layer's mean squared error over all samples.
+    weights: [N, K], float32. Losses are the layer's mean squared error over all samples.
     On a GPU `forward` runs under bfloat16 autocast. Peak memory: about ten times the weights, and a batch's graph.
     """
     device = next(iter(weights.values())).device
@@ -79,9 +79,7 @@ def signround(
             linear.move(gradients[2 * number], gradients[2 * number + 1], size)
     results = {name: linear.result() for name, linear in learned.items()}
     after = _loss_of_all(forward, inputs, targets, _dequantized(results, specs), schedule.batch, device)
-    best, loss_of_best = (results, after) if after < before else (starts, before)
-    rounded = {name: part._replace(loss=loss_of_best) for name, part in best.items()}
-    return Learned(rounded, before, loss_of_best)
+    return Learned(results, before, after) if after < before else Learned(dict(starts), before, before)
 
 
 class _Learned:
@@ -126,7 +124,7 @@ class _Learned:
         if self.zero_point_NK is not None:
             codes_NK = codes_NK + self.zero_point_NK
         qparams = QParams(scale.to(self.start.qparams.scale.dtype), self.start.qparams.zero_point)
-        return Rounded(codes_NK.to(torch.int8), qparams, 0.0, self.start.fallback)
+        return Rounded(codes_NK.to(torch.int8), qparams)
 
     def _scale(self) -> Tensor:
         """The scale as it will be on disk, in float32."""

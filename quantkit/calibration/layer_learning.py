@@ -103,7 +103,7 @@ def _learn(starts: Sequence[Start], forward: Forward, samples: Samples, schedule
         samples.inputs,
         samples.targets,
         {start.linear.name: start.target_NK for start in starts},
-        {name: Rounded(one.codes_NK, one.qparams, 0.0) for name, one in stored.items()},
+        {name: Rounded(one.codes_NK, one.qparams) for name, one in stored.items()},
         {start.linear.name: start.spec for start in starts},
         schedule=schedule,
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 from quantkit.algorithms.bias_correction import bias_correction
 from quantkit.algorithms.factor import Factor, factorize
 from quantkit.algorithms.gptq import gptq
-from quantkit.algorithms.refine import Refined, refine
-from quantkit.algorithms.rounded import output_loss
+from quantkit.algorithms.refine import refine
+from quantkit.algorithms.rounded import Rounded, output_loss
 from quantkit.algorithms.rtn import rtn
 from quantkit.algorithms.static_qparams import static_qparams
 from quantkit.algorithms.weight_correction import weight_correction
@@ -134,11 +134,11 @@ def _targets(weights: Mapping[str, Tensor], stats: InputStats) -> tuple[Mapping[
     return {name: w_NK for name, w_NK in corrected.items() if w_NK is not None}, []
 
 
-def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, importance_K: Tensor) -> Refined:
+def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, importance_K: Tensor) -> Rounded:
     assert linear.scheme is not None, "only quantized linears are rounded"
     weight, scales = linear.scheme.weight, linear.scales
     wanted_K = importance_K if scales == "importance" else None
-    return Refined(*rtn(target_NK, weight, plan.scale_dtype, scales=scales, importance_K=wanted_K))
+    return rtn(target_NK, weight, plan.scale_dtype, scales=scales, importance_K=wanted_K)
 
 
 def _compensated(
@@ -146,19 +146,19 @@ def _compensated(
     linears: Sequence[LinearPlan],
     targets: Mapping[str, Tensor],
     factor: Factor,
-    starts: Mapping[str, Refined],
+    starts: Mapping[str, Rounded],
     stats: InputStats,
-) -> dict[str, Refined]:
+) -> dict[str, Rounded]:
     """GPTQ codes, of several linears as of one."""
     scheme = linears[0].scheme
     assert scheme is not None, "only quantized linears are rounded"
     spec = scheme.weight
 
-    def compensate(w_NK: Tensor, qparams: QParams) -> Refined:
+    def compensate(w_NK: Tensor, qparams: QParams) -> Rounded:
         codes_NK = gptq(w_NK, factor, spec, qparams)
         if "refine" in plan.recipe.algorithms:
             return refine(w_NK, codes_NK, qparams, stats.hessian_KK, factor, spec)
-        return Refined(codes_NK, qparams)
+        return Rounded(codes_NK, qparams)
 
     names = [linear.name for linear in linears]
     if len(names) == 1:
@@ -169,13 +169,13 @@ def _compensated(
     codes_NK, found = compensate(torch.cat([targets[name] for name in names]), together)
     ends = torch.tensor([len(targets[name]) for name in names]).cumsum(0).tolist()
     rows = [slice(end - len(targets[name]), end) for name, end in zip(names, ends, strict=True)]
-    return {name: _rows(Refined(codes_NK, found), part) for name, part in zip(names, rows, strict=True)}
+    return {name: _rows(Rounded(codes_NK, found), part) for name, part in zip(names, rows, strict=True)}
 
 
-def _rows(whole: Refined, rows: slice) -> Refined:
+def _rows(whole: Rounded, rows: slice) -> Rounded:
     zero_point = whole.qparams.zero_point
     qparams = QParams(whole.qparams.scale[rows], None if zero_point is None else zero_point[rows])
-    return Refined(whole.codes_NK[rows], qparams)
+    return Rounded(whole.codes_NK[rows], qparams)
 
 
 def _input_qparams(plan: QuantPlan, linear: LinearPlan, stats: InputStats) -> QParams | None:
@@ -211,7 +211,7 @@ def describe(
     return RoundedLinear(stored, dequantized_NK, bias_N, about)
 
 
-def _dequantized(linear: LinearPlan, codes: Refined | StoredLinear) -> Tensor:
+def _dequantized(linear: LinearPlan, codes: Rounded | StoredLinear) -> Tensor:
     assert linear.scheme is not None, "only quantized linears are rounded"
     return dequantize_weight(codes.codes_NK, linear.scheme.weight.granularity, codes.qparams)
 

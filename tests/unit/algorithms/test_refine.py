@@ -7,8 +7,8 @@ import torch
 
 from quantkit.algorithms.factor import Factor, factorize
 from quantkit.algorithms.gptq import gptq
-from quantkit.algorithms.refine import Refined, refine
-from quantkit.algorithms.rounded import output_loss
+from quantkit.algorithms.refine import refine
+from quantkit.algorithms.rounded import Rounded, output_loss
 from quantkit.algorithms.rtn import rtn
 from quantkit.schemes import FloatSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, QParams
 from quantkit.schemes.tiles import dequantize_weight
@@ -42,7 +42,7 @@ class Problem:
         """GPTQ's codes and scales."""
         importance_K = self.hessian_KK.diagonal()
         _, qparams = rtn(self.w_NK, spec, scale_dtype, scales="importance", importance_K=importance_K)
-        return Refined(gptq(self.w_NK, self.factor, spec, qparams), qparams)
+        return Rounded(gptq(self.w_NK, self.factor, spec, qparams), qparams)
 
     def refine(self, start, spec, **options):
         return refine(self.w_NK, start.codes_NK, start.qparams, self.hessian_KK, self.factor, spec, **options)
@@ -76,7 +76,7 @@ def test_no_sweep_is_worse_than_the_one_before(spec, scale_dtype):
 @every_spec
 def test_it_improves_rtn_too(spec):
     given = problem()
-    start = Refined(*rtn(given.w_NK, spec, torch.bfloat16))
+    start = rtn(given.w_NK, spec, torch.bfloat16)
     refined = given.refine(start, spec)
     assert given.loss(spec, refined) < 0.9 * given.loss(spec, start)
     assert refined.codes_NK.dtype == start.codes_NK.dtype
@@ -99,7 +99,7 @@ def test_a_weight_that_lies_on_its_grid_stays():
     codes_NK = torch.randint(-8, 8, (12, 64), generator=generator, dtype=torch.int8)
     qparams = QParams(torch.rand(12, 2, generator=generator).add(0.1).bfloat16())
     given = Problem(dequantize_weight(codes_NK, spec.granularity, qparams), hessian(64))
-    refined = given.refine(Refined(codes_NK, qparams), spec)
+    refined = given.refine(Rounded(codes_NK, qparams), spec)
     assert torch.equal(refined.codes_NK, codes_NK)
     assert torch.equal(refined.qparams.scale, qparams.scale)
 
@@ -108,7 +108,7 @@ def test_a_group_of_zeros_keeps_its_scale():
     spec, w_NK, hessian_KK = SPECS["int4 group"], weights(6, 64), hessian(64)
     w_NK[:, :32] = 0
     hessian_KK[:32, 32:] = hessian_KK[32:, :32] = 0
-    start = Refined(*rtn(w_NK, spec, torch.bfloat16))
+    start = rtn(w_NK, spec, torch.bfloat16)
     refined = Problem(w_NK, hessian_KK).refine(start, spec)
     assert (refined.codes_NK[:, :32] == 0).all()
     assert torch.equal(refined.qparams.scale[:, 0], start.qparams.scale[:, 0])
@@ -119,7 +119,7 @@ def test_rows_do_not_know_of_each_other():
     start = given.start(spec)
     whole = given.refine(start, spec)
     some = QParams(*(None if part is None else part[:7] for part in start.qparams))
-    part = Problem(given.w_NK[:7], given.hessian_KK).refine(Refined(start.codes_NK[:7], some), spec)
+    part = Problem(given.w_NK[:7], given.hessian_KK).refine(Rounded(start.codes_NK[:7], some), spec)
     assert (whole.codes_NK[:7] == part.codes_NK).float().mean() > 0.98
 
 
