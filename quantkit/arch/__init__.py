@@ -3,7 +3,7 @@
 from quantkit.arch.families import FAMILIES, Family, Part, Role
 from quantkit.arch.inspection import Inspection, inspect_checkpoint
 from quantkit.arch.linears import LinearInfo, Stays, Survey, find_linears, find_stays, survey
-from quantkit.arch.names import layer_of, place_of
+from quantkit.arch.names import below_layer, layer_of, place_of
 from quantkit.arch.refusals import already_quantized
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Stays",
     "Survey",
     "already_quantized",
+    "below_layer",
     "find_linears",
     "find_stays",
     "inspect_checkpoint",

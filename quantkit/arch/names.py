@@ -34,6 +34,13 @@ def place_of(name: str) -> Place | None:
     return Place(match["prefix"], int(match["layer"]), rest, int(expert[1]) if expert else None)
 
 
+def below_layer(name: str) -> str:
+    """The name of something in a decoder layer without the prefix of its layer."""
+    place = place_of(name)
+    assert place is not None, f"{name} is in a layer"
+    return name.removeprefix(place.prefix)
+
+
 def layer_of(tensor_name: str) -> int | None:
     """The decoder layer of a tensor or module; None outside the layers, and in vision or audio towers."""
     place = place_of(tensor_name)

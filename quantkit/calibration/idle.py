@@ -13,7 +13,7 @@ from quantkit.recipe import LinearPlan, QuantPlan
 def idle_algorithms(checkpoint: Checkpoint, plan: QuantPlan) -> Iterator[str]:
     """A line for each, from names and shapes alone; the family of the checkpoint is known."""
     algorithms = plan.recipe.algorithms
-    dense = [one for one in plan.linears if one.scheme is not None and one.role is not Role.EXPERT]
+    dense = [one for one in plan.quantized if one.role is not Role.EXPERT]
     if "rotate" in algorithms:
         reason = why_stream_stays(checkpoint)
         if reason is not None:

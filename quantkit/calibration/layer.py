@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quantkit.arch import Role, place_of
+from quantkit.arch import Role, below_layer
 from quantkit.arch.experts import EXPERTS, ExpertNames
 from quantkit.calibration.deterministic import deterministic_sums
 from quantkit.calibration.experts import Coverage, Routed, round_experts
@@ -84,7 +84,8 @@ class LayerWork:
         self._starts: list[Start] = []
         self._learned: dict[str, Any] | None = None
         self._kv: LayerKV | None = None
-        self._attention = f"{prefix_of(linears[0].name)}{ATTENTION}"
+        first = linears[0].name
+        self._attention = f"{first.removesuffix(below_layer(first))}{ATTENTION}"
 
     def one_pass(self, streams: Streams, call: Call) -> Streams:
         """Round each linear at its first use. streams: one batch with all tokens."""
@@ -256,8 +257,7 @@ class LayerWork:
             names = (f"{self._attention}.k_scale", f"{self._attention}.v_scale")
             tensors |= dict(zip(names, (s.to(self._plan.scale_dtype) for s in self._kv.scales), strict=True))
         for name, (linear, rounded) in self._rounded.items():
-            assert linear.scheme is not None, "only quantized linears are rounded"
-            for suffix, tensor in encode_linear(rounded.stored, linear.scheme).items():
+            for suffix, tensor in encode_linear(rounded.stored, linear.quantized_to).items():
                 tensors[f"{name}.{suffix}"] = tensor.cpu()
         return tensors | {f"{name}.bias": bias_N for name, bias_N in self._biases.items()}
 
@@ -342,16 +342,16 @@ class LayerWork:
     def _quantized(self, group: str, x: Tensor) -> Tensor:
         """The input as the quantized linears get it; until its static scale is chosen, as it is."""
         linear = self._groups[group][0]
-        assert linear.scheme is not None, "groups are of quantized linears"
-        if linear.scheme.activation is None:
+        scheme = linear.quantized_to
+        if scheme.activation is None:
             return x
         static = None
-        if linear.scheme.is_static:
+        if scheme.is_static:
             if linear.name not in self._rounded:
                 return x
             static = self._rounded[linear.name][1].stored.input_qparams
         flat = x.reshape(-1, x.shape[-1])
-        return fake_quantize_input(flat, linear.scheme.activation, static).reshape(x.shape)
+        return fake_quantize_input(flat, scheme.activation, static).reshape(x.shape)
 
     def _new_stats(self, x: Tensor, has_original: bool) -> InputStats:
         return new_stats(self._plan, x.shape[-1], x.device, has_original=has_original)
@@ -433,10 +433,10 @@ class LayerWork:
 
     def _time(self, linears: Sequence[LinearPlan], seconds: float) -> None:
         """Share the seconds of linears that were rounded or learned together by their weights."""
-        weights = {linear.name: linear.shape[0] * linear.shape[1] for linear in linears}
-        for name, count in weights.items():
-            share = seconds * count / sum(weights.values())
-            self._seconds[name] = round(self._seconds.get(name, 0.0) + share, 4)
+        total = sum(linear.num_weights for linear in linears)
+        for linear in linears:
+            share = seconds * linear.num_weights / total
+            self._seconds[linear.name] = round(self._seconds.get(linear.name, 0.0) + share, 4)
 
     def _weight(self, linear: LinearPlan) -> Tensor:
         """The weight before rounding, as it came."""
@@ -468,15 +468,3 @@ def _until(groups: Sequence[str], on_input: OnInput) -> OnInput:
 def _keep_input(inputs: dict[str, Tensor], group: str, x: Tensor) -> Tensor:
     inputs[group] = x
     return x
-
-
-def below_layer(name: str) -> str:
-    """A full name without the prefix of its layer."""
-    return name.removeprefix(prefix_of(name))
-
-
-def prefix_of(name: str) -> str:
-    """What all full names of a layer start with."""
-    place = place_of(name)
-    assert place is not None, "linears are in layers"
-    return place.prefix

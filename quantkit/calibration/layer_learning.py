@@ -40,9 +40,9 @@ class Start(NamedTuple):
     @property
     def spec(self) -> IntSpec:
         """The grid of its codes."""
-        assert self.linear.scheme is not None, "only quantized linears are rounded"
-        assert isinstance(self.linear.scheme.weight, IntSpec), "the recipe refuses others"
-        return self.linear.scheme.weight
+        spec = self.linear.quantized_to.weight
+        assert isinstance(spec, IntSpec), "the recipe refuses others"
+        return spec
 
 
 class Samples(NamedTuple):

@@ -6,7 +6,6 @@ where the plan corrects weights, because the original model then runs alongside.
 Shape suffixes: S samples of a batch, L tokens of a sample, E hidden size.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.arch import Role, place_of
+from quantkit.arch import Role, below_layer
 from quantkit.arch.pairs import layer_wiring, read_heads
 from quantkit.calibration.folds import Folds
 from quantkit.calibration.kv import ATTENTION, LayerKV
@@ -89,19 +88,10 @@ def layout(checkpoint: Checkpoint, plan: QuantPlan, ids_SL: Tensor, device: torc
 
 def compute_dtype(checkpoint: Checkpoint, plan: QuantPlan, device: torch.device) -> torch.dtype:
     """What layers are computed in: float32, but for large models on a GPU their own dtype."""
-    by_layer: dict[int, int] = defaultdict(int)
-    for linear in plan.linears:
-        by_layer[layer_of_linear(linear)] += linear.shape[0] * linear.shape[1]
-    if device.type == "cpu" or max(by_layer.values()) <= FLOAT32_LAYER_WEIGHTS:
+    largest = max(sum(linear.num_weights for linear in linears) for linears in plan.layers.values())
+    if device.type == "cpu" or largest <= FLOAT32_LAYER_WEIGHTS:
         return torch.float32
     return checkpoint.info(f"{plan.linears[0].name}.weight").dtype
-
-
-def layer_of_linear(linear: LinearPlan) -> int:
-    """The number of the layer that a linear is in."""
-    place = place_of(linear.name)
-    assert place is not None, "linears are in layers"
-    return place.layer
 
 
 class LayerRun:
@@ -115,9 +105,7 @@ class LayerRun:
         self.skeleton = Skeleton(checkpoint, device, compute_dtype(checkpoint, plan, device))
         self.folds = Folds(checkpoint, plan)
         self.layout = layout(checkpoint, plan, tokens.ids_SL, device)
-        self.by_layer: dict[int, list[LinearPlan]] = defaultdict(list)
-        for linear in plan.linears:
-            self.by_layer[layer_of_linear(linear)].append(linear)
+        self.by_layer = plan.layers
         self.streams = Streams([], None)
         self.calls: list[Call] = []
         self.watch = Stopwatch(device)
@@ -199,7 +187,7 @@ class LayerRun:
     ) -> dict[str, Tensor]:
         checkpoint = self.skeleton.checkpoint
         linears = {
-            _below_layer(linear.name): linear
+            below_layer(linear.name): linear
             for linear in self.by_layer[layer]
             if linear.scheme is not None and linear.role is not Role.EXPERT
         }
@@ -214,7 +202,7 @@ class LayerRun:
         """What folding changes, in float32; what is not quantized afterwards as it will be served."""
         changed = self.folds.layer(layer, tensors)
         quantized = {
-            f"{_below_layer(one.name)}.weight" for one in self.by_layer[layer] if one.scheme is not None
+            f"{below_layer(one.name)}.weight" for one in self.by_layer[layer] if one.scheme is not None
         }
         return changed | self.folds.rounded(
             {name: changed[name] for name in changed if name not in quantized}
@@ -225,7 +213,7 @@ class LayerRun:
         for linear in self.by_layer[layer]:
             if linear.scheme is not None:
                 name = f"{linear.name}.weight"
-                weight_NK = tensors[_below_layer(name)].to(self.skeleton.device)  # a GPU reads it faster
+                weight_NK = tensors[below_layer(name)].to(self.skeleton.device)  # a GPU reads it faster
                 check_finite(self.skeleton.checkpoint.info(name), weight_NK)
 
     def _advanced(self, layer: int, tensors: Mapping[str, Tensor], hidden: list[Tensor]) -> list[Tensor]:
@@ -263,23 +251,13 @@ def staged_layer(stage: Stage, layer: int, linears: list[LinearPlan]) -> StagedL
             own = [name for name in staged if name.startswith(prefix) and name != f"{prefix}bias"]
             parts = {name.removeprefix(prefix): staged.pop(name) for name in own}
             one = stored[linear.name] = decode_linear(parts, linear.scheme)
-            weights[f"{prefix}weight"] = dequantize_weight(
-                one.codes_NK, linear.scheme.weight.granularity, one.qparams
-            )
-    below = {_below_layer(name): tensor for name, tensor in (weights | staged).items()}
-    return StagedLayer(
-        {name: tensor for name, tensor in below.items() if name not in KV_SCALES},
-        stored,
-    )
+            granularity = linear.scheme.weight.granularity
+            weights[f"{prefix}weight"] = dequantize_weight(one.codes_NK, granularity, one.qparams)
+    below = {below_layer(name): tensor for name, tensor in (weights | staged).items()}
+    return StagedLayer({name: tensor for name, tensor in below.items() if name not in KV_SCALES}, stored)
 
 
 def staged_kv(stage: Stage, layer: int, plan: QuantPlan) -> LayerKV:
     """How a staged layer stores its keys and values."""
     assert plan.kv is not None, "asked for by a plan that calibrates the cache"
     return LayerKV.from_note(stage.notes(layer_part(layer))["kv_cache"], plan.kv)
-
-
-def _below_layer(name: str) -> str:
-    place = place_of(name)
-    assert place is not None, "the stage of a layer has tensors of that layer"
-    return name.removeprefix(place.prefix)

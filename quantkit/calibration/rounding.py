@@ -79,9 +79,8 @@ def _parts(linears: Sequence[LinearPlan], stats: InputStats) -> list[Sequence[Li
 
     On a GPU one linear is work enough, and memory is dear.
     """
-    scheme = linears[0].scheme
-    assert scheme is not None, "only quantized linears are rounded"
-    if stats.device.type == "cuda" or not isinstance(scheme.weight.granularity, PerChannel | PerGroup):
+    granularity = linears[0].quantized_to.weight.granularity
+    if stats.device.type == "cuda" or not isinstance(granularity, PerChannel | PerGroup):
         return [[linear] for linear in linears]
     return [linears]
 
@@ -135,10 +134,9 @@ def _targets(weights: Mapping[str, Tensor], stats: InputStats) -> tuple[Mapping[
 
 
 def _nearest(plan: QuantPlan, linear: LinearPlan, target_NK: Tensor, importance_K: Tensor) -> Rounded:
-    assert linear.scheme is not None, "only quantized linears are rounded"
-    weight, scales = linear.scheme.weight, linear.scales
-    wanted_K = importance_K if scales == "importance" else None
-    return rtn(target_NK, weight, plan.scale_dtype, scales=scales, importance_K=wanted_K)
+    wanted_K = importance_K if linear.scales == "importance" else None
+    spec = linear.quantized_to.weight
+    return rtn(target_NK, spec, plan.scale_dtype, scales=linear.scales, importance_K=wanted_K)
 
 
 def _compensated(
@@ -150,9 +148,7 @@ def _compensated(
     stats: InputStats,
 ) -> dict[str, Rounded]:
     """GPTQ codes, of several linears as of one."""
-    scheme = linears[0].scheme
-    assert scheme is not None, "only quantized linears are rounded"
-    spec = scheme.weight
+    spec = linears[0].quantized_to.weight
 
     def compensate(w_NK: Tensor, qparams: QParams) -> Rounded:
         codes_NK = gptq(w_NK, factor, spec, qparams)
@@ -179,10 +175,10 @@ def _rows(whole: Rounded, rows: slice) -> Rounded:
 
 
 def _input_qparams(plan: QuantPlan, linear: LinearPlan, stats: InputStats) -> QParams | None:
-    assert linear.scheme is not None, "only quantized linears are rounded"
-    if not linear.scheme.is_static or linear.scheme.activation is None:
+    scheme = linear.quantized_to
+    if not scheme.is_static or scheme.activation is None:
         return None
-    spec = linear.scheme.activation
+    spec = scheme.activation
     return static_qparams(stats.sample(), stats.absmax_K.amax(), spec, scale_dtype=plan.scale_dtype)
 
 
@@ -212,8 +208,7 @@ def describe(
 
 
 def _dequantized(linear: LinearPlan, codes: Rounded | StoredLinear) -> Tensor:
-    assert linear.scheme is not None, "only quantized linears are rounded"
-    return dequantize_weight(codes.codes_NK, linear.scheme.weight.granularity, codes.qparams)
+    return dequantize_weight(codes.codes_NK, linear.quantized_to.weight.granularity, codes.qparams)
 
 
 def _loss(target_NK: Tensor, dequantized_NK: Tensor, stats: InputStats) -> float:

@@ -53,8 +53,9 @@ def smoothed(
 
 
 def _scale(plan: QuantPlan, linear: LinearPlan, weights: Sequence[Tensor], stats: InputStats) -> Tensor:
-    assert linear.scheme is not None, "only quantized linears are rounded"
     there = [weight.to(stats.absmax_K.device) for weight in weights]
     if "awq" in plan.recipe.algorithms:
-        return awq_scale(there, stats.absmean_K, stats.hessian_KK, linear.scheme.weight, plan.scale_dtype)
+        return awq_scale(
+            there, stats.absmean_K, stats.hessian_KK, linear.quantized_to.weight, plan.scale_dtype
+        )
     return smoothquant_scale(stats.absmax_K, there)

@@ -33,7 +33,6 @@ from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import decode_linear
 from quantkit.formats.stage import Stage, layer_part
 from quantkit.recipe import LinearPlan, QuantPlan
-from quantkit.schemes import Scheme
 from quantkit.schemes.tiles import dequantize_weight
 
 SCALE_RATE, NORM_RATE, CODE_RATE = 1e-3, 1e-3, 1e-3  # relative, relative, in steps of the code
@@ -94,10 +93,9 @@ def schedule(plan: QuantPlan, tokens: CalibrationTokens, device: torch.device, n
     per_epoch = max(1, num_samples // batch)
     steps = settings.epochs * per_epoch
     if plan.recipe.budget_minutes is not None:
-        weights = sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
-        flops_per_step = (
-            8 * weights * batch * length
-        )  # original forward; forward, and backward twice, of the other
+        weights = sum(linear.num_weights for linear in plan.linears)
+        # the original's forward; forward, and backward twice, of the other
+        flops_per_step = 8 * weights * batch * length
         flops = FLOPS[device.type] * (num_threads if device.type == "cpu" else 1)
         steps = min(steps, max(1, int(60 * plan.recipe.budget_minutes * flops / flops_per_step)))
     return Schedule(steps, batch, per_epoch)
@@ -119,7 +117,7 @@ class TuneRun:
         self._length = tokens.ids_SL.shape[1]
         self._skeleton = Skeleton(checkpoint, device, torch.float32)
         self._model_type = checkpoint.model_type
-        self._linears = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
+        self._linears = {linear.name: linear for linear in plan.quantized}
         self._weights: dict[str, LearnedWeight] = {}
         self._norms: dict[str, LearnedNorm] = {}
         self._settled: dict[str, Tensor] = {}
@@ -345,8 +343,8 @@ class TuneRun:
                 if tensor.ndim == 1 and name.endswith("norm.weight"):
                     self._norms[full] = self._new_norm(staged.get(full, tensor))
                 linear = self._linears.get(full.removesuffix(".weight"))
-                if linear is not None and linear.scheme is not None:
-                    self._weights[linear.name] = self._new_weight(linear, linear.scheme, staged, tensor)
+                if linear is not None:
+                    self._weights[linear.name] = self._new_weight(linear, staged, tensor)
             self._settled |= self._settled_in(layer, tensors, staged)
 
     def _settled_in(
@@ -369,10 +367,8 @@ class TuneRun:
             for name, full in names.items()
         }
 
-    def _new_weight(
-        self, linear: LinearPlan, scheme: Scheme, staged: Mapping[str, Tensor], tensor: Tensor
-    ) -> LearnedWeight:
-        prefix = f"{linear.name}."
+    def _new_weight(self, linear: LinearPlan, staged: Mapping[str, Tensor], tensor: Tensor) -> LearnedWeight:
+        prefix, scheme = f"{linear.name}.", linear.quantized_to
         parts = {name.removeprefix(prefix): part for name, part in staged.items() if name.startswith(prefix)}
         stored = decode_linear(parts, scheme)
         if smooths(self._plan):

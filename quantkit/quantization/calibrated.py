@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit.arch.skeleton import language_config
-from quantkit.calibration.loop import calibrate, layer_of_linear
+from quantkit.calibration.loop import calibrate
 from quantkit.calibration.self_text import NOT_WRITTEN, is_written, self_tokens
 from quantkit.calibration.tokens import CalibrationTokens, calibration_tokens
 from quantkit.calibration.tune import TUNED, tune
@@ -145,10 +145,9 @@ def calibrate_into(
 ) -> Staged:
     """Calibrate every layer that is not staged in the folder yet; returns all that is."""
     stage = Stage(folder)
-    quantized = [linear for linear in plan.linears if linear.scheme is not None]
-    sizes = {linear.name: checkpoint.info(f"{linear.name}.weight").num_bytes for linear in quantized}
+    sizes = {linear.name: checkpoint.info(f"{linear.name}.weight").num_bytes for linear in plan.quantized}
     total = sum(sizes.values())
-    done = sum(sizes[linear.name] for linear in quantized if stage.has(layer_part(layer_of_linear(linear))))
+    done = sum(sizes[linear.name] for linear in plan.quantized if stage.has(layer_part(linear.layer)))
 
     def tell(linear: LinearPlan, note: Mapping[str, Any], seconds: float) -> None:
         nonlocal done

@@ -111,8 +111,8 @@ def _rows(checkpoint: Checkpoint, plan: QuantPlan, entries: list[Entry]) -> Iter
             )
             continue
         treatment = reasons.get(entry.source, "copied")
-        if entry.linear is not None and entry.linear.scheme is not None:
-            treatment = scheme_label(entry.linear.scheme)
+        if entry.linear is not None:
+            treatment = scheme_label(entry.linear.quantized_to)
         before = checkpoint.info(entry.source).num_bytes
         yield Row(name=entry.source, treatment=treatment, before_bytes=before, after_bytes=after)
 
@@ -120,25 +120,23 @@ def _rows(checkpoint: Checkpoint, plan: QuantPlan, entries: list[Entry]) -> Iter
 def _peak_bytes(plan: QuantPlan) -> int:
     """This process as it is, plus the largest linear: its codes, their packed form, and one float32 chunk."""
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return now + max((_working_bytes(linear) for linear in plan.linears if linear.scheme), default=0)
+    return now + max(map(_working_bytes, plan.quantized), default=0)
 
 
 def _working_bytes(linear: LinearPlan) -> int:
-    assert linear.scheme is not None, "selected by the caller"
-    weights = linear.shape[0] * linear.shape[1]
-    is_whole = isinstance(linear.scheme.weight.granularity, PerTensor)
-    chunk = weights if is_whole else min(weights, CHUNK_ELEMENTS)
-    return 2 * weights + weights * linear.scheme.weight.bits // 8 + 24 * chunk
+    spec, weights = linear.quantized_to.weight, linear.num_weights
+    chunk = weights if isinstance(spec.granularity, PerTensor) else min(weights, CHUNK_ELEMENTS)
+    return 2 * weights + weights * spec.bits // 8 + 24 * chunk
 
 
 def _seconds(checkpoint: Checkpoint, plan: QuantPlan, after_bytes: int) -> float:
     """The time of a timed sample of each scheme, scaled up, plus reading and writing at an ordinary disk's speed."""
     weights: dict[tuple[Scheme, Scales], int] = defaultdict(int)
     examples: dict[tuple[Scheme, Scales], LinearPlan] = {}
-    for linear in plan.linears:
-        if linear.scheme is not None:
-            weights[linear.scheme, linear.scales] += linear.shape[0] * linear.shape[1]
-            examples.setdefault((linear.scheme, linear.scales), linear)
+    for linear in plan.quantized:
+        kind = linear.quantized_to, linear.scales
+        weights[kind] += linear.num_weights
+        examples.setdefault(kind, linear)
     computing = sum(
         count * _seconds_per_weight(checkpoint, examples[kind], plan.scale_dtype)
         for kind, count in weights.items()
@@ -147,15 +145,11 @@ def _seconds(checkpoint: Checkpoint, plan: QuantPlan, after_bytes: int) -> float
 
 
 def _seconds_per_weight(checkpoint: Checkpoint, linear: LinearPlan, scale_dtype: torch.dtype) -> float:
-    assert linear.scheme is not None, "selected by the caller"
+    spec = linear.quantized_to.weight
     num_rows, num_cols = linear.shape
     rows = min(num_rows, max(1, SAMPLE_ELEMENTS // num_cols))
     w_NK = checkpoint.read_rows(f"{linear.name}.weight", 0, rows)
     started = time.perf_counter()
-    result = rtn(
-        w_NK, linear.scheme.weight, scale_dtype, scales="minmax" if linear.scales == "minmax" else "mse"
-    )
-    signal_and_noise(
-        w_NK, dequantize_weight(result.codes_NK, linear.scheme.weight.granularity, result.qparams)
-    )
+    result = rtn(w_NK, spec, scale_dtype, scales="minmax" if linear.scales == "minmax" else "mse")
+    signal_and_noise(w_NK, dequantize_weight(result.codes_NK, spec.granularity, result.qparams))
     return (time.perf_counter() - started) / w_NK.numel()

@@ -27,8 +27,7 @@ def quantize_linear(
     chunk_elements: weights in float32 at a time, in whole rows; codes and scales do not depend on it.
     Raises SourceError if a weight is NaN or infinite.
     """
-    assert linear.scheme is not None, "the plan quantizes it"
-    spec = linear.scheme.weight
+    spec = linear.quantized_to.weight
     codes, parts = [], []
     signal = noise = 0.0
     for start, stop in _row_chunks(linear, chunk_elements):
@@ -48,10 +47,9 @@ def quantize_linear(
 
 def _row_chunks(linear: LinearPlan, chunk_elements: int) -> Iterator[tuple[int, int]]:
     """Row ranges that can be quantized apart: all rows at once where they share a scale."""
-    assert linear.scheme is not None, "the plan quantizes it"
     num_rows, num_cols = linear.shape
     step = max(1, chunk_elements // num_cols)
-    match linear.scheme.weight.granularity:
+    match linear.quantized_to.weight.granularity:
         case PerTensor():
             step = num_rows
         case PerBlock(rows, _):

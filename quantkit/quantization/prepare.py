@@ -82,15 +82,14 @@ def _check_places(source: Path, folder: Path) -> None:
 
 def _entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:
     """What every source tensor becomes, in the order of writing: outside the layers first, then by layer."""
-    by_weight = {f"{linear.name}.weight": linear for linear in plan.linears if linear.scheme}
+    by_weight = {f"{linear.name}.weight": linear for linear in plan.quantized}
     entries = []
     for name, info in sorted(checkpoint.tensors.items(), key=lambda item: _position(item[0])):
         linear = by_weight.get(name)
         if linear is None:
             entries.append(Entry(name, None, (OutputTensor(name, info.dtype, info.shape),)))
             continue
-        assert linear.scheme is not None, "selected above"
-        layout = linear_layout(linear.scheme, *linear.shape, plan.scale_dtype)
+        layout = linear_layout(linear.quantized_to, *linear.shape, plan.scale_dtype)
         tensors = (OutputTensor(f"{linear.name}.{suffix}", *kind) for suffix, kind in layout.items())
         entries.append(Entry(name, linear, tuple(tensors)))
     if plan.kv is not None:

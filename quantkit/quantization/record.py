@@ -95,9 +95,8 @@ def linear_notes(plan: QuantPlan, notes: Mapping[str, Any]) -> dict[str, dict[st
 
 def bits_per_weight(linear: LinearPlan, scale_dtype: torch.dtype) -> float:
     """Stored bits of a quantized linear, scales and zero points included, over its number of weights."""
-    assert linear.scheme is not None, "the plan quantizes it"
-    layout = linear_layout(linear.scheme, *linear.shape, scale_dtype)
-    return 8 * sum(tensor_bytes(*kind) for kind in layout.values()) / (linear.shape[0] * linear.shape[1])
+    layout = linear_layout(linear.quantized_to, *linear.shape, scale_dtype)
+    return 8 * sum(tensor_bytes(*kind) for kind in layout.values()) / linear.num_weights
 
 
 def is_same_run(folder: Path, summary: dict[str, Any], stamps: list[list[Any]]) -> bool:
@@ -180,12 +179,11 @@ def has_sidecar_tensors(plan: QuantPlan) -> bool:
 
 def attention_modules(plan: QuantPlan) -> dict[int, str]:
     """Full name of each layer's attention module."""
-    modules = {}
-    for linear in plan.linears:
-        place = place_of(linear.name)
-        if linear.role is Role.ATTENTION and place is not None:
-            modules[place.layer] = linear.name.rpartition(".")[0]
-    return modules
+    return {
+        linear.layer: linear.name.rpartition(".")[0]
+        for linear in plan.linears
+        if linear.role is Role.ATTENTION
+    }
 
 
 def _other_modules(plan: QuantPlan) -> list[str]:

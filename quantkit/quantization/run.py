@@ -129,9 +129,8 @@ def _write_tensors(
         elif entry.linear is None:
             writer.write(entry.source, iter_bytes(checkpoint.info(entry.source)))
         else:
-            assert entry.linear.scheme is not None, "only quantized linears have an entry of their own"
             stored, sqnr = quantize_linear(checkpoint, entry.linear, plan.scale_dtype)
-            for suffix, data in encode_linear(stored, entry.linear.scheme).items():
+            for suffix, data in encode_linear(stored, entry.linear.quantized_to).items():
                 writer.write(f"{entry.linear.name}.{suffix}", data)
             note = {"sqnr_db": round(sqnr, 3) if math.isfinite(sqnr) else None}
         writer.finish_entry(({entry.linear.name: note} if entry.linear else {}) | about)
@@ -147,7 +146,7 @@ def _stage_needs(recipe: Recipe, entries: Sequence[Entry], stage: Stage) -> int:
     """Room on disk that the stage will take beyond what it has."""
     sizes = [sum(tensor.num_bytes for tensor in entry.tensors) for entry in entries]
     quantized = [entry.linear is not None for entry in entries]
-    weights = sum(math.prod(entry.linear.shape) for entry in entries if entry.linear is not None)
+    weights = sum(entry.linear.num_weights for entry in entries if entry.linear is not None)
     quantized_bytes = sum(itertools.compress(sizes, quantized))
     return max(0, staged_bytes(recipe, quantized_bytes, weights, sum(sizes)) - stage.num_bytes)
 

@@ -40,16 +40,28 @@ _LINEAR_ROLES = (Role.ATTENTION, Role.MLP, Role.EXPERT)
 class LinearPlan:
     """What happens to one linear: a scheme, or (scheme None) the reason why it stays in 16 bits.
 
-    group: linears that run as one matmul in serving engines.
+    layer: number of its decoder layer. group: linears that run as one matmul in serving engines.
     """
 
     name: str
     role: Role
+    layer: int
     group: str
     shape: tuple[int, int]
     scheme: Scheme | None
     scales: ChosenScales
     reason: str | None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of its weight."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def quantized_to(self) -> Scheme:
+        """The scheme of a linear that is quantized."""
+        assert self.scheme is not None, f"{self.name} stays in 16 bits"
+        return self.scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +83,19 @@ class QuantPlan:
     def schemes(self) -> dict[str, Scheme | None]:
         """Scheme of every linear by name, in model order; None: stays."""
         return {linear.name: linear.scheme for linear in self.linears}
+
+    @property
+    def quantized(self) -> list[LinearPlan]:
+        """The linears that are quantized, in model order."""
+        return [linear for linear in self.linears if linear.scheme is not None]
+
+    @property
+    def layers(self) -> dict[int, list[LinearPlan]]:
+        """All linears by layer."""
+        layers: dict[int, list[LinearPlan]] = defaultdict(list)
+        for linear in self.linears:
+            layers[linear.layer].append(linear)
+        return dict(layers)
 
 
 def make_plan(
@@ -102,6 +127,7 @@ def make_plan(
             plans[linear.name] = LinearPlan(
                 name=linear.name,
                 role=linear.role,
+                layer=linear.layer,
                 group=linear.group,
                 shape=linear.shape,
                 scheme=scheme,
