@@ -21,10 +21,8 @@ def search_on_gpu(
     steps: Sequence[float],
 ) -> QParams | None:
     """What `search_qparams` returns, but for the order of summation; None where a tile is too large for the kernel."""
-    from quantkit_kernels.scale_search import (
-        MAX_SIZE,
-        scale_search,
-    )  # CUDA builds of torch have Triton, others need not
+    # CUDA builds of torch have Triton, others need not
+    from quantkit_kernels.scale_search import MAX_SIZE, scale_search
 
     if isinstance(spec.granularity, PerTensor):
         return None

@@ -13,11 +13,8 @@ from quantkit.arch.names import place_of
 from quantkit.errors import UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint
 
-EMBEDDING, FINAL_NORM, HEAD = (
-    "model.embed_tokens",
-    "model.norm",
-    "lm_head",
-)  # of every family whose stream rotates
+# of every family whose stream rotates
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 class Link(enum.Enum):

@@ -77,9 +77,8 @@ def round_experts(
     and its statistics -> what each will be when dequantized, [N, K]; given back as they came, they are only
     observed. Called once per expert for gate and up, once for down, in the order of experts.
     """
-    gate_up = module.get_parameter(
-        "gate_up_proj"
-    ).detach()  # what threads compute of it would need no_grad anew
+    # detached: what threads compute of it would need no_grad anew
+    gate_up = module.get_parameter("gate_up_proj").detach()
     down = module.get_parameter("down_proj").detach()
     activation = module.get_submodule("act_fn")
     num_experts, hidden_size, inner_size = down.shape

@@ -30,10 +30,8 @@ from quantkit.text import SELF
 from quantkit.tokens import load_tokenizer
 
 VERSION = 1  # raise it when the same seed writes another text
-KV_BYTES = {
-    "cpu": 2 << 30,
-    "cuda": 8 << 30,
-}  # keys and values of a batch; constants, since batches change the text
+# keys and values of a batch; constants, since batches change the text
+KV_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
 MAX_BATCH = 128
 IDS = "ids"
 NOT_WRITTEN = "not written yet"  # in place of a hash

@@ -125,9 +125,8 @@ def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
     said = {
         key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)
     }
-    if (
-        not {"hidden_size", "num_attention_heads"} <= settings.keys()
-    ):  # they go by other names in some families
+    # they go by other names in some families
+    if not {"hidden_size", "num_attention_heads"} <= settings.keys():
         raise SourceError(
             f"{file}: the conversion does not know how a config of {config.model_type} is written",
             fix=_OTHER_VERSION,

@@ -131,9 +131,8 @@ class _Reader:
         if kind in _SCALARS:
             self.read(length * struct.calcsize(_SCALARS[kind]))
         else:
-            for _ in range(
-                length
-            ):  # strings and arrays take at least 8 bytes each, so this ends with the file
+            # strings and arrays take at least 8 bytes each, so this ends with the file
+            for _ in range(length):
                 self.value(kind, depth + 1)
         return GgufArray(length)
 

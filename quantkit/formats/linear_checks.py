@@ -80,9 +80,8 @@ def stored_shape(checkpoint: Checkpoint, module: str, scheme: Scheme) -> tuple[i
     shape = checkpoint.tensors.get(f"{module}.weight_shape")
     most = width * 32 // scheme.weight.bits
     if isinstance(granularity, PerGroup):
-        return num_rows, max(
-            most // granularity.size, 1
-        ) * granularity.size  # whole groups end on whole words
+        num_groups = max(most // granularity.size, 1)  # whole groups end on whole words
+        return num_rows, num_groups * granularity.size
     if shape is None or shape.shape != (2,):
         return num_rows, most
     num_cols = int(checkpoint.read(shape.name)[1])

@@ -229,9 +229,8 @@ class ShardWriter:
 
     def _commit(self) -> None:
         if self._file is not None and self._shard is not None:
-            self._is_sound = (
-                False  # the system reports lost data once: after a failure, success means nothing
-            )
+            # the system reports lost data once: after a failure, success means nothing
+            self._is_sound = False
             with named(self._partial(self._shard)):
                 os.fdatasync(self._file.fileno())
             self._is_sound = True

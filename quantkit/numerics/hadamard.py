@@ -42,9 +42,8 @@ def rotate(x_TK: Tensor, rotation: Rotation) -> Tensor:
     dtype = torch.float64 if x_TK.dtype == torch.float64 else torch.float32
     signs = rotation.signs_K.to(x_TK.device, dtype)
     rotated = (x_TK.to(dtype) * signs).reshape(-1, *(len(factor) for factor in rotation.factors))
-    for (
-        factor
-    ) in rotation.factors:  # a product puts its dimension last, so after all the order is the old one
+    # a product puts its dimension last, so after all the order is the old one
+    for factor in rotation.factors:
         rotated = torch.tensordot(rotated, factor.to(x_TK.device, dtype), dims=([1], [0]))
     return rotated.reshape(x_TK.shape)
 

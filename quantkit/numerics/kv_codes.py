@@ -13,10 +13,8 @@ from torch import Tensor
 from quantkit.numerics.affine import E4M3_MAX
 
 KVDtype = Literal["fp8", "int8"]
-LARGEST: dict[KVDtype, float] = {
-    "fp8": E4M3_MAX,
-    "int8": 127.0,
-}  # the code of amax on a scale of amax / LARGEST
+# the code of amax on a scale of amax / LARGEST
+LARGEST: dict[KVDtype, float] = {"fp8": E4M3_MAX, "int8": 127.0}
 
 
 def encode_kv(x: Tensor, dtype: KVDtype, scale: Tensor) -> Tensor:

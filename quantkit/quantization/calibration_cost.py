@@ -152,9 +152,7 @@ class _Estimate:
         num_inputs, num_outputs = linears[0].shape[1], sum(linear.shape[0] for linear in linears)
         product = 2 * num_inputs**2 * self.num_tokens * self.reached(linears[0])
         flops = 0.0
-        if (
-            "awq" in self.algorithms
-        ):  # observed once more, and the error of each ratio through all second moments
+        if "awq" in self.algorithms:  # observed once more; each ratio's error through all second moments
             flops += HESSIAN_SHARE * product
             if linears[0].role is not Role.EXPERT:
                 flops += (NUM_RATIOS + 1) * 2 * num_outputs * num_inputs**2

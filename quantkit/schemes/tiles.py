@@ -113,7 +113,6 @@ def minmax_qparams(w_NK: Tensor, spec: Spec, scale_dtype: torch.dtype) -> QParam
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale in its dtype on disk, sign kept and never 0: what underflows becomes the smallest number."""
-    smallest = (
-        2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
-    )  # float16 has use for subnormals
+    # float16 has use for subnormals
+    smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
     return torch.where(scale.abs() < smallest, smallest, scale).to(dtype)
