@@ -24,6 +24,11 @@ def _rebuild(kind: type[QuantkitError], problem: str, fix: str) -> QuantkitError
     return kind(problem, fix=fix)
 
 
+def first_line(error: Exception) -> str:
+    """What another package's error says first, or, where it says nothing, its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class SourceError(QuantkitError):
     """The checkpoint to read is missing, damaged, or of a kind that cannot be read."""
 

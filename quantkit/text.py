@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkit.errors import TextError
+from quantkit.errors import TextError, first_line
 
 DOCS = "docs"
 SELF = "self"
@@ -150,8 +150,9 @@ def _read_parquet(path: Path, render: Render) -> Iterator[str]:
                     yield _row_text(row, f"{path}: row {index}", render)
                 first_row += batch.num_rows
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise TextError(f"{path}: not readable as parquet ({reason})", fix="write the file again") from None
+        raise TextError(
+            f"{path}: not readable as parquet ({first_line(error)})", fix="write the file again"
+        ) from None
 
 
 _READERS: dict[str, Callable[[Path, Render], Iterator[str]]] = {
@@ -180,11 +181,10 @@ def _read_hub(spec: str, name: str, config: str | None, split: str, render: Rend
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         yield from row_texts(rows, spec, render)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # its own, and its HTTP client's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = (
             "check owner, name, config and split on the hub, and the connection; private data needs HF_TOKEN"
         )
-        raise TextError(f"{spec}: cannot be loaded ({reason})", fix=fix) from error
+        raise TextError(f"{spec}: cannot be loaded ({first_line(error)})", fix=fix) from error
 
 
 def row_texts(rows: Iterable[Any], place: str, render: Render = contents) -> Iterator[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.errors import SourceError, TextError
+from quantkit.errors import SourceError, TextError, first_line
 
 SEPARATOR = "\n\n"
 PIECE_CHARS = 1 << 20
@@ -62,9 +62,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # of a damaged file, tokenizers raises nothing narrower
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(
-            f"{path}: its tokenizer cannot be loaded ({reason})", fix="fetch the tokenizer files again"
+            f"{path}: its tokenizer cannot be loaded ({first_line(error)})",
+            fix="fetch the tokenizer files again",
         ) from error
     if not backend.is_fast:
         raise SourceError(

@@ -15,7 +15,7 @@ from torch import nn
 from quantkit.arch.families import Family, Part, Role
 from quantkit.arch.names import place_of
 from quantkit.arch.refusals import DECODER_FIX
-from quantkit.errors import SourceError, UnsupportedModelError
+from quantkit.errors import SourceError, UnsupportedModelError, first_line
 from quantkit.formats.checkpoint import Checkpoint
 
 FUSED = (
@@ -97,7 +97,7 @@ def _build(checkpoint: Checkpoint, empty: AbstractContextManager[Any]) -> nn.Mod
     except Exception as error:  # a model's constructor may refuse its config in any way
         raise UnsupportedModelError(
             f"{checkpoint.path}: transformers {transformers.__version__} cannot build a language model of "
-            f"type {checkpoint.model_type} ({_first_line(error)})",
+            f"type {checkpoint.model_type} ({first_line(error)})",
             fix=DECODER_FIX,
         ) from error
     return model
@@ -123,14 +123,9 @@ def language_config(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # config classes validate in their own ways
         raise UnsupportedModelError(
             f"{checkpoint.path}: transformers {transformers.__version__} does not accept this config.json of "
-            f"{checkpoint.model_type} ({_first_line(error)})",
+            f"{checkpoint.model_type} ({first_line(error)})",
             fix="fetch config.json again",
         ) from error
 
 
 _NOT_SETTINGS = {"auto_map", "quantization_config", "compression_config"}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

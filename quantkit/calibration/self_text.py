@@ -24,8 +24,7 @@ from quantkit.env import cache_dir
 from quantkit.errors import CalibrationError
 from quantkit.formats.built_once import built_once
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.durable import write_parts_atomically
-from quantkit.formats.safetensors_file import as_bytes, encode_header, read_header, read_tensor
+from quantkit.formats.safetensors_file import read_header, read_tensor, write_safetensors
 from quantkit.text import SELF
 from quantkit.tokens import load_tokenizer
 
@@ -56,8 +55,7 @@ def self_tokens(
 
     def build(folder: Path) -> None:
         ids_SL = write_text(checkpoint, samples, length, seed=seed, device=device, on_token=on_token)
-        header = encode_header({IDS: (ids_SL.dtype, tuple(ids_SL.shape))})
-        write_parts_atomically(folder / "tokens.safetensors", [header, as_bytes(ids_SL)])
+        write_safetensors(folder / "tokens.safetensors", {IDS: ids_SL})
 
     folder = built_once(_place(checkpoint, samples, length, seed, device), build)
     return with_hash(read_tensor(read_header(folder / "tokens.safetensors")[IDS]), SELF)

@@ -5,20 +5,14 @@ Linux reports a full disk from `pwrite` or `fsync` without saying which file it 
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file has its old content or all of the new, whenever the process dies."""
-    with _replaced(path) as file:
-        file.write(data)
-
-
-def write_parts_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """As `write_atomically`, of data that need not be in memory as a whole."""
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """The file has its old content or all of the new, part after part, whenever the process dies."""
     with _replaced(path) as file:
         for part in parts:
             file.write(part)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from quantkit.errors import OutputError, SourceError
+from quantkit.errors import OutputError, SourceError, first_line
 from quantkit.formats.gguf_header import GgufArray, GgufHeader, read_gguf_header
 
 CARRIED = {
@@ -111,9 +111,8 @@ def _read(file: Path, auto_class: Any, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True, **options)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise SourceError(
-            f"{file} cannot be read by transformers {transformers.__version__} ({lines[0]})",
+            f"{file} cannot be read by transformers {transformers.__version__} ({first_line(error)})",
             fix=_OTHER_VERSION,
         ) from error
 

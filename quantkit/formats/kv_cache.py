@@ -21,15 +21,13 @@ from torch import Tensor
 
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.durable import write_atomically
 from quantkit.formats.quantization_config import read_quantization
 from quantkit.formats.safetensors_file import (
     TensorInfo,
-    as_bytes,
-    encode_header,
     read_header,
     read_metadata,
     read_tensor,
+    write_safetensors,
 )
 from quantkit.schemes import KVScheme
 from quantkit.schemes.support import check_kv_scheme
@@ -81,8 +79,8 @@ def kv_tensors(kv: StoredKV, attention_modules: Mapping[int, str]) -> dict[str, 
     }
 
 
-def encode_kv_sidecar(kv: StoredKV, attention_modules: Mapping[int, str]) -> bytes:
-    """The bytes of `quantkit_kv.safetensors`; the same scheme and scales give the same bytes."""
+def write_kv_sidecar(folder: Path, kv: StoredKV, attention_modules: Mapping[int, str]) -> Path:
+    """Write the sidecar into a checkpoint folder: whole, or not at all. Returns its path."""
     assert kv.is_in_sidecar, "an FP8 cache of all layers is described by config.json and the shards"
     check_kv_scheme(kv.scheme)
     tensors: dict[str, Tensor] = {}
@@ -91,15 +89,8 @@ def encode_kv_sidecar(kv: StoredKV, attention_modules: Mapping[int, str]) -> byt
     metadata: dict[str, str] = {"dtype": kv.scheme.dtype, "granularity": kv.scheme.granularity}
     if kv.kept_layers:
         metadata["kept_layers"] = json.dumps(sorted(kv.kept_layers))
-    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    header = encode_header(kinds, metadata=metadata)
-    return b"".join([header, *(bytes(as_bytes(tensor)) for tensor in tensors.values())])
-
-
-def write_kv_sidecar(folder: Path, kv: StoredKV, attention_modules: Mapping[int, str]) -> Path:
-    """Write the sidecar into a checkpoint folder: whole, or not at all. Returns its path."""
     target = folder / SIDECAR_NAME
-    write_atomically(target, encode_kv_sidecar(kv, attention_modules))
+    write_safetensors(target, tensors, metadata=metadata)
     return target
 
 
@@ -112,11 +103,9 @@ def read_kv_cache(checkpoint: Checkpoint) -> StoredKV | None:
     in_config = read_quantization(checkpoint.config).kv
     sidecar = checkpoint.path / SIDECAR_NAME
     if not sidecar.is_file():
-        return (
-            None
-            if in_config is None
-            else StoredKV(in_config, _read_scales(checkpoint, in_config, checkpoint.tensors))
-        )
+        if in_config is None:
+            return None
+        return StoredKV(in_config, _read_scales(checkpoint, in_config, checkpoint.tensors))
     if in_config is not None:
         raise SourceError(
             f"{sidecar}: describes the KV cache, but config.json has a kv_cache_scheme too",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import SourceError
+from quantkit.formats.durable import write_atomically
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_VALUE = 2**63 - 1  # of torch, for extents and their product
@@ -146,6 +147,15 @@ def encode_header(
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the tensors into a file in the given order: whole, or not at all."""
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header = encode_header(kinds, metadata=metadata)
+    write_atomically(path, header, *map(as_bytes, tensors.values()))
 
 
 def tensor_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -8,7 +8,6 @@ A file is there whole or not at all, so a run that is killed loses the layer it 
 the plan at hand is the journal's to say, which lies beside them.
 """
 
-import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,14 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.formats.durable import sync_folder, write_parts_atomically
+from quantkit.formats.durable import sync_folder
 from quantkit.formats.safetensors_file import (
     TensorInfo,
-    as_bytes,
-    encode_header,
     read_header,
     read_metadata,
     read_tensor,
+    write_safetensors,
 )
 
 STAGE_NAME = ".quantkit-layers"
@@ -41,10 +39,8 @@ class Stage:
         if not self._folder.exists():
             self._folder.mkdir()
             sync_folder(self._folder.parent)
-        kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        header = encode_header(kinds, metadata={"notes": json.dumps(notes, sort_keys=True)})
-        data = (as_bytes(tensor.contiguous()) for tensor in tensors.values())
-        write_parts_atomically(self._path(part), itertools.chain([header], data))
+        metadata = {"notes": json.dumps(notes, sort_keys=True)}
+        write_safetensors(self._path(part), tensors, metadata=metadata)
 
     @property
     def num_bytes(self) -> int:
