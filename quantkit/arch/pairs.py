@@ -7,10 +7,9 @@ that is not followed by linears alone, or whose output is added to the residual 
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from quantkit.arch.names import place_of
-from quantkit.errors import UnsupportedModelError
 from quantkit.formats.checkpoint import Checkpoint
 
 # of every family whose stream rotates
@@ -58,15 +57,13 @@ class Wiring:
     """One family. Pairs are in the order of computation.
 
     writers: linears whose outputs are added to the residual stream; the norm pairs are what reads it.
-    unrotatable: why that stream cannot be rotated, or None. qk_norm: whether queries and keys are normalized,
-    each head alone or all at once; so a scale between q and k cannot be folded there.
-    no_values_if: a key of config.json that puts something between v and o when it is set.
+    unrotatable: why that stream cannot be rotated, or None. no_values_if: a key of config.json that puts something
+    between v and o when it is set.
     """
 
     pairs: tuple[Pair, ...]
     writers: tuple[str, ...]
     unrotatable: str | None = None
-    qk_norm: Literal["head", "all"] | None = None
     no_values_if: str | None = None
 
 
@@ -79,11 +76,8 @@ class LayerWiring(NamedTuple):
 
 
 def layer_wiring(checkpoint: Checkpoint, layer: int) -> LayerWiring:
-    """What can be folded in this layer; reads tensor names only.
-
-    Raises UnsupportedModelError for a family that WIRINGS does not list.
-    """
-    wiring = find_wiring(checkpoint)
+    """What can be folded in this layer of a known family; reads tensor names only."""
+    wiring = WIRINGS[checkpoint.model_type]
     names = [name.removesuffix(".weight") for name in checkpoint.tensors if f".{layer}." in name]
     here = [place for place in map(place_of, names) if place and place.layer == layer]
     assert here, "the plan has checked that the layer is there"
@@ -104,23 +98,9 @@ def layer_wiring(checkpoint: Checkpoint, layer: int) -> LayerWiring:
     )
 
 
-def find_wiring(checkpoint: Checkpoint) -> Wiring:
-    """The family's facts; raises UnsupportedModelError if there are none."""
-    if checkpoint.model_type in WIRINGS:
-        return WIRINGS[checkpoint.model_type]
-    raise UnsupportedModelError(
-        f"{checkpoint.path}: nothing is known about which norm feeds which linear in {checkpoint.model_type}",
-        fix="leave out `rotate`, `smoothquant` and `awq`, or use a model of one of these types: "
-        f"{', '.join(sorted(WIRINGS))}",
-    )
-
-
 def why_unrotatable(checkpoint: Checkpoint) -> str | None:
-    """Why the residual stream of this checkpoint cannot be rotated, or None if it can.
-
-    Raises UnsupportedModelError if nothing is known about the family.
-    """
-    wiring = find_wiring(checkpoint)
+    """Why the residual stream of a checkpoint of a known family cannot be rotated, or None if it can."""
+    wiring = WIRINGS[checkpoint.model_type]
     if wiring.unrotatable is None and checkpoint.text_config is not checkpoint.config:
         return IMAGES
     return wiring.unrotatable
@@ -174,7 +154,6 @@ DENSE = (*ATTENTION, *_mlp("post_attention_layernorm"))
 OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 
 LLAMA = Wiring(pairs=DENSE, writers=OUTPUTS)
-QWEN3 = replace(LLAMA, qk_norm="head")
 GEMMA2 = Wiring(
     pairs=(
         *_attention("input_layernorm", Link.NORM_PLUS_ONE),
@@ -183,7 +162,7 @@ GEMMA2 = Wiring(
     writers=OUTPUTS,
     unrotatable=POST_NORM,
 )
-OLMO2 = Wiring(pairs=(*_attention(None), *_mlp(None)), writers=OUTPUTS, unrotatable=POST_NORM, qk_norm="all")
+OLMO2 = Wiring(pairs=(*_attention(None), *_mlp(None)), writers=OUTPUTS, unrotatable=POST_NORM)
 PHI3 = Wiring(
     pairs=(
         Pair(prev="input_layernorm", to=("self_attn.qkv_proj",), link=Link.NORM),
@@ -209,8 +188,8 @@ MIXTRAL = Wiring(
     ),
     writers=("self_attn.o_proj", "block_sparse_moe.experts.{}.w2"),
 )
-QWEN3_MOE = Wiring(pairs=(*DENSE, *_sparse()), writers=(*OUTPUTS, "mlp.experts.{}.down_proj"), qk_norm="head")
-OLMOE = replace(QWEN3_MOE, qk_norm="all", no_values_if="clip_qkv")
+QWEN3_MOE = Wiring(pairs=(*DENSE, *_sparse()), writers=(*OUTPUTS, "mlp.experts.{}.down_proj"))
+OLMOE = replace(QWEN3_MOE, no_values_if="clip_qkv")
 QWEN2_MOE = Wiring(
     pairs=(
         *DENSE,
@@ -220,18 +199,20 @@ QWEN2_MOE = Wiring(
     writers=(*QWEN3_MOE.writers, "mlp.shared_expert.down_proj"),
 )
 
+TEXT_OF_IMAGES = replace(LLAMA, unrotatable=IMAGES)
+
 WIRINGS: Mapping[str, Wiring] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
-    "qwen2_vl": replace(LLAMA, unrotatable=IMAGES),
-    "qwen2_vl_text": replace(LLAMA, unrotatable=IMAGES),
-    "qwen2_5_vl": replace(LLAMA, unrotatable=IMAGES),
-    "qwen2_5_vl_text": replace(LLAMA, unrotatable=IMAGES),
-    "qwen3": QWEN3,
-    "qwen3_vl_text": replace(QWEN3, unrotatable=IMAGES),
+    "qwen2_vl": TEXT_OF_IMAGES,
+    "qwen2_vl_text": TEXT_OF_IMAGES,
+    "qwen2_5_vl": TEXT_OF_IMAGES,
+    "qwen2_5_vl_text": TEXT_OF_IMAGES,
+    "qwen3": LLAMA,
+    "qwen3_vl_text": TEXT_OF_IMAGES,
     "gemma2": GEMMA2,
-    "gemma3_text": replace(GEMMA2, qk_norm="head"),
+    "gemma3_text": GEMMA2,
     "olmo2": OLMO2,
     "smollm3": LLAMA,
     "phi3": PHI3,

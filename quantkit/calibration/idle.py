@@ -30,7 +30,7 @@ def idle_algorithms(checkpoint: Checkpoint, plan: QuantPlan) -> Iterator[str]:
 def _can_scale(checkpoint: Checkpoint, dense: list[LinearPlan]) -> bool:
     heads = read_heads(checkpoint)
     names = {linear.name for linear in dense}
-    for layer in range(int(checkpoint.text_config["num_hidden_layers"])):
+    for layer in sorted({linear.layer for linear in dense}):
         wiring = layer_wiring(checkpoint, layer)
         below = {name.removeprefix(wiring.prefix) for name in names if name.startswith(wiring.prefix)}
         if any(is_scaled(pair, heads, below) for pair in wiring.pairs):

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.functional import log_softmax
 
 from quantkit.arch import Role, place_of
-from quantkit.arch.pairs import Link, find_wiring
+from quantkit.arch.pairs import WIRINGS, Link
 from quantkit.calibration.deterministic import deterministic_sums
 from quantkit.calibration.folds import Folds
 from quantkit.calibration.learned import LearnedNorm, LearnedWeight
@@ -377,7 +377,7 @@ class TuneRun:
         return LearnedWeight(stored, scheme, tensor.to(self._device), with_codes=self._plan.recipe.tune.codes)
 
     def _new_norm(self, tensor: Tensor) -> LearnedNorm:
-        links = {pair.link for pair in find_wiring(self._skeleton.checkpoint).pairs}
+        links = {pair.link for pair in WIRINGS[self._model_type].pairs}
         offset = 1.0 if Link.NORM_PLUS_ONE in links else 0.0
         return LearnedNorm(tensor.to(self._device), offset, self._plan.scale_dtype)
 

@@ -131,7 +131,7 @@ def make_plan(
                 group=linear.group,
                 shape=linear.shape,
                 scheme=scheme,
-                scales=_chosen_scales(treatments[linear.name], has_data),
+                scales=_chosen_scales(treatments[linear.name].recipe, has_data),
                 reason=reason,
             )
     kv = _kv_scheme(recipe, where)
@@ -157,10 +157,10 @@ def make_plan(
     )
 
 
-def _chosen_scales(treatment: Treatment, has_data: bool) -> ChosenScales:
-    if treatment.scales == "auto":
+def _chosen_scales(recipe: Recipe, has_data: bool) -> ChosenScales:
+    if recipe.scales == "auto":
         return "importance" if has_data else "mse"
-    return treatment.scales
+    return recipe.scales
 
 
 def _refuse_quantized_weights(checkpoint: Checkpoint, stays: Sequence[Stays]) -> None:
@@ -196,8 +196,8 @@ def _scheme_of(
     """The scheme of the linears of one fused group, or None and the reason why they stay."""
     if treatment.keep:
         return None, treatment.keep
-    weight = _weight_spec(treatment, members, auto_size, where)
-    scheme = Scheme(weight=weight, activation=_activation_spec(treatment, weight))
+    weight = _weight_spec(treatment.recipe, members, auto_size, where)
+    scheme = Scheme(weight=weight, activation=_activation_spec(treatment.recipe, weight))
     try:
         check_scheme(scheme)
     except SchemeError as error:
@@ -207,26 +207,24 @@ def _scheme_of(
     return scheme, None
 
 
-def _weight_spec(treatment: Treatment, members: Sequence[LinearInfo], auto_size: int, where: str) -> Spec:
-    granularity = _weight_granularity(treatment, members, auto_size, where)
-    if treatment.weights == "fp8":
-        if not treatment.symmetric:
+def _weight_spec(recipe: Recipe, members: Sequence[LinearInfo], auto_size: int, where: str) -> Spec:
+    granularity = _weight_granularity(recipe, members, auto_size, where)
+    if recipe.weights == "fp8":
+        if not recipe.symmetric:
             raise SchemeError(f"{where}: FP8 has no zero point", fix="remove `symmetric: false`")
         return FloatSpec(granularity=granularity)
-    return IntSpec(bits=int(treatment.weights[3:]), granularity=granularity, symmetric=treatment.symmetric)
+    return IntSpec(bits=int(recipe.weights[3:]), granularity=granularity, symmetric=recipe.symmetric)
 
 
 def _weight_granularity(
-    treatment: Treatment, members: Sequence[LinearInfo], auto_size: int, where: str
+    recipe: Recipe, members: Sequence[LinearInfo], auto_size: int, where: str
 ) -> Granularity:
-    chosen = treatment.granularity
+    chosen = recipe.granularity
     if chosen == "auto":
-        chosen = (
-            "group" if treatment.weights in ("int2", "int4") or treatment.group_size != "auto" else "channel"
-        )
-    elif chosen != "group" and treatment.group_size != "auto":
+        chosen = "group" if recipe.weights in ("int2", "int4") or recipe.group_size != "auto" else "channel"
+    elif chosen != "group" and recipe.group_size != "auto":
         raise RecipeError(
-            f"{where}: group_size {treatment.group_size} has no effect with `granularity: {chosen}`",
+            f"{where}: group_size {recipe.group_size} has no effect with `granularity: {chosen}`",
             fix="remove one of the two",
         )
     match chosen:
@@ -236,29 +234,29 @@ def _weight_granularity(
             return PerTensor()
         case "block":
             return FP8_BLOCK
-    if treatment.group_size == "auto":
+    if recipe.group_size == "auto":
         is_divisible = all(linear.shape[1] % auto_size == 0 for linear in members)
         return PerGroup(auto_size) if is_divisible else PerChannel()
     for linear in members:
-        if treatment.group_size in GROUP_SIZES and linear.shape[1] % treatment.group_size:
+        if recipe.group_size in GROUP_SIZES and linear.shape[1] % recipe.group_size:
             fitting_sizes = [str(size) for size in GROUP_SIZES if linear.shape[1] % size == 0]
             raise RecipeError(
-                f"{where}: group_size {treatment.group_size} does not divide the {linear.shape[1]} "
+                f"{where}: group_size {recipe.group_size} does not divide the {linear.shape[1]} "
                 f"input features of {linear.name}",
                 fix=f"use {' or '.join([*fitting_sizes, '`auto`'])}, or list the linear under `ignore`",
             )
-    return PerGroup(treatment.group_size)
+    return PerGroup(recipe.group_size)
 
 
-def _activation_spec(treatment: Treatment, weight: Spec) -> Spec | None:
+def _activation_spec(recipe: Recipe, weight: Spec) -> Spec | None:
     granularity: Granularity = PerGroup(128) if weight.granularity == FP8_BLOCK else PerToken()
-    if treatment.activation_scales == "static":
+    if recipe.activation_scales == "static":
         granularity = PerTensor()
-    match treatment.activations:
+    match recipe.activations:
         case "none":
             return None
         case "int8":
-            return IntSpec(bits=8, granularity=granularity, symmetric=treatment.activation_symmetric)
+            return IntSpec(bits=8, granularity=granularity, symmetric=recipe.activation_symmetric)
         case "fp8":
             return FloatSpec(granularity=granularity)
 

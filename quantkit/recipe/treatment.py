@@ -1,38 +1,21 @@
 """What the recipe asks for each linear by name: patterns matched, fused linears held together."""
 
-import dataclasses
 import fnmatch
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from quantkit.arch import LinearInfo, Role
 from quantkit.errors import RecipeError
-from quantkit.recipe.model import (
-    Activations,
-    ActivationScales,
-    GroupSize,
-    Override,
-    Recipe,
-    Scales,
-    WeightGranularity,
-    Weights,
-)
+from quantkit.recipe.model import Override, Recipe
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Treatment:
-    """The recipe's keys as they hold for one linear; `keep` is the reason to stay in 16 bits."""
+class Treatment(NamedTuple):
+    """How one linear is treated. recipe: with the keys that hold for it; keep: the reason to stay in 16 bits."""
 
-    keep: str | None
-    weights: Weights
-    activations: Activations
-    activation_scales: ActivationScales
-    activation_symmetric: bool
-    granularity: WeightGranularity
-    group_size: GroupSize
-    symmetric: bool
-    scales: Scales
+    recipe: Recipe
+    keep: str | None = None
 
 
 def find_treatments(recipe: Recipe, linears: Sequence[LinearInfo], where: str) -> dict[str, Treatment]:
@@ -43,7 +26,7 @@ def find_treatments(recipe: Recipe, linears: Sequence[LinearInfo], where: str) -
     treatments = {linear.name: _by_role(recipe, linear.role) for linear in linears}
     for pattern in recipe.ignore:
         for name in _matching(pattern, treatments, f"{where}: ignore"):
-            treatments[name] = dataclasses.replace(treatments[name], keep="listed under ignore")
+            treatments[name] = treatments[name]._replace(keep="listed under ignore")
     for number, override in enumerate(recipe.overrides):
         for name in _matching(override.match, treatments, f"{where}: overrides.{number}"):
             treatments[name] = _overridden(treatments[name], override, recipe)
@@ -52,36 +35,26 @@ def find_treatments(recipe: Recipe, linears: Sequence[LinearInfo], where: str) -
 
 
 def _by_role(recipe: Recipe, role: Role) -> Treatment:
-    base = Treatment(
-        keep=None,
-        weights=recipe.weights,
-        activations=recipe.activations,
-        activation_scales=recipe.activation_scales,
-        activation_symmetric=recipe.activation_symmetric,
-        granularity=recipe.granularity,
-        group_size=recipe.group_size,
-        symmetric=recipe.symmetric,
-        scales=recipe.scales,
-    )
     if role is not Role.ATTENTION or recipe.attention == "same":
-        return base
+        return Treatment(recipe)
     if recipe.attention == "bf16":
-        return dataclasses.replace(base, keep="an attention projection: this recipe keeps them in 16 bits")
+        return Treatment(recipe, keep="an attention projection: this recipe keeps them in 16 bits")
     if recipe.weights in ("int8", "fp8"):
-        return base  # 8 bits already
-    eight: Weights = "int8" if recipe.activations == "none" else recipe.activations
-    return dataclasses.replace(base, weights=eight, granularity="channel", group_size="auto", symmetric=True)
+        return Treatment(recipe)  # 8 bits already
+    eight = "int8" if recipe.activations == "none" else recipe.activations
+    changes = {"weights": eight, "granularity": "channel", "group_size": "auto", "symmetric": True}
+    return Treatment(recipe.model_copy(update=changes))
 
 
 def _overridden(base: Treatment, override: Override, recipe: Recipe) -> Treatment:
     if override.keep:
-        return dataclasses.replace(base, keep="kept by an override")
+        return base._replace(keep="kept by an override")
     if base.keep:  # a named linear is quantized even where its role stays; start from the recipe's own keys
         base = _by_role(recipe, Role.MLP)
     given = {key: getattr(override, key) for key in override.model_fields_set - {"match", "keep"}}
     if given.get("granularity", "group") not in ("group", "auto") and "group_size" not in given:
         given["group_size"] = "auto"  # the recipe's belongs to its groups, which this override leaves
-    return dataclasses.replace(base, **given)
+    return Treatment(base.recipe.model_copy(update=given))
 
 
 def _differ(first: Treatment, second: Treatment) -> bool:
