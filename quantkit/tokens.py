@@ -202,23 +202,15 @@ def window_starts(num_tokens: int, count: int, length: int) -> list[int]:
     """
     if num_tokens < count * length:
         fits = num_tokens // length
-        fix = (
-            f"give more text, or --windows {fits}"
-            if fits
-            else f"give more text, or a --length up to {num_tokens}"
-        )
+        less = f"--windows {fits}" if fits else f"a --length up to {num_tokens}"
         raise TextError(
             f"the text has {num_tokens} tokens, and {count} windows of {length} need {count * length}",
-            fix=fix,
+            fix=f"give more text, or {less}",
         )
     return [index * (num_tokens // count) for index in range(count)]
 
 
-def read_windows(token_ids: Tensor | TokenStream, count: int, length: int) -> Iterator[Tensor]:
+def read_windows(stream: TokenStream, count: int, length: int) -> Iterator[Tensor]:
     """`count` windows of `length` token ids (int64), spread evenly over the text, read as they are asked for."""
-    for start in window_starts(len(token_ids), count, length):
-        yield (
-            token_ids.read(start, length)
-            if isinstance(token_ids, TokenStream)
-            else token_ids[start : start + length]
-        )
+    for start in window_starts(len(stream), count, length):
+        yield stream.read(start, length)

@@ -226,6 +226,5 @@ def _loaders(
         for one in linears
         if schemes[one.name] is None and config.groups and not config.is_ignored(one.name)
     ]
-    if kv is None:
-        return loader_verdicts(facts, None, unmatched=unmatched)
-    return loader_verdicts(facts, kv.scheme, kept_layers=sorted(kv.kept_layers), unmatched=unmatched)
+    scheme, kept = (None, []) if kv is None else (kv.scheme, sorted(kv.kept_layers))
+    return loader_verdicts(facts, scheme, kept_layers=kept, unmatched=unmatched)

@@ -57,19 +57,12 @@ def _num_layers(checkpoint: Checkpoint) -> int | None:
     is_nested = checkpoint.text_config is not checkpoint.config
     if is_nested and "num_hidden_layers" not in checkpoint.text_config:
         return None  # the config of a multimodal model leaves out what equals its default
-    return _count(checkpoint, "num_hidden_layers")
+    return checkpoint.count("num_hidden_layers")
 
 
 def _num_experts(checkpoint: Checkpoint) -> int | None:
     key = next((key for key in ("num_local_experts", "num_experts") if key in checkpoint.text_config), None)
-    return _count(checkpoint, key) if key else None
-
-
-def _count(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.text_config.get(key)
-    if type(value) is not int or value < 1:
-        raise _mismatch(checkpoint, f"config.json says {key}: {value!r}, which is not a positive number")
-    return value
+    return checkpoint.count(key) if key else None
 
 
 def _mismatch(checkpoint: Checkpoint, finding: str) -> SourceError:

@@ -4,7 +4,10 @@ Tensors are those of one layer by their names on disk below it ("self_attn.v_pro
 what comes back are the changed ones, float32. `arch.pairs` says what can be folded; callers round to the
 model's dtype, which is where a change of outputs can come from.
 
-Shape suffixes: K channels, E hidden size, V vocabulary.
+With inputs rotated as x' = x · R, a linear that reads them becomes W · R, and one that writes them Rᵀ · W. Source:
+arXiv:2404.00456 (the residual stream), arXiv:2405.16406 section 3 (R1, and R2 between values and outputs).
+
+Shape suffixes: N out_features, K channels, E hidden size, V vocabulary, D head_dim.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.rotation import rotate_inputs_of_heads, rotate_outputs, rotate_outputs_of_heads
 from quantkit.arch.pairs import Heads, Link, Pair
 from quantkit.numerics.hadamard import Rotation, rotate
 
@@ -56,9 +58,9 @@ def rotate_values(tensors: Tensors, pair: Pair, heads: Heads, rotation: Rotation
     changed: dict[str, Tensor] = {}
     for name, tensor in _module(tensors, pair.prev):
         kept, values = tensor[:-num_rows].float(), tensor[-num_rows:].float()
-        changed[name] = torch.cat([kept, rotate_outputs_of_heads(values, rotation)])
+        changed[name] = torch.cat([kept, _rotate_outputs_of_heads(values, rotation)])
     for name in pair.to:
-        changed[f"{name}.weight"] = rotate_inputs_of_heads(tensors[f"{name}.weight"].float(), rotation)
+        changed[f"{name}.weight"] = _rotate_inputs_of_heads(tensors[f"{name}.weight"].float(), rotation)
     return changed
 
 
@@ -81,7 +83,7 @@ def rotate_stream(
                 changed[f"{name}.weight"] = rotate(weight, rotation)
     for writer in writers:
         changed |= {
-            name: rotate_outputs(tensor.float(), rotation) for name, tensor in _module(tensors, writer)
+            name: _rotate_outputs(tensor.float(), rotation) for name, tensor in _module(tensors, writer)
         }
     return changed
 
@@ -105,6 +107,24 @@ def rotate_ends(embedding_VE: Tensor, final_norm_E: Tensor, head_VE: Tensor, rot
         final_norm_E=torch.ones_like(final_norm_E, dtype=torch.float32),
         head_VE=rotate(head_VE.float() * final_norm_E.float(), rotation),
     )
+
+
+def _rotate_outputs(w_NK: Tensor, rotation: Rotation) -> Tensor:
+    """Rᵀ · W; a bias [N] becomes bias · R."""
+    return rotate(w_NK, rotation) if w_NK.ndim == 1 else rotate(w_NK.T, rotation).T.contiguous()
+
+
+def _rotate_inputs_of_heads(w_NK: Tensor, rotation_D: Rotation) -> Tensor:
+    """The same rotation for the inputs of each head: K is heads · D."""
+    heads = w_NK.reshape(len(w_NK), -1, len(rotation_D.signs_K))
+    return rotate(heads, rotation_D).reshape(w_NK.shape)
+
+
+def _rotate_outputs_of_heads(w_NK: Tensor, rotation_D: Rotation) -> Tensor:
+    """The same rotation for the outputs of each head: N is heads · D; a bias [N] likewise."""
+    if w_NK.ndim == 1:
+        return rotate(w_NK.reshape(-1, len(rotation_D.signs_K)), rotation_D).reshape(w_NK.shape)
+    return _rotate_inputs_of_heads(w_NK.T, rotation_D).T.contiguous()
 
 
 def _module(tensors: Tensors, name: str) -> list[tuple[str, Tensor]]:

@@ -48,7 +48,8 @@ class LearnedWeight:
         tiles = to_tiles(self._codes(), self._scheme.weight.granularity)
         scale = _straight_through(self._scale * (1 + self.change), self._scale_dtype)
         zero_point = None if self._zero_point is None else self._zero_point.unsqueeze(-1)
-        return self._to_weight(affine.dequantize(tiles, scale.unsqueeze(-1), zero_point))
+        values = affine.dequantize(tiles, scale.unsqueeze(-1), zero_point)
+        return from_tiles(values, self._scheme.weight.granularity, *self._first_NK.shape)
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors to store, by suffix, on the CPU."""
@@ -73,9 +74,6 @@ class LearnedWeight:
         assert isinstance(spec, IntSpec), "only integer codes learn"
         inside_NK = self.position_NK.clamp(spec.qmin - ROOM, spec.qmax + ROOM)
         return inside_NK + (inside_NK.round() - inside_NK).detach()
-
-    def _to_weight(self, tiles: Tensor) -> Tensor:
-        return from_tiles(tiles, self._scheme.weight.granularity, *self._first_NK.shape)
 
 
 class LearnedNorm:

@@ -25,7 +25,7 @@ from quantkit.calibration.stopwatch import Stopwatch
 from quantkit.calibration.tokens import CalibrationTokens
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import StoredLinear, decode_linear
-from quantkit.formats.finite import check_finite
+from quantkit.formats.safetensors_file import check_finite
 from quantkit.formats.stage import Stage, layer_part
 from quantkit.observers import InputStats
 from quantkit.recipe import LinearPlan, QuantPlan

@@ -43,6 +43,16 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    def count(self, key: str) -> int:
+        """A positive number in the language model's config. Raises SourceError if it is none."""
+        value = self.text_config.get(key)
+        if type(value) is not int or value < 1:
+            raise SourceError(
+                f"{self.path}: config.json says {key}: {value!r}, which is not a positive number",
+                fix="fetch the checkpoint again: it is incomplete, or not what its config.json says",
+            )
+        return value
+
     def info(self, name: str) -> TensorInfo:
         """Where the tensor lies. Raises SourceError if there is none of that name."""
         if name not in self.tensors:

@@ -112,7 +112,7 @@ def read_kv_cache(checkpoint: Checkpoint) -> StoredKV | None:
             fix=f"remove the one that is not meant: {SIDECAR_NAME}, or kv_cache_scheme in config.json",
         )
     header = read_header(sidecar)
-    plan = _sidecar_plan(sidecar, num_layers(checkpoint))
+    plan = _sidecar_plan(sidecar, checkpoint.count("num_hidden_layers"))
     tensors = header if plan.scheme.dtype == "int8" else checkpoint.tensors
     return plan._replace(scales=_read_scales(checkpoint, plan.scheme, tensors))
 
@@ -164,7 +164,7 @@ def _read_scales(
             found.setdefault(int(match["layer"]), {})[match["part"]] = info
     shape = _scale_shape(scheme, num_kv_heads(checkpoint))
     scales: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer in range(num_layers(checkpoint)):
+    for layer in range(checkpoint.count("num_hidden_layers")):
         pair = found.get(layer, {})
         if len(pair) < 2:
             absent = "v_scale" if "k" in pair else "k_scale"
@@ -195,25 +195,10 @@ def _read_scale(info: TensorInfo, shape: tuple[int, ...]) -> Tensor:
     return scale
 
 
-def num_layers(checkpoint: Checkpoint) -> int:
-    """Decoder layers, by config.json. Raises SourceError if it does not say."""
-    return _count(checkpoint, "num_hidden_layers")
-
-
 def num_kv_heads(checkpoint: Checkpoint) -> int:
     """KV heads of a layer, by config.json: all attention heads where it names no smaller number."""
     grouped = checkpoint.text_config.get("num_key_value_heads") is not None
-    return _count(checkpoint, "num_key_value_heads" if grouped else "num_attention_heads")
-
-
-def _count(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.text_config.get(key)
-    if type(value) is not int or value < 1:
-        raise SourceError(
-            f"{checkpoint.path / 'config.json'}: {key} is {value!r}, needed to read the KV scales",
-            fix="fetch config.json again",
-        )
-    return value
+    return checkpoint.count("num_key_value_heads" if grouped else "num_attention_heads")
 
 
 def _scale_shape(scheme: KVScheme, heads: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ Reads a linear's tensors once and goes through them in rows, so the peak is its 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -53,7 +53,9 @@ def check_linear(checkpoint: Checkpoint, module: str, scheme: Scheme) -> list[Fi
     findings = list(_check_layout(checkpoint, module, layout, names))
     if findings:
         return findings
-    tensors = {suffix: _as_laid_out(checkpoint, f"{module}.{suffix}", layout[suffix][1]) for suffix in layout}
+    tensors = {  # one scale may be stored as a 0-d tensor
+        suffix: checkpoint.read(f"{module}.{suffix}").reshape(shape) for suffix, (_, shape) in layout.items()
+    }
     findings = [
         Finding(f"{module}.{suffix}", found, expected)
         for suffix, found, expected in _check_values(tensors, scheme, shape)
@@ -162,7 +164,8 @@ def _compare(
     module: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]
 ) -> Iterator[Finding]:
     """Our weights, rounded once to the scale's dtype, against the package's."""
-    reference = _package_scheme(module, scheme)
+    package_config = QuantizationConfig.model_validate(write_quantization({module: scheme}, None))
+    reference = package_config.config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(format_name(scheme))
     step = max(1, CHUNK_ELEMENTS // shape[1] // ROW_STEP) * ROW_STEP
     different = 0
@@ -175,12 +178,6 @@ def _compare(
     if different:
         expected = "the weights that compressed_tensors reads, bit for bit"
         yield Finding(f"{module}.weight", f"{different} weights differ", expected)
-
-
-def _package_scheme(module: str, scheme: Scheme) -> Any:
-    return QuantizationConfig.model_validate(write_quantization({module: scheme}, None)).config_groups[
-        "group_0"
-    ]
 
 
 def _rows(tensors: Mapping[str, Tensor], scheme: Scheme, start: int, stop: int) -> dict[str, Tensor]:
@@ -199,10 +196,6 @@ def _rows(tensors: Mapping[str, Tensor], scheme: Scheme, start: int, stop: int) 
     if "weight_shape" in part:
         part["weight_shape"] = torch.tensor([stop - start, int(part["weight_shape"][1])])
     return part
-
-
-def _as_laid_out(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
-    return checkpoint.read(name).reshape(shape)  # one scale may be stored as a 0-d tensor
 
 
 def _describe(checkpoint: Checkpoint, name: str) -> str:

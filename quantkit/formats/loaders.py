@@ -5,7 +5,7 @@ settled is `unknown`. The versions are those that were looked at; newer ones may
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -62,15 +62,14 @@ def loader_verdicts(
     targets nor ignores.
     """
     cache = None if kv is None else _Cache(kv, tuple(kept_layers))
-    rules: dict[str, Callable[[], Iterable[Reason]]] = {
-        "transformers": lambda: _transformers(linears, cache),
-        "vLLM": lambda: [*_vllm(linears, cache), *_serving(linears, unmatched, READ_VLLM, READ_OTHER_VLLM)],
-        "SGLang": lambda: [*_sglang(linears, cache), *_serving(linears, unmatched, READ_SGLANG, READ_SGLANG)],
-    }
-    return [_verdict(loader, tuple(reasons())) for loader, reasons in rules.items()]
+    return [
+        _verdict("transformers", *_transformers(linears, cache)),
+        _verdict("vLLM", *_vllm(linears, cache), *_serving(linears, unmatched, READ_VLLM, READ_OTHER_VLLM)),
+        _verdict("SGLang", *_sglang(linears, cache), *_serving(linears, unmatched, READ_SGLANG, READ_SGLANG)),
+    ]
 
 
-def _verdict(loader: str, reasons: tuple[Reason, ...]) -> LoaderVerdict:
+def _verdict(loader: str, *reasons: Reason) -> LoaderVerdict:
     answers = {reason.answer for reason in reasons}
     loads: Answer = "no" if "no" in answers else "unknown" if "unknown" in answers else "yes"
     return LoaderVerdict(loader=loader, loads=loads, reasons=reasons)

@@ -130,6 +130,16 @@ def iter_bytes(info: TensorInfo, chunk_bytes: int = 16 << 20) -> Iterator[bytes]
             position += len(chunk)
 
 
+def check_finite(info: TensorInfo, weights: Tensor) -> None:
+    """Raise SourceError if any of these weights, read from where `info` says, is NaN or infinite."""
+    if not torch.isfinite(weights).all():
+        kind = "NaN" if weights.isnan().any() else "infinite"
+        raise SourceError(
+            f"{info.file}: {info.name} has {kind} weights",
+            fix="fetch the checkpoint again: it is damaged; or list the linear under `ignore`",
+        )
+
+
 def encode_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
 ) -> bytes:

@@ -23,6 +23,8 @@ from quantkit.quantization.progress import Step
 from quantkit.recipe import LinearPlan, QuantPlan, Recipe
 from quantkit.text import DOCS, SELF
 
+TELL_SECONDS = 10.0
+
 
 class Staged(NamedTuple):
     """Tensors that calibration has made, by final name, and what there is to say of each linear.
@@ -85,7 +87,7 @@ def read_tokens(
     """
     wanted, length = recipe.calibration, _window_length(checkpoint, recipe)
     if spec == SELF:
-        progress = WritingProgress(announce)
+        progress = LongWork("self  token", announce)
         tokens = self_tokens(
             checkpoint, wanted.samples, length, seed=recipe.seed, device=device, on_token=progress
         )
@@ -156,49 +158,30 @@ def calibrate_into(
 
     calibrate(checkpoint, plan, tokens, stage, device=device, on_linear=tell)
     if "tune" in plan.recipe.algorithms:
-        tune(checkpoint, plan, tokens, stage, device=device, on_step=TuneProgress(announce))
+        tune(checkpoint, plan, tokens, stage, device=device, on_step=LongWork("tune  step", announce))
     return collect(stage)
 
 
-class WritingProgress:
-    """Says now and then how far the model is with its text, and how long it will take yet."""
+class LongWork:
+    """Says now and then, and at the end, how far some work is and how long it will take yet. what: "self  token"."""
 
-    def __init__(self, announce: Callable[[str], None], every_seconds: float = 10.0) -> None:
+    def __init__(self, what: str, announce: Callable[[str], None]) -> None:
+        self._what = what
         self._announce = announce
-        self._every = every_seconds
-        self._started = self._told = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """So many tokens are written, in each of the sequences that are written at once."""
-        now = time.monotonic()
-        if now - self._told >= self._every:
-            left = (now - self._started) / done * (total - done)
-            self._announce(f"self  token {done} of {total}  {left:.0f} s left")
-            self._told = now
-
-
-class TuneProgress:
-    """Says now and then how far tuning is, and how long it will take yet."""
-
-    def __init__(self, announce: Callable[[str], None], every_seconds: float = 10.0) -> None:
-        self._announce = announce
-        self._every = every_seconds
         self._first: tuple[int, float] | None = None
         self._told = time.monotonic()
         self._losses: list[float] = []
 
-    def __call__(self, step: int, steps: int, loss: float) -> None:
-        """One step is done."""
+    def __call__(self, done: int, total: int, loss: float | None = None) -> None:
+        """So much is done of the total; the loss is told as the mean since the last line."""
         now = time.monotonic()
-        self._losses.append(loss)
-        if self._first is None:
-            self._first = step, now
-        if now - self._told < self._every and step < steps:
+        self._first = self._first or (done, now)
+        self._losses += [] if loss is None else [loss]
+        if now - self._told < TELL_SECONDS and done < total:
             return
-        first_step, first_time = self._first
-        pace = (now - first_time) / max(1, step - first_step)
-        mean = sum(self._losses) / len(self._losses)
-        self._announce(f"tune  step {step} of {steps}  KL {mean:.4f}  {pace * (steps - step):.0f} s left")
+        pace = (now - self._first[1]) / max(1, done - self._first[0])
+        mean = f"  KL {sum(self._losses) / len(self._losses):.4f}" if self._losses else ""
+        self._announce(f"{self._what} {done} of {total}{mean}  {pace * (total - done):.0f} s left")
         self._told, self._losses = now, []
 
 

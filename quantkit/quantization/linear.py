@@ -7,7 +7,7 @@ import torch
 from quantkit.algorithms.rtn import rtn
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.compressed_tensors import StoredLinear
-from quantkit.formats.finite import check_finite
+from quantkit.formats.safetensors_file import check_finite
 from quantkit.numerics.sqnr import decibels, signal_and_noise
 from quantkit.recipe import LinearPlan
 from quantkit.schemes import PerBlock, PerTensor, QParams
