@@ -15,7 +15,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from pydantic import ValidationError
 
-from quantkit.arch import LinearInfo, Role, Survey, find_linears, survey
+from quantkit.arch import LinearInfo, Role, Survey, complete_survey, survey
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.folder_checks import check_files, check_head, check_kv, check_plan
@@ -180,7 +180,7 @@ def _check_section(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _check_layers(dense: Checkpoint) -> Iterator[Finding]:
     try:
-        find_linears(dense)
+        complete_survey(dense)
     except SourceError as error:
         yield Finding(
             str(dense.path), error.problem, "every layer, module and expert that config.json speaks of"

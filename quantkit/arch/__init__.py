@@ -2,7 +2,7 @@
 
 from quantkit.arch.families import FAMILIES, Family, Part, Role
 from quantkit.arch.inspection import Inspection, inspect_checkpoint
-from quantkit.arch.linears import LinearInfo, Stays, Survey, find_linears, find_stays, survey
+from quantkit.arch.linears import LinearInfo, Stays, Survey, complete_survey, survey
 from quantkit.arch.names import below_layer, layer_of, place_of
 from quantkit.arch.refusals import already_quantized
 
@@ -17,8 +17,7 @@ __all__ = [
     "Survey",
     "already_quantized",
     "below_layer",
-    "find_linears",
-    "find_stays",
+    "complete_survey",
     "inspect_checkpoint",
     "layer_of",
     "place_of",

@@ -7,13 +7,12 @@ from math import prod
 from pathlib import Path
 
 from quantkit.arch.families import Role
-from quantkit.arch.linears import LinearInfo, find_linears, survey
+from quantkit.arch.linears import LinearInfo, complete_survey, survey
 from quantkit.arch.names import layer_of
 from quantkit.arch.refusals import already_quantized
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.safetensors_file import TensorInfo
-
-GROUP_SIZES = (128, 64, 32)
+from quantkit.schemes.support import GROUP_SIZES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +63,11 @@ class Inspection:
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Count a checkpoint; reads headers only.
 
-    Raises what `find_linears` raises; of a checkpoint that is quantized already, nothing is quantizable.
+    Raises what `complete_survey` raises; of a checkpoint that is quantized already, nothing is quantizable.
     """
     config = checkpoint.config
     quantized = already_quantized(config)
-    linears = [] if quantized else find_linears(checkpoint)
-    found = survey(checkpoint)
+    found = survey(checkpoint) if quantized else complete_survey(checkpoint)
     tensors = list(checkpoint.tensors.values())
     architectures = config.get("architectures") or [None]
     vocabulary = checkpoint.text_config.get("vocab_size")
@@ -87,7 +85,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         quantized=quantized,
         dtypes=_counts((str(info.dtype).removeprefix("torch."), info) for info in tensors),
         roles=_counts((found.roles[info.name].value, info) for info in tensors),
-        quantizable=_quantizable(linears),
+        quantizable=() if quantized else _quantizable(found.linears),
         stays=() if quantized else _counts((stay.reason, checkpoint.info(stay.name)) for stay in found.stays),
     )
 
@@ -124,7 +122,7 @@ def _quantizable(linears: list[LinearInfo]) -> tuple[Quantizable, ...]:
     kinds: dict[tuple[Role, int, tuple[int, ...]], list[LinearInfo]] = defaultdict(list)
     for linear in linears:
         sizes = tuple(
-            size for size in GROUP_SIZES if all(width % size == 0 for width in widths[linear.group])
+            size for size in reversed(GROUP_SIZES) if all(width % size == 0 for width in widths[linear.group])
         )
         kinds[linear.role, linear.shape[1], sizes].append(linear)
     return tuple(

@@ -51,28 +51,21 @@ class Stays(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """A checkpoint by role: `roles` has every tensor, `linears` are in model order, `stays` by name."""
+    """A checkpoint by role. roles: of every tensor. linears: that can be quantized, by layer number, then in the order
+    of the layer's computation. stays: every other tensor of two or more dimensions, by name.
+    """
 
     linears: list[LinearInfo]
     stays: list[Stays]
     roles: dict[str, Role]
 
 
-def find_linears(checkpoint: Checkpoint) -> list[LinearInfo]:
-    """The linears that can be quantized, by layer number, then in the order of the layer's computation.
-
-    Raises UnsupportedModelError if this is not a decoder-only language model or needs remote code,
-    SourceError if a layer, a module of a known architecture or an expert is missing.
-    """
-    family = _family(checkpoint)
+def complete_survey(checkpoint: Checkpoint) -> Survey:
+    """As `survey`; raises SourceError if a layer, a module of a known architecture or an expert is missing."""
     if checkpoint.model_type in FAMILIES:
-        check_layers(checkpoint, family)
-    return _survey(checkpoint, family).linears
-
-
-def find_stays(checkpoint: Checkpoint) -> list[Stays]:
-    """Every other tensor of two or more dimensions, with the reason why it stays; raises as `survey`."""
-    return survey(checkpoint).stays
+        refuse_unless_decoder(checkpoint)
+        check_layers(checkpoint, FAMILIES[checkpoint.model_type])
+    return survey(checkpoint)
 
 
 def survey(checkpoint: Checkpoint) -> Survey:
@@ -80,20 +73,7 @@ def survey(checkpoint: Checkpoint) -> Survey:
 
     Raises UnsupportedModelError if this is not a decoder-only language model or needs remote code.
     """
-    return _survey(checkpoint, _family(checkpoint))
-
-
-def _family(checkpoint: Checkpoint) -> Family:
-    refuse_unless_decoder(checkpoint)
-    if checkpoint.model_type in FAMILIES:
-        return FAMILIES[checkpoint.model_type]
-    from quantkit.arch.skeleton import family_from_skeleton  # transformers takes seconds to import
-
-    return family_from_skeleton(checkpoint)
-
-
-def _survey(checkpoint: Checkpoint, family: Family) -> Survey:
-    parts = {part.name: (order, part) for order, part in enumerate(family)}
+    parts = {part.name: (order, part) for order, part in enumerate(_family(checkpoint))}
     found: list[tuple[tuple[int, int, int], LinearInfo]] = []
     stays: list[Stays] = []
     roles: dict[str, Role] = {}
@@ -115,6 +95,15 @@ def _survey(checkpoint: Checkpoint, family: Family) -> Survey:
             )
             found.append(((place.layer, -1 if place.expert is None else place.expert, order), linear))
     return Survey([linear for _, linear in sorted(found, key=lambda pair: pair[0])], stays, roles)
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    refuse_unless_decoder(checkpoint)
+    if checkpoint.model_type in FAMILIES:
+        return FAMILIES[checkpoint.model_type]
+    from quantkit.arch.skeleton import family_from_skeleton  # transformers takes seconds to import
+
+    return family_from_skeleton(checkpoint)
 
 
 def _role(info: TensorInfo, part: Part | None) -> Role:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from quantkit.arch import LinearInfo, Role, Stays, already_quantized, find_linears, find_stays
+from quantkit.arch import LinearInfo, Role, Stays, already_quantized, complete_survey
 from quantkit.arch.linears import WEIGHT_DTYPES
 from quantkit.errors import RecipeError, SchemeError, SourceError
 from quantkit.formats.checkpoint import Checkpoint
@@ -112,8 +112,7 @@ def make_plan(
             f"{checkpoint.path}: already quantized with {method}",
             fix="start from the original 16-bit checkpoint: quantizing twice adds the errors up",
         )
-    linears = find_linears(checkpoint)
-    stays = find_stays(checkpoint)
+    linears, stays, _ = complete_survey(checkpoint)
     _refuse_quantized_weights(checkpoint, stays)
     treatments = find_treatments(recipe, linears, where)
     groups: dict[str, list[LinearInfo]] = defaultdict(list)

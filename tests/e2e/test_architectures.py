@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 import quantkit
-from quantkit.arch import Role, find_linears
+from quantkit.arch import Role, complete_survey
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.formats.compressed_tensors import read_linear
 from quantkit.formats.quantization_config import read_quantization
@@ -144,7 +144,7 @@ def dequantized(source, folder, target):
     original, quantized = open_checkpoint(source), open_checkpoint(folder)
     schemes = read_quantization(quantized.config)
     tensors = {name: original.read(name).float() for name in original.tensors}
-    for linear in find_linears(original):
+    for linear in complete_survey(original).linears:
         scheme = schemes.scheme_of(linear.name)
         if scheme is not None:
             stored = read_linear(quantized, linear.name, scheme)
@@ -165,7 +165,7 @@ def dequantized(source, folder, target):
 def quantize_inputs(model, source, folder):
     """The inputs of the linears outside of experts through their grid; of experts transformers drops it."""
     schemes = read_quantization(open_checkpoint(folder).config)
-    for linear in find_linears(open_checkpoint(source)):
+    for linear in complete_survey(open_checkpoint(source)).linears:
         scheme = schemes.scheme_of(linear.name)
         if scheme is None or scheme.activation is None or linear.role is Role.EXPERT:
             continue

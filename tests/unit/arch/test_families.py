@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from quantkit.arch import FAMILIES, LinearInfo, Role, find_linears, find_stays, survey
+from quantkit.arch import FAMILIES, LinearInfo, Role, complete_survey, survey
 from quantkit.arch.skeleton import family_from_skeleton
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 
@@ -68,24 +68,24 @@ def test_every_matrix_of_a_layer_is_a_linear(tmp_path, model_type):
         for name, info in checkpoint.tensors.items()
         if ".layers." in name and len(info.shape) == 2
     }
-    linears = find_linears(checkpoint)
+    linears = complete_survey(checkpoint).linears
     assert {linear.name for linear in linears} == in_layers
     assert all(linear.shape == checkpoint.info(f"{linear.name}.weight").shape for linear in linears)
     assert [linear.layer for linear in linears] == sorted(linear.layer for linear in linears)
-    assert {stay.role for stay in find_stays(checkpoint)} <= {Role.EMBEDDING, Role.HEAD}
+    assert {stay.role for stay in survey(checkpoint).stays} <= {Role.EMBEDDING, Role.HEAD}
 
 
 @pytest.mark.parametrize("model_type", sorted(MOE))
 def test_experts_of_a_layer_share_a_group_and_routers_stay(tmp_path, model_type):
     checkpoint = saved(tmp_path, model_type)
-    linears = [linear for linear in find_linears(checkpoint) if linear.layer == 1]
+    linears = [linear for linear in complete_survey(checkpoint).linears if linear.layer == 1]
     experts = [linear for linear in linears if linear.role is Role.EXPERT]
     assert len(experts) == 4 * 3
     assert len({linear.group for linear in experts}) == 1
     assert {linear.group for linear in linears if linear.role is not Role.EXPERT}.isdisjoint(
         linear.group for linear in experts
     )
-    routers = [stay.name for stay in find_stays(checkpoint) if stay.role is Role.ROUTER]
+    routers = [stay.name for stay in survey(checkpoint).stays if stay.role is Role.ROUTER]
     assert (
         "model.layers.1.block_sparse_moe.gate.weight" in routers
         or "model.layers.1.mlp.gate.weight" in routers
@@ -93,17 +93,19 @@ def test_experts_of_a_layer_share_a_group_and_routers_stay(tmp_path, model_type)
 
 
 def test_a_dense_layer_of_qwen3_moe_is_an_mlp(tmp_path):
-    linears = [linear for linear in find_linears(saved(tmp_path, "qwen3_moe")) if linear.layer == 0]
+    linears = [
+        linear for linear in complete_survey(saved(tmp_path, "qwen3_moe")).linears if linear.layer == 0
+    ]
     assert [linear.role for linear in linears] == [Role.ATTENTION] * 4 + [Role.MLP] * 3
 
 
 def test_the_shared_expert_of_qwen2_moe_is_an_mlp_of_its_own(tmp_path):
-    found = groups(find_linears(saved(tmp_path, "qwen2_moe")))
+    found = groups(complete_survey(saved(tmp_path, "qwen2_moe")).linears)
     assert found["model.layers.0.mlp.shared_expert.gate_up_proj"] == ["gate_proj", "up_proj"]
 
 
 def test_fused_groups_and_order_of_a_llama_layer(tmp_path):
-    assert groups(find_linears(saved(tmp_path, "llama"))) == {
+    assert groups(complete_survey(saved(tmp_path, "llama")).linears) == {
         group: members
         for layer in (0, 1)
         for group, members in {
@@ -116,7 +118,7 @@ def test_fused_groups_and_order_of_a_llama_layer(tmp_path):
 
 
 def test_phi3_is_fused_on_disk_so_each_linear_is_alone(tmp_path):
-    linears = find_linears(saved(tmp_path, "phi3"))
+    linears = complete_survey(saved(tmp_path, "phi3")).linears
     assert all(linear.group == linear.name for linear in linears)
     assert len(linears) == 2 * 4
 
@@ -138,7 +140,7 @@ def test_an_unknown_decoder_is_read_from_its_skeleton(tmp_path, model_type, sett
     assert model_type not in FAMILIES
     config = transformers.AutoConfig.for_model(model_type, **SIZES, **settings)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    linears = find_linears(open_checkpoint(tmp_path))
+    linears = complete_survey(open_checkpoint(tmp_path)).linears
     for layer in (0, 1):
         names = [linear.name.rpartition(".")[2] for linear in linears if linear.layer == layer]
         assert sorted(names) == sorted(per_layer)
@@ -156,7 +158,7 @@ def test_experts_of_an_unknown_moe_are_found_by_their_names(tmp_path):
     sizes |= {"q_lora_rank": 32, "kv_lora_rank": 32, "topk_group": 1, "num_experts_per_tok": 2}
     config = transformers.AutoConfig.for_model("deepseek_v3", **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    linears = find_linears(open_checkpoint(tmp_path))
+    linears = complete_survey(open_checkpoint(tmp_path)).linears
     experts = {linear.group for linear in linears if linear.role is Role.EXPERT}
     assert experts == {"model.layers.1.mlp.experts"}
     assert "model.layers.1.self_attn.qkv_a_proj" in {linear.group for linear in linears}

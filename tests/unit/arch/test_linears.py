@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.arch import Role, already_quantized, find_linears, find_stays, layer_of, survey
+from quantkit.arch import Role, already_quantized, complete_survey, layer_of, survey
 from quantkit.arch.names import place_of
 from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import open_checkpoint
@@ -53,9 +53,9 @@ def test_only_the_language_part_of_a_multimodal_model_has_linears(tmp_path, pref
     tensors["vision_tower.encoder.layers.0.self_attn.q_proj.weight"] = torch.zeros(32, 32)
     tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(64, 32)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, NESTED))
-    assert len(find_linears(checkpoint)) == 14
-    assert all(linear.name.startswith(prefix) for linear in find_linears(checkpoint))
-    others = {stay.name: stay.reason for stay in find_stays(checkpoint) if stay.role is Role.OTHER}
+    assert len(complete_survey(checkpoint).linears) == 14
+    assert all(linear.name.startswith(prefix) for linear in complete_survey(checkpoint).linears)
+    others = {stay.name: stay.reason for stay in survey(checkpoint).stays if stay.role is Role.OTHER}
     assert others == {
         "vision_tower.encoder.layers.0.self_attn.q_proj.weight": "not part of the language model",
         "multi_modal_projector.linear_1.weight": "not part of the language model",
@@ -76,7 +76,7 @@ def test_a_weight_that_is_no_float_is_quantized_already(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     tensors[name] = torch.zeros(64, 128, dtype=torch.int8)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, LLAMA_CONFIG))
-    assert {stay.name: stay.reason for stay in find_stays(checkpoint)}[
+    assert {stay.name: stay.reason for stay in survey(checkpoint).stays}[
         name
     ] == "stored as I8: quantized already"
 
@@ -94,13 +94,13 @@ def test_what_is_missing_of_a_known_family_is_named(tmp_path, gone, named):
     tensors = {name: tensor for name, tensor in llama_tensors().items() if gone not in name}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, LLAMA_CONFIG))
     with pytest.raises(SourceError, match=rf"model\.{named}.* is missing"):
-        find_linears(checkpoint)
+        complete_survey(checkpoint)
 
 
 def test_a_layer_too_many_is_named(tmp_path):
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, llama_tensors(layers=3), LLAMA_CONFIG))
     with pytest.raises(SourceError, match=r"holds model\.layers\.2 but config\.json counts 2 layers"):
-        find_linears(checkpoint)
+        complete_survey(checkpoint)
 
 
 def mixtral_tensors(num_experts: int) -> dict[str, torch.Tensor]:
@@ -121,14 +121,16 @@ def test_a_missing_expert_is_named(tmp_path):
     config = {**MIXTRAL_CONFIG, "num_local_experts": 4}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, mixtral_tensors(3), config))
     with pytest.raises(SourceError, match=r"model\.layers\.0\.block_sparse_moe\.experts\.3\.w\d is missing"):
-        find_linears(checkpoint)
+        complete_survey(checkpoint)
 
 
 def test_experts_come_in_order_of_number_not_of_name(tmp_path):
     config = {**MIXTRAL_CONFIG, "num_local_experts": 11}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, mixtral_tensors(11), config))
     names = [
-        linear.name for linear in find_linears(checkpoint) if linear.role is Role.EXPERT and linear.layer == 0
+        linear.name
+        for linear in complete_survey(checkpoint).linears
+        if linear.role is Role.EXPERT and linear.layer == 0
     ]
     assert names == [
         f"model.layers.0.block_sparse_moe.experts.{expert}.{name}"
@@ -142,7 +144,7 @@ def test_a_layer_count_that_is_no_count_is_refused(tmp_path, layers):
     config = {**LLAMA_CONFIG, "num_hidden_layers": layers}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, llama_tensors(), config))
     with pytest.raises(SourceError, match="num_hidden_layers"):
-        find_linears(checkpoint)
+        complete_survey(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_a_layer_count_that_is_no_count_is_refused(tmp_path, layers):
 def test_what_is_no_decoder_is_refused_by_name(tmp_path, config, finding):
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, llama_tensors(), config))
     with pytest.raises(UnsupportedModelError, match=finding) as caught:
-        find_linears(checkpoint)
+        complete_survey(checkpoint)
     assert str(tmp_path) in caught.value.problem
     assert "\n" not in caught.value.problem
 
@@ -187,7 +189,7 @@ def test_code_of_the_checkpoint_is_not_run_for_a_known_architecture(tmp_path):
     config = {**LLAMA_CONFIG, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
     write_checkpoint(tmp_path, llama_tensors(), config)
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    assert len(find_linears(open_checkpoint(tmp_path))) == 14
+    assert len(complete_survey(open_checkpoint(tmp_path)).linears) == 14
 
 
 @pytest.mark.parametrize(
