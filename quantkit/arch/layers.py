@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from quantkit.arch.families import Family, Role
 from quantkit.arch.names import place_of
-from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint
 
 Modules = set[tuple[str, int | None]]  # name below the layer, expert number
@@ -28,12 +27,12 @@ def check_layers(checkpoint: Checkpoint, family: Family) -> None:
     num_layers = _num_layers(checkpoint) or len(layers)
     surplus = [layer for layer in sorted(layers) if layer >= num_layers]
     if surplus:
-        raise _mismatch(checkpoint, f"holds {prefix}{surplus[0]} but config.json counts {num_layers} layers")
+        raise checkpoint.mismatch(f"holds {prefix}{surplus[0]} but config.json counts {num_layers} layers")
     num_experts = _num_experts(checkpoint)
     for layer in range(num_layers):  # the counts are the config's word: nothing may be made of their size
         for module, expert in _expected(layers[layer], family, num_experts):
             if (module, expert) not in layers[layer]:
-                raise _mismatch(checkpoint, f"{prefix}{layer}.{module.format(expert)} is missing")
+                raise checkpoint.mismatch(f"{prefix}{layer}.{module.format(expert)} is missing")
 
 
 def _expected(present: Modules, family: Family, num_experts: int | None) -> Iterator[tuple[str, int | None]]:
@@ -63,10 +62,3 @@ def _num_layers(checkpoint: Checkpoint) -> int | None:
 def _num_experts(checkpoint: Checkpoint) -> int | None:
     key = next((key for key in ("num_local_experts", "num_experts") if key in checkpoint.text_config), None)
     return checkpoint.count(key) if key else None
-
-
-def _mismatch(checkpoint: Checkpoint, finding: str) -> SourceError:
-    return SourceError(
-        f"{checkpoint.path}: {finding}",
-        fix="fetch the checkpoint again: it is incomplete, or not what its config.json says",
-    )

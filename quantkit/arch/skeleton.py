@@ -15,7 +15,7 @@ from torch import nn
 from quantkit.arch.families import Family, Part, Role
 from quantkit.arch.names import place_of
 from quantkit.arch.refusals import DECODER_FIX
-from quantkit.errors import SourceError, UnsupportedModelError, first_line
+from quantkit.errors import UnsupportedModelError, first_line
 from quantkit.formats.checkpoint import Checkpoint
 
 FUSED = (
@@ -86,10 +86,8 @@ def _build(checkpoint: Checkpoint, empty: AbstractContextManager[Any]) -> nn.Mod
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)  # not every config has it
     # every layer has tensors; fewer than so many layers cost nothing, and may be transformers' default
     if type(num_layers) is int and num_layers > max(len(checkpoint.tensors), 1000):
-        raise SourceError(
-            f"{checkpoint.path}: config.json counts {num_layers} layers, but there are "
-            f"{len(checkpoint.tensors)} tensors",
-            fix="fetch the checkpoint again: it is incomplete, or not what its config.json says",
+        raise checkpoint.mismatch(
+            f"config.json counts {num_layers} layers, but there are {len(checkpoint.tensors)} tensors"
         )
     try:
         with empty:

@@ -76,7 +76,7 @@ class Layout(NamedTuple):
 def layout(checkpoint: Checkpoint, plan: QuantPlan, ids_SL: Tensor, device: torch.device) -> Layout:
     """From shapes and constants alone, so that the result does not depend on how much memory is free."""
     num_samples, length = ids_SL.shape
-    hidden_size = max(linear.shape[1] for linear in plan.linears[:1])
+    hidden_size = plan.linears[0].shape[1]
     inner_size = max(max(linear.shape) for linear in plan.linears)
     element_bytes = compute_dtype(checkpoint, plan, device).itemsize
     num_streams = 2 if "weight_correction" in plan.recipe.algorithms else 1
@@ -201,12 +201,9 @@ class LayerRun:
     def _folded(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What folding changes, in float32; what is not quantized afterwards as it will be served."""
         changed = self.folds.layer(layer, tensors)
-        quantized = {
-            f"{below_layer(one.name)}.weight" for one in self.by_layer[layer] if one.scheme is not None
-        }
-        return changed | self.folds.rounded(
-            {name: changed[name] for name in changed if name not in quantized}
-        )
+        quantized = {f"{below_layer(one.name)}.weight" for one in self.by_layer[layer] if one.scheme}
+        kept = {name: tensor for name, tensor in changed.items() if name not in quantized}
+        return changed | self.folds.rounded(kept)
 
     def _check_finite(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Only what is quantized has to be finite, as in a run without data."""

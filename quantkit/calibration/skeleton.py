@@ -194,27 +194,21 @@ def run_layer_with(
 def to_module_names(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
     """A layer's tensors on disk as the module of transformers has them: experts in one tensor each."""
     experts = EXPERTS.get(model_type)
-    numbers = sorted(
-        {
-            place.expert
-            for name in tensors
-            if (place := place_of(f"layers.0.{name}")) and place.expert is not None
-        }
-    )
+    places = [place_of(f"layers.0.{name}") for name in tensors]
+    numbers = sorted({place.expert for place in places if place and place.expert is not None})
     if experts is None or not numbers:
         return {_module_name(name, experts): tensor for name, tensor in tensors.items()}
+
+    def stacked(*parts: str) -> Tensor:
+        """Of every expert these parts, one below the other."""
+        weights = [
+            [tensors[f"{experts.linear(number, part)}.weight"] for part in parts] for number in numbers
+        ]
+        return torch.stack([torch.cat(of_one) for of_one in weights])
+
     fused = {
-        f"{experts.module}.gate_up_proj": torch.stack(
-            [
-                torch.cat(
-                    [tensors[f"{experts.linear(number, part)}.weight"] for part in (experts.gate, experts.up)]
-                )
-                for number in numbers
-            ]
-        ),
-        f"{experts.module}.down_proj": torch.stack(
-            [tensors[f"{experts.linear(number, experts.down)}.weight"] for number in numbers]
-        ),
+        f"{experts.module}.gate_up_proj": stacked(experts.gate, experts.up),
+        f"{experts.module}.down_proj": stacked(experts.down),
     }
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{experts.on_disk}.")}
     return {_module_name(name, experts): tensor for name, tensor in others.items()} | fused

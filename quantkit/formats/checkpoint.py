@@ -47,11 +47,15 @@ class Checkpoint:
         """A positive number in the language model's config. Raises SourceError if it is none."""
         value = self.text_config.get(key)
         if type(value) is not int or value < 1:
-            raise SourceError(
-                f"{self.path}: config.json says {key}: {value!r}, which is not a positive number",
-                fix="fetch the checkpoint again: it is incomplete, or not what its config.json says",
-            )
+            raise self.mismatch(f"config.json says {key}: {value!r}, which is not a positive number")
         return value
+
+    def mismatch(self, finding: str) -> SourceError:
+        """What to raise where config.json and the weights do not belong together."""
+        return SourceError(
+            f"{self.path}: {finding}",
+            fix="fetch the checkpoint again: it is incomplete, or not what its config.json says",
+        )
 
     def info(self, name: str) -> TensorInfo:
         """Where the tensor lies. Raises SourceError if there is none of that name."""

@@ -76,44 +76,40 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def _check_convertible(file: Path, header: GgufHeader) -> None:
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise SourceError(f"{file} does not name its architecture", fix=_OTHER_VERSION)
+        raise _lossy(f"{file} does not name its architecture")
     if header.metadata.get("split.count", 1) != 1:
         raise SourceError(
             f"{file} is one part of several", fix="merge the parts with llama-gguf-split --merge"
         )
     for key in (f"{architecture}.{name}" for name in REQUIRED):
         if key not in header.metadata:  # the reader would put in a default
-            raise SourceError(f"{file} does not say {key}", fix=_OTHER_VERSION)
+            raise _lossy(f"{file} does not say {key}")
         value = header.metadata[key]
         if not isinstance(value, GgufArray) and (type(value) is not int or value < 1):
-            raise SourceError(f"{file} says {key} {value!r}, not a positive number", fix=_OTHER_VERSION)
+            raise _lossy(f"{file} says {key} {value!r}, not a positive number")
     num_layers = header.metadata[f"{architecture}.block_count"]
     if isinstance(num_layers, int) and num_layers > len(header.tensors):  # every layer has tensors
-        raise SourceError(
-            f"{file} counts {num_layers} layers, but holds {len(header.tensors)} tensors", fix=_OTHER_VERSION
-        )
+        raise _lossy(f"{file} counts {num_layers} layers, but holds {len(header.tensors)} tensors")
     base = header.metadata.get(f"{architecture}.rope.freq_base", 1.0)
     if type(base) not in (int, float) or not 0 < base < float("inf"):
-        raise SourceError(
-            f"{file} says {architecture}.rope.freq_base {base!r}, not a positive number", fix=_OTHER_VERSION
-        )
+        raise _lossy(f"{file} says {architecture}.rope.freq_base {base!r}, not a positive number")
     if "tokenizer.ggml.tokens" not in header.metadata:
-        raise SourceError(f"{file} has no vocabulary", fix=_OTHER_VERSION)
+        raise _lossy(f"{file} has no vocabulary")
     scaling = next((tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")), None)
     if scaling:
-        raise SourceError(f"{file}: {scaling} scales its rope; the conversion loses that", fix=_OTHER_VERSION)
+        raise _lossy(f"{file}: {scaling} scales its rope; the conversion loses that")
 
 
-_OTHER_VERSION = "use the safetensors version of this model"
+def _lossy(problem: str) -> SourceError:
+    return SourceError(problem, fix="use the safetensors version of this model")
 
 
 def _read(file: Path, auto_class: Any, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True, **options)
     except Exception as error:
-        raise SourceError(
-            f"{file} cannot be read by transformers {transformers.__version__} ({first_line(error)})",
-            fix=_OTHER_VERSION,
+        raise _lossy(
+            f"{file} cannot be read by transformers {transformers.__version__} ({first_line(error)})"
         ) from error
 
 
@@ -126,19 +122,14 @@ def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
     }
     # they go by other names in some families
     if not {"hidden_size", "num_attention_heads"} <= settings.keys():
-        raise SourceError(
-            f"{file}: the conversion does not know how a config of {config.model_type} is written",
-            fix=_OTHER_VERSION,
-        )
+        raise _lossy(f"{file}: the conversion does not know how a config of {config.model_type} is written")
     head_dim = said.get("attention.key_length", settings["hidden_size"] // settings["num_attention_heads"])
     if "head_dim" in settings:
         settings["head_dim"] = head_dim
     for name, value in said.items():
         target = next((target for target in CARRIED.get(name, ()) if target in settings), None)
         if isinstance(value, GgufArray):
-            raise SourceError(
-                f"{file}: {prefix}{name} differs by layer; the conversion loses that", fix=_OTHER_VERSION
-            )
+            raise _lossy(f"{file}: {prefix}{name} differs by layer; the conversion loses that")
         if target:
             settings[target] = value
         elif not (
@@ -147,9 +138,7 @@ def _corrected(file: Path, config: Any, header: GgufHeader) -> Any:
             or (name in HEAD_DIMS and value == head_dim)
             or _set_rope_base(settings, name, value)
         ):
-            raise SourceError(
-                f"{file}: {prefix}{name} is {value!r}; the conversion loses that", fix=_OTHER_VERSION
-            )
+            raise _lossy(f"{file}: {prefix}{name} is {value!r}; the conversion loses that")
     return type(config).from_dict(settings)
 
 
@@ -176,13 +165,13 @@ def _check_complete(file: Path, model: Any, loading: dict[str, Any], header: Ggu
     name = type(model).__name__
     if loading["mismatched_keys"]:
         key, there, wanted = min(loading["mismatched_keys"])
-        raise SourceError(f"{file} has {key} as {list(there)}, not {list(wanted)}", fix=_OTHER_VERSION)
+        raise _lossy(f"{file} has {key} as {list(there)}, not {list(wanted)}")
     if loading["missing_keys"]:
-        raise SourceError(f"{file} lacks {min(loading['missing_keys'])} of {name}", fix=_OTHER_VERSION)
+        raise _lossy(f"{file} lacks {min(loading['missing_keys'])} of {name}")
     taken = sum(parameter.numel() for parameter in model.parameters())
     there = sum(tensor.num_elements for tensor in header.tensors)
     if taken != there:
-        raise SourceError(f"{file} holds {there} weights, but {name} has {taken}", fix=_OTHER_VERSION)
+        raise _lossy(f"{file} holds {there} weights, but {name} has {taken}")
 
 
 def _write(model: Any, tokenizer: Any, header: GgufHeader, folder: Path) -> None:

@@ -27,33 +27,28 @@ def check_scheme(scheme: Scheme) -> None:
     if activation is None:
         return
     if isinstance(activation, IntSpec) and activation.bits != 8:
-        raise SchemeError(
-            f"activations of {activation.bits} bits: no loader has a kernel for them",
-            fix="use int8 or fp8 activations",
-        )
+        raise _no_kernel(f"activations of {activation.bits} bits", fix="use int8 or fp8 activations")
     if isinstance(scheme.weight, FloatSpec) and isinstance(activation, IntSpec):
         raise SchemeError(
             "FP8 weights with INT8 activations: no hardware multiplies them",
             fix="use fp8 activations, or int8 weights",
         )
     if isinstance(scheme.weight, IntSpec) and isinstance(activation, FloatSpec) and scheme.weight.bits != 4:
-        raise SchemeError(
-            f"INT{scheme.weight.bits} weights with FP8 activations: no loader has a kernel for them",
+        raise _no_kernel(
+            f"INT{scheme.weight.bits} weights with FP8 activations",
             fix="use int4 weights with fp8 activations, or int8 with int8, or fp8 with fp8",
         )
     if isinstance(scheme.weight, IntSpec) and scheme.weight.bits == 2:
-        raise SchemeError(
-            "INT2 weights with INT8 activations: no loader has a kernel for them",
-            fix="keep the activations in 16 bits, or use int4 weights",
+        raise _no_kernel(
+            "INT2 weights with INT8 activations", fix="keep the activations in 16 bits, or use int4 weights"
         )
     if isinstance(scheme.weight, IntSpec) and scheme.weight.bits == 4 and scheme.is_static:
-        raise SchemeError(
-            "INT4 weights with static activation scales: no loader has a kernel for them",
-            fix="use dynamic activation scales, one per token",
+        raise _no_kernel(
+            "INT4 weights with static activation scales", fix="use dynamic activation scales, one per token"
         )
     if isinstance(scheme.weight, IntSpec) and not scheme.weight.symmetric:
-        raise SchemeError(
-            "asymmetric weights with quantized activations: no loader has a kernel for them",
+        raise _no_kernel(
+            "asymmetric weights with quantized activations",
             fix="set `symmetric: true`, or keep the activations in 16 bits",
         )
     _check_activation_granularity(scheme)
@@ -77,13 +72,13 @@ def _check_weight(scheme: Scheme) -> None:
     weight = scheme.weight
     if isinstance(weight, FloatSpec):
         if not (isinstance(weight.granularity, PerTensor | PerChannel) or weight.granularity == FP8_BLOCK):
-            raise SchemeError(
-                f"FP8 weights with {_words(weight.granularity)}: no loader has a kernel for them",
+            raise _no_kernel(
+                f"FP8 weights with {_words(weight.granularity)}",
                 fix="use one scale per tensor, per channel, or per 128x128 block",
             )
         if weight.granularity == FP8_BLOCK and scheme.activation is None:
-            raise SchemeError(
-                "FP8 weights in 128x128 blocks without FP8 activations: no loader has a kernel for them",
+            raise _no_kernel(
+                "FP8 weights in 128x128 blocks without FP8 activations",
                 fix="set `activations: fp8`, or `granularity: channel`",
             )
         return
@@ -96,18 +91,17 @@ def _check_weight(scheme: Scheme) -> None:
         case PerGroup(size) if size not in GROUP_SIZES:
             raise SchemeError(f"group_size {size}: no kernel has it", fix="use 32, 64 or 128")
         case PerBlock() | PerToken() as granularity:
-            raise SchemeError(
-                f"INT{weight.bits} weights with {_words(granularity)}: no loader has a kernel for them",
-                fix="use groups or channels",
+            raise _no_kernel(
+                f"INT{weight.bits} weights with {_words(granularity)}", fix="use groups or channels"
             )
         case PerGroup() if weight.bits == 8 and scheme.activation is not None:
-            raise SchemeError(
-                "INT8 weights in groups with quantized activations: no loader has a kernel for them",
+            raise _no_kernel(
+                "INT8 weights in groups with quantized activations",
                 fix="use `granularity: channel`, or keep the activations in 16 bits",
             )
         case PerTensor() if scheme.activation is None:
-            raise SchemeError(
-                f"INT{weight.bits} weight-only with one scale per tensor: no loader has a kernel for it",
+            raise _no_kernel(
+                f"INT{weight.bits} weights with one scale per tensor and 16-bit inputs",
                 fix="use groups or channels",
             )
 
@@ -123,15 +117,18 @@ def _check_activation_granularity(scheme: Scheme) -> None:
                 fix="leave the activation scales of a block scheme at their default",
             )
     elif not isinstance(granularity, PerToken | PerTensor):
-        raise SchemeError(
-            f"activations with {_words(granularity)}: no loader has a kernel for them",
+        raise _no_kernel(
+            f"activations with {_words(granularity)}",
             fix="use one dynamic scale per token, or one static scale per tensor",
         )
     if not scheme.activation.symmetric and not isinstance(granularity, PerTensor):
-        raise SchemeError(
-            "asymmetric activations with dynamic scales: no loader has a kernel for them",
-            fix="use symmetric activations, or static scales",
+        raise _no_kernel(
+            "asymmetric activations with dynamic scales", fix="use symmetric activations, or static scales"
         )
+
+
+def _no_kernel(what: str, *, fix: str) -> SchemeError:
+    return SchemeError(f"{what}: no loader has a kernel for them", fix=fix)
 
 
 def _words(granularity: object) -> str:
