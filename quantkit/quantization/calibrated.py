@@ -163,7 +163,10 @@ def calibrate_into(
 
 
 class LongWork:
-    """Says now and then, and at the end, how far some work is and how long it will take yet. what: "self  token"."""
+    """Says now and then how far some work is and how long it will take yet; what has a loss, at its end too.
+
+    what: is counted, for example "tune  step".
+    """
 
     def __init__(self, what: str, announce: Callable[[str], None]) -> None:
         self._what = what
@@ -177,7 +180,7 @@ class LongWork:
         now = time.monotonic()
         self._first = self._first or (done, now)
         self._losses += [] if loss is None else [loss]
-        if now - self._told < TELL_SECONDS and done < total:
+        if now - self._told < TELL_SECONDS and (loss is None or done < total):
             return
         pace = (now - self._first[1]) / max(1, done - self._first[0])
         mean = f"  KL {sum(self._losses) / len(self._losses):.4f}" if self._losses else ""

@@ -207,5 +207,5 @@ def test_a_config_without_layers_is_refused(tmp_path):
         folder(tmp_path), StoredKV(KVScheme(dtype="int8", granularity="head"), scales((2, 1, 1))), MODULES
     )
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
-    with pytest.raises(SourceError, match="num_hidden_layers is None"):
+    with pytest.raises(SourceError, match="num_hidden_layers: None"):
         read_kv_cache(open_checkpoint(tmp_path))
