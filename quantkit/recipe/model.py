@@ -24,7 +24,6 @@ AlgorithmName = Literal[
     "tune",
 ]
 ALGORITHM_ORDER: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
-WITHOUT_DATA = {"rotate", "rtn"}
 
 
 class _Strict(BaseModel):
@@ -159,7 +158,7 @@ class Recipe(_Strict):
     def data_reason(self) -> str | None:
         """What in this recipe cannot be done without calibration text; None: nothing."""
         for name in self.algorithms:
-            if name not in WITHOUT_DATA:
+            if name != "rtn":
                 return f"algorithm {name}"
         if "importance" in [self.scales, *(override.scales for override in self.overrides)]:
             return "scales: importance"

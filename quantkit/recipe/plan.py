@@ -16,7 +16,7 @@ from quantkit.arch.linears import WEIGHT_DTYPES
 from quantkit.errors import RecipeError, SchemeError, SourceError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.formats.safetensors_file import DTYPE_NAMES
-from quantkit.recipe.model import WITHOUT_DATA, Recipe
+from quantkit.recipe.model import Recipe
 from quantkit.recipe.treatment import Treatment, find_treatments
 from quantkit.schemes import (
     FloatSpec,
@@ -140,7 +140,8 @@ def make_plan(
             f"{where}: leaves every linear of {checkpoint.path} in 16 bits ({'; '.join(reasons)})",
             fix="choose another recipe, or narrow its `ignore` and overrides; `quantkit inspect` shows what fits",
         )
-    unused = [name for name in recipe.algorithms if name not in WITHOUT_DATA]
+    # a rotation changes what the KV cache holds, too
+    unused = [name for name in recipe.algorithms if name not in ("rotate", "rtn")]
     if unused and all(plan.scheme is None for plan in plans.values()):
         raise RecipeError(
             f"{where}: algorithm {unused[0]} has no effect: every linear stays in 16 bits",
