@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.arch.families import Role
 from quantkit.arch.linears import LinearInfo, complete_survey, survey
-from quantkit.arch.names import layer_of
+from quantkit.arch.names import place_of
 from quantkit.arch.refusals import already_quantized
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.formats.safetensors_file import TensorInfo
@@ -78,7 +78,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         parameters=None if quantized else sum(prod(info.shape) for info in tensors),
         bytes=checkpoint.num_bytes,
         shards=len({info.file for info in tensors}),
-        layers=len({layer_of(info.name) for info in tensors} - {None}),
+        layers=len({place.layer for place in map(place_of, checkpoint.tensors) if place}),
         vocabulary=vocabulary if isinstance(vocabulary, int) else None,
         tied_head=Role.HEAD not in found.roles.values(),
         chat_template=_has_chat_template(checkpoint.path),

@@ -39,9 +39,3 @@ def below_layer(name: str) -> str:
     place = place_of(name)
     assert place is not None, f"{name} is in a layer"
     return name.removeprefix(place.prefix)
-
-
-def layer_of(tensor_name: str) -> int | None:
-    """The decoder layer of a tensor or module; None outside the layers, and in vision or audio towers."""
-    place = place_of(tensor_name)
-    return place.layer if place else None

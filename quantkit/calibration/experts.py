@@ -7,27 +7,17 @@ this module knows tokens and experts, neither schemes nor algorithms.
 Shape suffixes: T tokens, E hidden size, A experts of one token, N, K of a linear.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from quantkit.arch.experts import ExpertNames
+from quantkit.observers import InputStats
 
 STARVED_BELOW = 16  # an expert that sees fewer than in_features / 16 tokens is starved
-
-
-class Statistics(Protocol):
-    """What is learned of an input: `observers.inputs.InputStats`."""
-
-    def add(self, x_TK: Tensor) -> None:
-        """Rows of the input, on the device of the weights."""
-
-
-StatsT = TypeVar("StatsT", bound=Statistics)
-Round = Callable[[Mapping[str, Tensor], StatsT], Mapping[str, Tensor]]
 
 
 class Routed(NamedTuple):
@@ -67,8 +57,8 @@ def round_experts(
     names: ExpertNames,
     calls: Sequence[Routed],
     *,
-    new_stats: Callable[[int], StatsT],
-    round_linears: Round[StatsT],
+    new_stats: Callable[[int], InputStats],
+    round_linears: Callable[[Mapping[str, Tensor], InputStats], Mapping[str, Tensor]],
 ) -> Coverage:
     """Round gate and up of each expert, then down on what the rounded two give it; in place.
 
@@ -100,7 +90,7 @@ def round_experts(
     return found
 
 
-def _observed(inputs: Iterator[Tensor] | Sequence[Tensor], stats: StatsT, weights: Tensor) -> StatsT:
+def _observed(inputs: Iterable[Tensor], stats: InputStats, weights: Tensor) -> InputStats:
     for x_TK in inputs:
         if len(x_TK):
             stats.add(x_TK.to(weights))

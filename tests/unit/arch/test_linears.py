@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.arch import Role, already_quantized, complete_survey, layer_of, survey
+from quantkit.arch import Role, already_quantized, complete_survey, survey
 from quantkit.arch.names import place_of
 from quantkit.errors import SourceError, UnsupportedModelError
 from quantkit.formats.checkpoint import open_checkpoint
@@ -33,8 +33,9 @@ NESTED = {
         ("model.layers.x.mlp.down_proj.weight", None),
     ],
 )
-def test_layer_of(name, layer):
-    assert layer_of(name) == layer
+def test_the_layer_of_a_name(name, layer):
+    place = place_of(name)
+    assert (place and place.layer) == layer
 
 
 def test_a_place_splits_off_the_experts_number():
