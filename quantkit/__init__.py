@@ -8,6 +8,7 @@
 Importing this package imports neither torch nor transformers; the functions do when they are first used.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from quantkit.version import __version__
@@ -21,21 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "SamplingParams", "__version__", "evaluate", "quantize"]
 
 
+_MODULES = {
+    "LLM": "quantkit.runtime.llm",
+    "SamplingParams": "quantkit.runtime.sampling_params",
+    "evaluate": "quantkit.evaluation.evaluate",
+    "quantize": "quantkit.api",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "quantize":
-        from quantkit.api import quantize
-
-        return quantize
-    if name == "evaluate":
-        from quantkit.evaluation.evaluate import evaluate
-
-        return evaluate
-    if name == "LLM":
-        from quantkit.runtime.llm import LLM
-
-        return LLM
-    if name == "SamplingParams":
-        from quantkit.runtime.sampling_params import SamplingParams
-
-        return SamplingParams
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -37,10 +37,8 @@ class Staged(NamedTuple):
     observed: Mapping[str, Any]
     seconds: Mapping[str, Any]
 
-    @classmethod
-    def nothing(cls) -> "Staged":
-        """Of a run without data."""
-        return cls({}, {}, {}, {})
+
+NOTHING = Staged({}, {}, {}, {})  # of a run without data
 
 
 def calibration_spec(
@@ -192,34 +190,18 @@ def collect(stage: Stage) -> Staged:
     """Everything staged; what was tuned in its tuned form."""
     tensors: dict[str, TensorInfo] = {}
     notes: dict[str, dict[str, Any]] = defaultdict(dict)
-    excluded: dict[str, int] = {}
-    experts: dict[str, Any] = {}
-    optional: dict[str, dict[str, Any]] = {"signround": {}, "kv_cache": {}}
+    observed: dict[str, dict[str, Any]] = {"excluded_rows": {}, "experts": {}}
     seconds: dict[str, Any] = {"linears": {}, "parts": {}}
-    for part in [*(part for part in stage.parts() if part != TUNED), TUNED]:
-        if not stage.has(part):
-            continue
+    for part in sorted(stage.parts(), key=lambda part: part == TUNED):  # the tuned form last
         tensors |= stage.infos(part)
         said = stage.notes(part)
         for name, note in said.get("linears", {}).items():
             notes[name] |= note
         if said.get("excluded"):
-            excluded[part] = said["excluded"]
-        if "experts" in said:
-            experts[part] = said["experts"]
-        for kind, by_part in optional.items():
+            observed["excluded_rows"][part] = said["excluded"]
+        for kind in ("experts", "signround", "kv_cache"):
             if kind in said:
-                by_part[part] = said[kind]
+                observed.setdefault(kind, {})[part] = said[kind]
         seconds["linears"] |= said.get("linear_seconds", {})
         seconds["parts"] |= {part: said["seconds"]} if "seconds" in said else {}
-    observed = {"excluded_rows": excluded, "experts": experts}
-    observed |= {kind: by_part for kind, by_part in optional.items() if by_part}
     return Staged(tensors, notes, observed, seconds)
-
-
-def staged_bytes(recipe: Recipe, quantized_bytes: int, quantized_weights: int, all_bytes: int) -> int:
-    """Most that a run has in its stage: its layers, what is tuned once more, and what tuning is to continue from."""
-    layers = all_bytes if "rotate" in recipe.algorithms else quantized_bytes
-    if "tune" not in recipe.algorithms:
-        return layers
-    return 2 * layers + (12 * quantized_weights if recipe.tune.codes else 0)

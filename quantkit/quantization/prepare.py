@@ -59,7 +59,9 @@ def prepare(
             announce(line)
     entries = _entries(checkpoint, plan)
     if folder is not None:
-        _check_places(source, folder)
+        check_apart(source, folder)
+        refuse_foreign(folder)
+        check_companions(source)
     return Prepared(checkpoint, plan, spec, entries, choose_device(device))
 
 
@@ -71,13 +73,6 @@ def refuse_foreign(folder: Path) -> FolderState:
             f"{folder}: not empty, and not a run of quantkit", fix="give a folder that does not exist yet"
         )
     return state
-
-
-def _check_places(source: Path, folder: Path) -> None:
-    """Raise OutputError if the folder can be no output of this source, SourceError if not all of that can be copied."""
-    check_apart(source, folder)
-    refuse_foreign(folder)
-    check_companions(source)
 
 
 def _entries(checkpoint: Checkpoint, plan: QuantPlan) -> list[Entry]:

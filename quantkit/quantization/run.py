@@ -5,7 +5,6 @@ they are packed. With data, layers are calibrated and staged first, then written
 instant and started again, a run continues, and ends with the same bytes.
 """
 
-import itertools
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from quantkit.formats.folder import FolderState, remove_run
 from quantkit.formats.safetensors_file import iter_bytes
 from quantkit.formats.shards import DEFAULT_LIMITS, Limits, ShardWriter
 from quantkit.formats.stage import Stage
-from quantkit.quantization.calibrated import Staged, calibrate_into, read_tokens, staged_bytes
+from quantkit.quantization.calibrated import NOTHING, Staged, calibrate_into, read_tokens
 from quantkit.quantization.linear import quantize_linear
 from quantkit.quantization.prepare import Entry, prepare, refuse_foreign
 from quantkit.quantization.progress import Step
@@ -83,7 +82,7 @@ def quantize_checkpoint(
             also_needed_bytes=0 if tokens is None else _stage_needs(recipe, entries, Stage(folder)),
             needs_index=has_sidecar_tensors(plan),
         ) as writer:
-            staged = Staged.nothing()
+            staged = NOTHING
             if tokens is not None and writer.num_done < len(entries):
                 staged = calibrate_into(folder, checkpoint, plan, tokens, chosen, on_step, announce)
             _write_tensors(checkpoint, plan, entries, staged, writer, on_step)
@@ -143,12 +142,13 @@ def _write_tensors(
 
 
 def _stage_needs(recipe: Recipe, entries: Sequence[Entry], stage: Stage) -> int:
-    """Room on disk that the stage will take beyond what it has."""
-    sizes = [sum(tensor.num_bytes for tensor in entry.tensors) for entry in entries]
-    quantized = [entry.linear is not None for entry in entries]
-    weights = sum(entry.linear.num_weights for entry in entries if entry.linear is not None)
-    quantized_bytes = sum(itertools.compress(sizes, quantized))
-    return max(0, staged_bytes(recipe, quantized_bytes, weights, sum(sizes)) - stage.num_bytes)
+    """Room on disk that the stage will take beyond what it has: layers, those tuned, and what tuning keeps."""
+    changed = [entry for entry in entries if entry.linear is not None or "rotate" in recipe.algorithms]
+    needed = sum(tensor.num_bytes for entry in changed for tensor in entry.tensors)
+    if "tune" in recipe.algorithms:
+        weights = sum(entry.linear.num_weights for entry in entries if entry.linear is not None)
+        needed = 2 * needed + (12 * weights if recipe.tune.codes else 0)
+    return max(0, needed - stage.num_bytes)
 
 
 def _claim(folder: Path, summary: dict[str, Any], stamps: list[list[Any]], overwrite: bool) -> FolderState:
