@@ -103,35 +103,38 @@ def _files(spec: str) -> list[Path]:
 def _read_txt(path: Path, render: Render) -> Iterator[str]:
     """Paragraph blocks: lines up to the next blank one."""
     block: list[str] = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                if line.strip():
-                    block.append(line)
-                elif block:
-                    yield "".join(block).removesuffix("\n")
-                    block = []
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+    for line in _lines(path):
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield "".join(block).removesuffix("\n")
+            block = []
     if block:
         yield "".join(block).removesuffix("\n")
 
 
 def _read_jsonl(path: Path, render: Render) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                fix = "write one JSON object per line"
+                raise TextError(f"{place}: not valid JSON ({error})", fix=fix) from None
+            yield _row_text(row, place, render)
+
+
+def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _row_text(_parse_line(line, f"{path}:{number}"), f"{path}:{number}", render)
+            yield from file
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-
-
-def _parse_line(line: str, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TextError(f"{place}: not valid JSON ({error})", fix="write one JSON object per line") from None
+        byte = error.object[error.start]
+        raise TextError(
+            f"{path}: not UTF-8 text (byte 0x{byte:02x} does not fit)",
+            fix=f"convert it: iconv -f ISO-8859-1 -t UTF-8 {path.name} > utf8-{path.name}",
+        ) from None
 
 
 def _read_parquet(path: Path, render: Render) -> Iterator[str]:
@@ -237,11 +240,3 @@ def _read_docs(use: str) -> Iterable[str]:
         raise TextError(problem, fix="give a file with text: --data FILE.txt") from None
     texts = list(dict.fromkeys(text.strip() for _, text in sorted(topics.items())))
     return texts[0 if use == "calibrate" else 1 :: 2]
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> TextError:
-    byte = error.object[error.start]
-    return TextError(
-        f"{path}: not UTF-8 text (byte 0x{byte:02x} does not fit)",
-        fix=f"convert it: iconv -f ISO-8859-1 -t UTF-8 {path.name} > utf8-{path.name}",
-    )

@@ -120,7 +120,8 @@ def read_kv_cache(checkpoint: Checkpoint) -> StoredKV | None:
 def _sidecar_plan(sidecar: Path, layers: int) -> StoredKV:
     """The sidecar's metadata, whose keys are all known; scales are left out."""
     metadata = read_metadata(sidecar)
-    scheme = _SIDECAR_SCHEMES.get((metadata.get("dtype", ""), metadata.get("granularity", "")))
+    asked = metadata.get("dtype"), metadata.get("granularity")
+    scheme = next((one for one in _SIDECAR_SCHEMES if (one.dtype, one.granularity) == asked), None)
     kept = _layer_numbers(metadata.get("kept_layers", "[]"), layers)
     is_known = metadata.keys() <= {"dtype", "granularity", "kept_layers"}
     if scheme is None or kept is None or not is_known or (scheme.dtype == "fp8" and not kept):
@@ -130,15 +131,12 @@ def _sidecar_plan(sidecar: Path, layers: int) -> StoredKV:
     return StoredKV(scheme, {}, kept)
 
 
-_SIDECAR_SCHEMES: dict[tuple[str, str], KVScheme] = {
-    (scheme.dtype, scheme.granularity): scheme
-    for scheme in (
-        KVScheme(dtype="int8", granularity="head"),
-        KVScheme(dtype="int8", granularity="token"),
-        KVScheme(dtype="fp8", granularity="tensor"),
-        KVScheme(dtype="fp8", granularity="head"),
-    )
-}
+_SIDECAR_SCHEMES = (
+    KVScheme(dtype="int8", granularity="head"),
+    KVScheme(dtype="int8", granularity="token"),
+    KVScheme(dtype="fp8", granularity="tensor"),
+    KVScheme(dtype="fp8", granularity="head"),
+)
 
 
 def _layer_numbers(text: str, layers: int) -> frozenset[int] | None:
