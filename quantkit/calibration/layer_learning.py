@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from quantkit.algorithms.rounded import Rounded
-from quantkit.algorithms.signround import Forward, Learned, Schedule, signround
+from quantkit.algorithms.signround import Forward, Schedule, signround
 from quantkit.calibration.rounding import RoundedLinear, describe, significant
 from quantkit.formats.compressed_tensors import StoredLinear
 from quantkit.observers import InputStats
@@ -81,32 +81,24 @@ def learn_layer(
     recipe's seed and the layer alone, so that a run that is continued draws the same.
     """
     note: dict[str, Any] = {"samples": len(samples.inputs), "samples_excluded": samples.num_excluded}
-    if not samples.inputs:
-        why = "no sample is finite all through"
-        return LearnedLayer({start.linear.name: _kept(plan, start, why) for start in starts}, note)
-    schedule = Schedule(steps=STEPS, batch=BATCH, seed=SEED_STRIDE * plan.recipe.seed + layer)
-    learned = _learn(starts, forward, samples, schedule)
-    note |= {"loss_start": significant(learned.loss_start), "loss": significant(learned.loss)}
-    if not learned.loss < learned.loss_start:
+    by_name = {start.linear.name: start for start in starts}
+    why = "no sample is finite all through"
+    if samples.inputs:
+        learned = signround(
+            forward,
+            samples.inputs,
+            samples.targets,
+            {name: start.target_NK for name, start in by_name.items()},
+            {name: Rounded(*start.rounded.stored[:2]) for name, start in by_name.items()},
+            {name: start.spec for name, start in by_name.items()},
+            schedule=Schedule(steps=STEPS, batch=BATCH, seed=SEED_STRIDE * plan.recipe.seed + layer),
+        )
+        note |= {"loss_start": significant(learned.loss_start), "loss": significant(learned.loss)}
+        if learned.loss < learned.loss_start:
+            found = learned.rounded
+            return LearnedLayer({name: _described(plan, by_name[name], found[name]) for name in found}, note)
         why = "the layer's output got no better"
-        return LearnedLayer({start.linear.name: _kept(plan, start, why) for start in starts}, note)
-    linears = {
-        start.linear.name: _described(plan, start, learned.rounded[start.linear.name]) for start in starts
-    }
-    return LearnedLayer(linears, note)
-
-
-def _learn(starts: Sequence[Start], forward: Forward, samples: Samples, schedule: Schedule) -> Learned:
-    stored = {start.linear.name: start.rounded.stored for start in starts}
-    return signround(
-        forward,
-        samples.inputs,
-        samples.targets,
-        {start.linear.name: start.target_NK for start in starts},
-        {name: Rounded(one.codes_NK, one.qparams) for name, one in stored.items()},
-        {start.linear.name: start.spec for start in starts},
-        schedule=schedule,
-    )
+    return LearnedLayer({name: _kept(plan, start, why) for name, start in by_name.items()}, note)
 
 
 def _described(plan: QuantPlan, start: Start, found: Rounded) -> RoundedLinear:
@@ -120,9 +112,8 @@ def _kept(plan: QuantPlan, start: Start, why: str) -> RoundedLinear:
     """What the linear started from, and why it stays."""
     note = start.rounded.note
     reasons = [*([note["fallback"]] if "fallback" in note else []), f"{note['algorithm']} alone: {why}"]
-    return _measured(
-        plan, start, start.rounded.stored, {"fallback": "; ".join(reasons), "learned_codes": 0.0}
-    )
+    note = {"fallback": "; ".join(reasons), "learned_codes": 0.0}
+    return _measured(plan, start, start.rounded.stored, note)
 
 
 def _measured(plan: QuantPlan, start: Start, stored: StoredLinear, note: dict[str, Any]) -> RoundedLinear:
