@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.cli.answer import to_stderr
+from quantkit.cli.model_options import Revision
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 def inspect(
     source: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or `demo`.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what is in a checkpoint; what can be quantized, and why not the rest."""
@@ -27,7 +29,7 @@ def inspect(
     from quantkit.formats.checkpoint import open_checkpoint
     from quantkit.formats.source import resolve_source
 
-    checkpoint = open_checkpoint(resolve_source(source, revision=revision, announce=_to_stderr))
+    checkpoint = open_checkpoint(resolve_source(source, revision=revision, announce=to_stderr))
     inspection = inspect_checkpoint(checkpoint)
     refusal = _runtime_refusal(checkpoint)
     if as_json:
@@ -48,10 +50,6 @@ def _runtime_refusal(checkpoint: "Checkpoint") -> str | None:
     except QuantkitError as error:
         return error.problem
     return None
-
-
-def _to_stderr(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def show(inspection: "Inspection", runtime_refusal: str | None, console: "Console") -> None:

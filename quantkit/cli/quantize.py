@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+
+from quantkit.cli.answer import to_stderr
+from quantkit.cli.model_options import Revision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +26,7 @@ def quantize(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: Revision = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +85,6 @@ def _print_dry_run(
     from quantkit.recipe import load_recipe
 
     chosen = load_recipe(recipe, tuple(settings))
-    to_stderr = partial(typer.echo, err=True)
     path = resolve_source(source, revision=revision, announce=to_stderr)
     plan = dry_run(path, chosen, folder=output, where=recipe, calib=calib, device=device, announce=to_stderr)
     if as_json:
