@@ -48,7 +48,8 @@ class Streams(NamedTuple):
 class LayerWork:
     """A layer while it is rounded. Use `one_pass` or `in_batches`, then ask for what came out.
 
-    tensors: the layer by names on disk below it. Owns the layer's module in the skeleton meanwhile.
+    tensors: the layer by names on disk below it. call: how the model calls it. Owns the layer's module in the skeleton
+    meanwhile.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LayerWork:
         layer: int,
         linears: Sequence[LinearPlan],
         tensors: Mapping[str, Tensor],
+        call: Call,
         on_linear: OnLinear,
         watch: Stopwatch,
     ) -> None:
@@ -66,6 +68,7 @@ class LayerWork:
         self._layer = layer
         self._tensors = tensors
         self._module = skeleton.fill_layer(layer, tensors)
+        self._call = call
         self._on_linear = on_linear
         self._watch = watch
         self._groups: dict[str, list[LinearPlan]] = defaultdict(list)
@@ -87,13 +90,13 @@ class LayerWork:
         first = linears[0].name
         self._attention = f"{first.removesuffix(below_layer(first))}{ATTENTION}"
 
-    def one_pass(self, streams: Streams, call: Call) -> Streams:
+    def one_pass(self, streams: Streams) -> Streams:
         """Round each linear at its first use. streams: one batch with all tokens."""
         (hidden,), originals = streams
         original_inputs: dict[str, Tensor] = {}
         if originals is not None:
-            originals = [self._run(originals[0], call, partial(_keep_input, original_inputs))]
-        targets = originals or self._targets([hidden], call)
+            originals = [self._run(originals[0], partial(_keep_input, original_inputs))]
+        targets = originals or self._targets([hidden])
 
         def observe_and_round(group: str, x: Tensor) -> Tensor:
             stats = self._new_stats(x, group in original_inputs)
@@ -104,51 +107,48 @@ class LayerWork:
 
         after = None
         if self._groups or self._experts:  # else there is a KV cache alone
-            after = self._run(hidden, call, observe_and_round, lambda routed: self._round_experts([routed]))
+            after = self._run(hidden, observe_and_round, lambda routed: self._round_experts([routed]))
         if self._starts:
-            self._learn([hidden], targets, call)
+            self._learn([hidden], targets)
             after = None
-        self._calibrate_kv([hidden], call)
+        self._calibrate_kv([hidden])
         if after is None or (self._kv is not None and not self._kv.stays):
-            after = self.as_served(hidden, call)
+            after = self.as_served(hidden)
         return Streams([after], originals)
 
-    def in_batches(self, streams: Streams, call: Call) -> Streams:
+    def in_batches(self, streams: Streams) -> Streams:
         """Observe all batches and round, then run all batches through what came out; each takes its input's place.
 
         Where weights are corrected, group by group: what one group makes up for, the next must not make up for again.
         """
         original = copy.deepcopy(self._module) if streams.originals is not None else None
         # of the original stream once it has advanced, which it does in place
-        targets = streams.originals or self._targets(streams.hidden, call)
+        targets = streams.originals or self._targets(streams.hidden)
         together = [list(self._groups)] if original is None else [[group] for group in self._groups]
         routed: list[Routed] = []
         for groups in together:
-            stats = self._observed(groups, streams, call, original, routed)
+            stats = self._observed(groups, streams, original, routed)
             for group in groups:
                 self._round(group, stats.pop(group))
         if self._experts:
             if not routed:
-                self._observed([], streams, call, None, routed)
+                self._observed([], streams, None, routed)
             self._round_experts(routed)
         if original is not None and streams.originals is not None:
             with self._watch.measure("forward"):
                 for number, batch in enumerate(streams.originals):
-                    streams.originals[number] = run_layer(original, self._there(batch), call).to(batch.device)
+                    streams.originals[number] = run_layer(original, self._there(batch), self._call).to(
+                        batch.device
+                    )
         if self._starts:
-            self._learn(streams.hidden, targets, call)
-        self._calibrate_kv(streams.hidden, call)
+            self._learn(streams.hidden, targets)
+        self._calibrate_kv(streams.hidden)
         for number, batch in enumerate(streams.hidden):
-            streams.hidden[number] = self.as_served(batch, call).to(batch.device)
+            streams.hidden[number] = self.as_served(batch).to(batch.device)
         return streams
 
     def _observed(
-        self,
-        groups: Sequence[str],
-        streams: Streams,
-        call: Call,
-        original: nn.Module | None,
-        routed: list[Routed],
+        self, groups: Sequence[str], streams: Streams, original: nn.Module | None, routed: list[Routed]
     ) -> dict[str, InputStats]:
         """Statistics of some groups' inputs over all batches; every pass ends where the last of them has its input."""
         stats: dict[str, InputStats] = {}
@@ -157,7 +157,7 @@ class LayerWork:
             inputs: dict[str, Tensor] = {}
             if original is not None and streams.originals is not None:
                 keep = partial(_keep_input, inputs)
-                self._run(streams.originals[number], call, _until(groups, keep), module=original)
+                self._run(streams.originals[number], _until(groups, keep), module=original)
 
             def observe(group: str, x: Tensor, inputs: dict[str, Tensor] = inputs) -> Tensor:
                 x = self._quantized(group, x)
@@ -169,35 +169,28 @@ class LayerWork:
                 return x
 
             on_input = observe if wants_experts or not groups else _until(groups, observe)
-            self._run(
-                batch, call, on_input, lambda found: routed.append(Routed(*(part.cpu() for part in found)))
-            )
+            self._run(batch, on_input, lambda found: routed.append(Routed(*(part.cpu() for part in found))))
         return stats
 
-    def _targets(self, hidden: list[Tensor], call: Call) -> list[Tensor]:
+    def _targets(self, hidden: list[Tensor]) -> list[Tensor]:
         """What the layer, not rounded yet, makes of the hidden states; nothing where no linear will learn."""
         if not learns(self._plan) or not self._groups:
             return []
-        return [self._run(batch, call, lambda _, x: x).to(batch.device) for batch in hidden]
+        return [self._run(batch, lambda _, x: x).to(batch.device) for batch in hidden]
 
-    def _learn(self, hidden: list[Tensor], targets: list[Tensor], call: Call) -> None:
+    def _learn(self, hidden: list[Tensor], targets: list[Tensor]) -> None:
         """Learn codes and scales of what is rounded, from the layer's input and the original's output."""
         started = time.perf_counter()
         with self._watch.measure("learn"), deterministic_sums():
-            learned = learn_layer(
-                self._plan,
-                self._layer,
-                self._starts,
-                lambda weights, x: self._run_with(weights, x, call),
-                finite_samples(hidden, targets),
-            )
+            samples = finite_samples(hidden, targets)
+            learned = learn_layer(self._plan, self._layer, self._starts, self._run_with, samples)
         starts, self._starts = self._starts, []
         self._time([start.linear for start in starts], time.perf_counter() - started)
         for start in starts:
             self._finish(start.linear, learned.linears[start.linear.name])
         self._learned = learned.note | ({"experts": "not learned"} if self._experts else {})
 
-    def _run_with(self, weights: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+    def _run_with(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The layer's output with these weights, by full names of their linears; differentiable in them."""
 
         def quantized(group: str, x: Tensor) -> Tensor:
@@ -210,7 +203,7 @@ class LayerWork:
             for name, weight_NK in weights.items()
         }
         with self._inputs(self._module, quantized):
-            return run_layer_with(self._module, parameters, hidden, call)
+            return run_layer_with(self._module, parameters, hidden, self._call)
 
     def restore(self, stored: Mapping[str, StoredLinear], kv: LayerKV | None) -> None:
         """Take linears that are rounded already, whose dequantized weights the layer was given."""
@@ -219,13 +212,12 @@ class LayerWork:
             self._rounded[linear.name] = linear, RoundedLinear(stored[linear.name], nothing, None, {})
         self._kv = kv
 
-    def as_served(self, batch: Tensor, call: Call) -> Tensor:
+    def as_served(self, batch: Tensor) -> Tensor:
         """A batch through the rounded layer, its inputs quantized and its keys and values from their cache."""
-        if self._kv is not None:
-            call = through_cache(call, self._kv)
-        return self._run(batch, call, self._quantized)
+        call = self._call if self._kv is None else through_cache(self._call, self._kv)
+        return self._run(batch, self._quantized, call=call)
 
-    def _calibrate_kv(self, hidden: list[Tensor], call: Call) -> None:
+    def _calibrate_kv(self, hidden: list[Tensor]) -> None:
         """Choose how the rounded layer's keys and values are stored; hidden: batches as they enter the layer."""
         if not self._plan.calibrates_kv:
             return
@@ -234,21 +226,21 @@ class LayerWork:
         with self._watch.measure("kv cache"):
             for batch in hidden:
                 with self._inputs(self._module, self._quantized):
-                    watch_cache(self._module, self._there(batch), call, stats)
+                    watch_cache(self._module, self._there(batch), self._call, stats)
             self._num_excluded += stats.num_excluded
             probe = self._there(probe_samples(hidden))
-            self._kv = choose_kv(self._module, probe, call, stats, self._plan.kv, self._plan.scale_dtype)
+            scale_dtype = self._plan.scale_dtype
+            self._kv = choose_kv(self._module, probe, self._call, stats, self._plan.kv, scale_dtype)
 
-    def input_stats(self, hidden: list[Tensor], call: Call) -> dict[str, InputStats]:
+    def input_stats(self, hidden: list[Tensor]) -> dict[str, InputStats]:
         """Statistics of the inputs of all groups, with nothing rounded yet."""
-        return self._observed(list(self._groups), Streams(hidden, None), call, None, [])
+        return self._observed(list(self._groups), Streams(hidden, None), None, [])
 
     @property
     def rounded_weights(self) -> set[str]:
         """Weights and biases that `stored_tensors` has, by names below the layer."""
-        names = {f"{below_layer(name)}.weight" for name in self._rounded}
-        biases = {below_layer(name) for name in self.stored_tensors() if name.endswith(".bias")}
-        return names | biases
+        weights = {f"{below_layer(name)}.weight" for name in self._rounded}
+        return weights | {f"{below_layer(name)}.bias" for name in self._biases}
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """Under their final names, on the CPU: the rounded linears, corrected biases, scales of the KV cache."""
@@ -279,10 +271,11 @@ class LayerWork:
     def _run(
         self,
         hidden: Tensor,
-        call: Call,
         on_input: OnInput,
         on_experts: Callable[[Routed], None] = lambda routed: None,
+        *,
         module: nn.Module | None = None,
+        call: Call | None = None,
     ) -> Tensor:
         """Hidden states after the layer, or as they came if `on_input` ended the pass."""
         module = self._module if module is None else module
@@ -292,7 +285,7 @@ class LayerWork:
             self._routed(on_experts),
             contextlib.suppress(_Seen),
         ):
-            return run_layer(module, self._there(hidden), call)
+            return run_layer(module, self._there(hidden), call or self._call)
         return hidden
 
     def _there(self, hidden: Tensor) -> Tensor:

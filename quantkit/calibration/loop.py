@@ -137,7 +137,7 @@ class LayerRun:
         work = self._work(layer, tensors | staged.tensors, lambda linear, note, seconds: None)
         work.restore(staged.linears, staged_kv(stage, layer, self.plan) if self.plan.calibrates_kv else None)
         for number, batch in enumerate(hidden):
-            hidden[number] = work.as_served(batch, self.calls[layer]).to(batch.device)
+            hidden[number] = work.as_served(batch).to(batch.device)
         self.skeleton.empty_layer(layer)
         self.streams = Streams(hidden, originals)
 
@@ -151,16 +151,20 @@ class LayerRun:
             changed = self._folded(layer, tensors)
         work = self._work(layer, tensors | changed, on_linear)
         if smooths(self.plan):
-            stats = work.input_stats(self.streams.hidden, self.calls[layer])
+            stats = work.input_stats(self.streams.hidden)
             changed |= self._smoothed(layer, tensors | changed, stats)
             work = self._work(layer, tensors | changed, on_linear)
         run = work.one_pass if self.layout.is_whole else work.in_batches
-        streams = run(self.streams, self.calls[layer])
+        streams = run(self.streams)
         self.streams = Streams(
             self._placed(streams.hidden), streams.originals and self._placed(streams.originals)
         )
-        leftovers = {name: changed[name] for name in changed if name not in work.rounded_weights}
-        named = {self.skeleton.name_on_disk(layer, name): tensor for name, tensor in leftovers.items()}
+        rounded = work.rounded_weights
+        named = {
+            self.skeleton.name_on_disk(layer, name): tensor
+            for name, tensor in changed.items()
+            if name not in rounded
+        }
         with self.watch.measure("pack"):
             staged = self.folds.rounded(named) | work.stored_tensors()
         notes = work.notes() | {"seconds": self.watch.take()}
@@ -173,14 +177,13 @@ class LayerRun:
         if not smooths(self.plan):
             return {}
         work = self._work(layer, tensors, lambda linear, note, seconds: None)
-        stats = work.input_stats(self.streams.hidden, self.calls[layer])
+        stats = work.input_stats(self.streams.hidden)
         self.skeleton.empty_layer(layer)
         return self._smoothed(layer, tensors, stats)
 
     def _work(self, layer: int, tensors: Mapping[str, Tensor], on_linear: OnLinear) -> LayerWork:
-        return LayerWork(
-            self.skeleton, self.plan, layer, self.by_layer[layer], tensors, on_linear, self.watch
-        )
+        linears, call = self.by_layer[layer], self.calls[layer]
+        return LayerWork(self.skeleton, self.plan, layer, linears, tensors, call, on_linear, self.watch)
 
     def _smoothed(
         self, layer: int, tensors: Mapping[str, Tensor], stats: Mapping[str, InputStats]
