@@ -74,18 +74,17 @@ def dry_run(
         source, recipe, folder, where=where, calib=calib, device=device, announce=announce
     )
     rows = tuple(_rows(checkpoint, plan, entries))
+    after_bytes = sum(row.after_bytes for row in rows)
     cost = None
     if spec is not None:
-        cost = calibration_cost(
-            checkpoint, plan, expected_tokens(checkpoint, recipe, spec, chosen, announce), chosen
-        )
+        tokens = expected_tokens(checkpoint, recipe, spec, chosen, announce)
+        cost = calibration_cost(checkpoint, plan, tokens, chosen)
     return DryRun(
         rows=rows,
         before_bytes=sum(row.before_bytes for row in rows),
-        after_bytes=sum(row.after_bytes for row in rows),
+        after_bytes=after_bytes,
         peak_bytes=_peak_bytes(plan) + (cost.peak_bytes if cost else 0),
-        seconds=_seconds(checkpoint, plan, sum(row.after_bytes for row in rows))
-        + (cost.seconds if cost else 0),
+        seconds=_seconds(checkpoint, plan, after_bytes) + (cost.seconds if cost else 0),
         loaders=tuple(loader_verdicts([_facts(linear) for linear in plan.linears], plan.kv)),
         calibration=cost,
     )
@@ -101,20 +100,14 @@ def _rows(checkpoint: Checkpoint, plan: QuantPlan, entries: list[Entry]) -> Iter
         f"{linear.name}.weight": f"16 bits: {linear.reason}" for linear in plan.linears if not linear.scheme
     }
     for entry in entries:
-        after = sum(tensor.num_bytes for tensor in entry.tensors)
-        if entry.source is None:
-            yield Row(
-                name=entry.tensors[0].name,
-                treatment="scale of the KV cache",
-                before_bytes=0,
-                after_bytes=after,
-            )
-            continue
-        treatment = reasons.get(entry.source, "copied")
+        name, treatment, before = entry.tensors[0].name, "scale of the KV cache", 0
+        if entry.source is not None:
+            name, before = entry.source, checkpoint.info(entry.source).num_bytes
+            treatment = reasons.get(name, "copied")
         if entry.linear is not None:
             treatment = scheme_label(entry.linear.quantized_to)
-        before = checkpoint.info(entry.source).num_bytes
-        yield Row(name=entry.source, treatment=treatment, before_bytes=before, after_bytes=after)
+        after = sum(tensor.num_bytes for tensor in entry.tensors)
+        yield Row(name=name, treatment=treatment, before_bytes=before, after_bytes=after)
 
 
 def _peak_bytes(plan: QuantPlan) -> int:

@@ -134,7 +134,8 @@ def make_plan(
                 reason=reason,
             )
     kv = _kv_scheme(recipe, where)
-    if kv is None and all(plan.scheme is None for plan in plans.values()):
+    nothing_quantized = all(plan.scheme is None for plan in plans.values())
+    if kv is None and nothing_quantized:
         reasons = sorted({plan.reason for plan in plans.values() if plan.reason}) or ["it has no linears"]
         raise RecipeError(
             f"{where}: leaves every linear of {checkpoint.path} in 16 bits ({'; '.join(reasons)})",
@@ -142,7 +143,7 @@ def make_plan(
         )
     # a rotation changes what the KV cache holds, too
     unused = [name for name in recipe.algorithms if name not in ("rotate", "rtn")]
-    if unused and all(plan.scheme is None for plan in plans.values()):
+    if unused and nothing_quantized:
         raise RecipeError(
             f"{where}: algorithm {unused[0]} has no effect: every linear stays in 16 bits",
             fix="leave it out, or quantize some linears: narrow `ignore` and overrides",
