@@ -98,3 +98,10 @@ def test_blocks_need_whole_blocks(tiny, wide):
     assert plan.schemes[DOWN] is not None
     with pytest.raises(RecipeError, match="do not divide by the block"):
         make_plan(tiny, load_recipe("fp8-block"))
+
+
+def test_an_override_that_splits_fused_linears_is_refused_unless_it_changes_nothing(tiny):
+    with pytest.raises(RecipeError, match="treated differently"):
+        schemes(tiny, "int4-all", 'overrides=[{match: "*q_proj", weights: int8}]')
+    same = schemes(tiny, "int4-all", 'overrides=[{match: "*q_proj", weights: int4}]')
+    assert same == schemes(tiny, "int4-all")
