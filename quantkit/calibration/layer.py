@@ -137,9 +137,8 @@ class LayerWork:
         if original is not None and streams.originals is not None:
             with self._watch.measure("forward"):
                 for number, batch in enumerate(streams.originals):
-                    streams.originals[number] = run_layer(original, self._there(batch), self._call).to(
-                        batch.device
-                    )
+                    after = run_layer(original, self._there(batch), self._call)
+                    streams.originals[number] = after.to(batch.device)
         if self._starts:
             self._learn(streams.hidden, targets)
         self._calibrate_kv(streams.hidden)

@@ -112,8 +112,8 @@ def _kept(plan: QuantPlan, start: Start, why: str) -> RoundedLinear:
     """What the linear started from, and why it stays."""
     note = start.rounded.note
     reasons = [*([note["fallback"]] if "fallback" in note else []), f"{note['algorithm']} alone: {why}"]
-    note = {"fallback": "; ".join(reasons), "learned_codes": 0.0}
-    return _measured(plan, start, start.rounded.stored, note)
+    about = {"fallback": "; ".join(reasons), "learned_codes": 0.0}
+    return _measured(plan, start, start.rounded.stored, about)
 
 
 def _measured(plan: QuantPlan, start: Start, stored: StoredLinear, note: dict[str, Any]) -> RoundedLinear:
