@@ -70,7 +70,7 @@ def load_part(logits, lists, offset, length, first_index, IS_FIRST: tl.constexpr
     return short
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program"])  # one kernel for every batch
 def weigh_kernel(
     logits, maxes, settings, rows, brackets, lists, lengths, sums,
     num_logits, num_maxes, num_parts, per_program, stride_logits,
@@ -132,7 +132,7 @@ def places_of(is_listed, PART: tl.constexpr):
     return tl.reshape(places, (PART,)), tl.sum(of_eight, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program"])  # one kernel for every batch
 def list_kernel(
     logits, maxes, settings, rows, sums, brackets, inner_brackets, lists, lengths, inner_lengths,
     num_logits, num_maxes, num_parts, per_program, stride_logits,

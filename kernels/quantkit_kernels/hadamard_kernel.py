@@ -32,7 +32,7 @@ def signs(WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     return (1 - 2 * (both & 1)).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pieces"])  # one kernel for every batch
 def hadamard_kernel(
     x, y, num_pieces, stride_x, PIECES_OF_A_ROW: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr,
     EARLY: tl.constexpr, ROWS: tl.constexpr,

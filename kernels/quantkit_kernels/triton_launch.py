@@ -69,7 +69,7 @@ def _key(arguments: tuple[Any, ...], *others: Any) -> tuple[Any, ...]:
             key.append(argument.dtype)
             key.append(argument.data_ptr() & 15)
         elif kind is int:
-            key.append(argument if argument == 1 else argument & 15)
+            key.append(-1 if argument == 1 else argument & 15 == 0)
             key.append(argument >> 31)
         else:
             key.append(kind)
