@@ -49,6 +49,17 @@ class StripWeight(NamedTuple):
         """Groups of a row; 0 where the row has one scale, or none."""
         return self.scale.shape[1] if self.group_size and self.scale is not None else 0
 
+    def group_rows(self, columns: int) -> int:
+        """Rows of scales that so many columns come with; 0: one scale for a whole row of the weight."""
+        return max(1, columns // self.group_size) if self.group_size else 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Of a row's codes, scales of groups and zero points over so many columns."""
+        of_codes, groups = columns * self.bits // 8, self.group_rows(columns)
+        if not groups or self.scale is None:
+            return of_codes
+        return of_codes + groups * (self.scale.element_size() + (self.zero_point is not None))
+
 
 def exact_dtype(scale: Tensor) -> torch.dtype:
     """The smallest dtype that has these scales exactly; float32 from SCALE_LIMIT on."""

@@ -24,7 +24,7 @@ CAPABILITY = (9, 0)
 WARPGROUPS, THREADS = 2, 3 * 128
 STAGE_COLUMNS = 128
 SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks on a multiprocessor
-MAX_W_STAGES = 8
+MIN_W_STAGES, MAX_W_STAGES = 2, 8
 MAX_SPLIT, MIN_STAGES = 6, 4  # blocks that share K, and what each is to have of it
 PARAMS, X_PARAMS = "6P7i", "2P3i"
 
@@ -70,17 +70,25 @@ FIXED_ROWS = (
 SPLIT_US = 0.6 / 64  # for each more block that shares K, and row of the tile
 
 
-@functools.cache
-def tiling_of(num_rows: int, n: int, k: int, multiprocessors: int) -> Tiling:
-    """The fastest by what its kind takes: rows of x in one tile if they fit, else in tiles of 128 or more."""
-    smallest = min((kind.m_tile for kind in KINDS if num_rows <= kind.m_tile <= ONE_TILE), default=0)
-    kinds = [kind for kind in KINDS if kind.m_tile == smallest or (not smallest and kind.m_tile >= ONE_TILE)]
-    return min(_best_split(kind, num_rows, n, k, multiprocessors) for kind in kinds)[1]
+def tiling_of(num_rows: int, weight: StripWeight, multiprocessors: int) -> Tiling:
+    """The fastest by what its kind takes, of those whose ring of w has room for MIN_W_STAGES."""
+    return _fastest(num_rows, *weight.shape, weight.row_bytes(STAGE_COLUMNS), multiprocessors)
 
 
-def fixed_tiling(n: int, k: int, multiprocessors: int) -> Tiling:
+def fixed_tiling(weight: StripWeight, multiprocessors: int) -> Tiling:
     """One for any number of rows of x: then each element of y is the same sum, in the same order."""
-    return tiling_of(FIXED_ROWS, n, k, multiprocessors)
+    return tiling_of(FIXED_ROWS, weight, multiprocessors)
+
+
+@functools.cache
+def _fastest(num_rows: int, n: int, k: int, row_bytes: int, multiprocessors: int) -> Tiling:
+    """Rows of x in one tile if they fit, else in tiles of 128 or more."""
+    fitting = [kind for kind in KINDS if _w_stages(kind, row_bytes) >= MIN_W_STAGES]
+    smallest = min((kind.m_tile for kind in fitting if num_rows <= kind.m_tile <= ONE_TILE), default=0)
+    kinds = [
+        kind for kind in fitting if kind.m_tile == smallest or (not smallest and kind.m_tile >= ONE_TILE)
+    ]
+    return min(_best_split(kind, num_rows, n, k, multiprocessors) for kind in kinds)[1]
 
 
 def _best_split(kind: Kind, num_rows: int, n: int, k: int, multiprocessors: int) -> tuple[float, Tiling]:
@@ -121,7 +129,7 @@ def tile(
     assert bias_N is None or bias_N.dtype == x_MK.dtype, "bias and output have one dtype"
     if num_rows == 0:
         return x_MK.new_empty(0, n)
-    tiling = tiling or tiling_of(num_rows, n, k, num_multiprocessors(x_MK.device))
+    tiling = tiling or tiling_of(num_rows, weight, num_multiprocessors(x_MK.device))
     ordered = order(x_MK, tiling.m_tile, dependent=dependent)
     return multiply(ordered, num_rows, weight, tiling, bias_N=bias_N)
 
@@ -163,35 +171,28 @@ def multiply(
     return y_MN
 
 
-def _group_rows(weight: StripWeight) -> int:
-    """Groups in a stage; 0: one scale for a whole row of the weight."""
-    return max(1, STAGE_COLUMNS // weight.group_size) if weight.group_size else 0
+def _x_bytes(tiling: Tiling | Kind) -> int:
+    """Of x in a stage."""
+    return tiling.m_tile * STAGE_COLUMNS * 2
 
 
-def _stage_bytes(weight: StripWeight, tiling: Tiling) -> tuple[int, int]:
-    """Of 128 columns of x, and of w with its scales and zero points."""
-    rows = 64 * WARPGROUPS * tiling.halves
-    of_w, groups = rows * STAGE_COLUMNS * weight.bits // 8, _group_rows(weight)
-    if groups and weight.scale is not None:
-        of_w += groups * rows * (weight.scale.element_size() + (weight.zero_point is not None))
-    return tiling.m_tile * STAGE_COLUMNS * 2, of_w
+def _w_bytes(tiling: Tiling | Kind, row_bytes: int) -> int:
+    """Of w in a stage, with its scales and zero points. row_bytes: of one row."""
+    return 64 * WARPGROUPS * tiling.halves * row_bytes
 
 
-def stages_of(weight: StripWeight, tiling: Tiling) -> tuple[int, int]:
-    """Stages of x, which comes from L2, and of w, as many as there is room for."""
-    of_x, of_w = _stage_bytes(weight, tiling)
-    x_stages = tiling.x_stages
-    w_stages = min(MAX_W_STAGES, (SHARED_BYTES[tiling.resident] - x_stages * (of_x + 16) - 16) // of_w)
-    assert w_stages >= 2, f"{tiling} takes too much shared memory"
-    return x_stages, w_stages
+def _w_stages(tiling: Tiling | Kind, row_bytes: int) -> int:
+    """As many as there is room for beside the stages of x, which comes from L2."""
+    room = SHARED_BYTES[tiling.resident] - tiling.x_stages * (_x_bytes(tiling) + 16) - 16
+    return min(MAX_W_STAGES, room // _w_bytes(tiling, row_bytes))
 
 
 def shared_bytes_of(weight: StripWeight, tiling: Tiling) -> int:
     """The rings or, after them, the sums; then the barriers."""
-    of_x, of_w = _stage_bytes(weight, tiling)
-    x_stages, w_stages = stages_of(weight, tiling)
+    row_bytes = weight.row_bytes(STAGE_COLUMNS)
+    ring_of_w = _w_stages(tiling, row_bytes) * _w_bytes(tiling, row_bytes)
     sums = tiling.m_tile * (64 * WARPGROUPS * tiling.halves + 4) * 4
-    return max(x_stages * of_x + w_stages * of_w, sums) // 8 * 8 + 8 + x_stages * 16
+    return max(tiling.x_stages * _x_bytes(tiling) + ring_of_w, sums) // 8 * 8 + 8 + tiling.x_stages * 16
 
 
 def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc.Defines:
@@ -199,18 +200,19 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling) -> nvrtc
     assert weight.scale is not None
     is_known = weight.group_size in (0, 32, 64) or weight.group_size % STAGE_COLUMNS == 0
     assert is_known, f"groups of {weight.group_size}"
-    x_stages, w_stages = stages_of(weight, tiling)
+    w_stages = _w_stages(tiling, weight.row_bytes(STAGE_COLUMNS))
+    assert w_stages >= MIN_W_STAGES, f"{tiling} takes too much shared memory"
     return (
         ("X_SIZE", 2),
         ("M_TILE", tiling.m_tile),
         ("WARPGROUPS", WARPGROUPS),
         ("HALVES", tiling.halves),
         ("RESIDENT", tiling.resident),
-        ("X_STAGES", x_stages),
+        ("X_STAGES", tiling.x_stages),
         ("W_STAGES", w_stages),
         ("W_BITS", weight.bits),
         ("IS_E4M3", int(weight.stored.dtype == torch.float8_e4m3fn)),
-        ("GROUP_ROWS", _group_rows(weight)),
+        ("GROUP_ROWS", weight.group_rows(STAGE_COLUMNS)),
         ("GROUP_STAGES", max(1, weight.group_size // STAGE_COLUMNS)),
         ("ZERO", int(weight.zero_point is not None)),
         ("IS_BF16", int(dtype == torch.bfloat16)),

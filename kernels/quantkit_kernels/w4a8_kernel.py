@@ -67,7 +67,9 @@ def _of_group(values, n, group, num_groups, num_outputs):
     return tl.load(values + at, mask=(n < num_outputs) & (group < num_groups), other=0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_groups", "x_scale_step", "ahead"])  # one kernel for every batch
+@triton.jit(
+    do_not_specialize=["num_rows", "num_groups", "x_scale_step", "ahead"]
+)  # one kernel for every batch
 def w4a8_kernel(
     y, x, packed, x_scale, x_zero_point, w_scale, w_zero_point, w_row_sum, bias, partial, tickets,
     num_rows, num_outputs, num_cols, num_blocks, num_groups, stride_x, stride_y, x_scale_step, ahead,

@@ -146,7 +146,7 @@ def weight_only(
     if not batch_invariant:
         return choose(family, num_rows, num_outputs, num_cols, device).run(x_MK, weight, bias_N=bias_N)
     if TILE in family.usable(num_rows, capability(device)):
-        tiling = fixed_tiling(num_outputs, num_cols, num_multiprocessors(device))
+        tiling = fixed_tiling(weight, num_multiprocessors(device))
         return tile(x_MK, weight, bias_N=bias_N, dependent=True, tiling=tiling)
     route = choose(family, FIXED_ROWS, num_outputs, num_cols, device)
     return in_fixed_rows(lambda rows_MK: route.run(rows_MK, weight, bias_N=bias_N), x_MK)

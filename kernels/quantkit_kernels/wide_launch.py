@@ -82,21 +82,13 @@ def shared_bytes_of(weight: StripWeight, tiling: Tiling, x_size: int) -> int:
 
 def _stage_bytes(weight: StripWeight, tiling: Tiling, x_size: int) -> int:
     """Of 128 bytes of each row of x, w with its scales and zero points for as many columns, and the barriers."""
-    rows, columns = 64 * tiling.warpgroups, ROW_BYTES // x_size
-    of_w, groups = rows * columns * weight.bits // 8, _group_rows(weight, x_size)
-    if groups and weight.scale is not None:
-        of_w += groups * rows * (weight.scale.element_size() + (weight.zero_point is not None))
+    of_w = 64 * tiling.warpgroups * weight.row_bytes(ROW_BYTES // x_size)
     return tiling.m_tile * ROW_BYTES + of_w + 8 * (1 + tiling.warpgroups)
 
 
 def _output_bytes(tiling: Tiling) -> int:
     """A tile of y on its way out."""
     return 64 * tiling.warpgroups * tiling.m_tile * 2
-
-
-def _group_rows(weight: StripWeight, x_size: int) -> int:
-    """Groups in a stage; 0: one scale for a whole row of the weight."""
-    return max(1, ROW_BYTES // x_size // weight.group_size) if weight.group_size else 0
 
 
 def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling, x_size: int) -> nvrtc.Defines:
@@ -112,7 +104,7 @@ def defines_of(weight: StripWeight, dtype: torch.dtype, tiling: Tiling, x_size: 
         ("STAGES", stages_of(weight, tiling, x_size)),
         ("W_BITS", weight.bits),
         ("IS_E4M3", int(weight.stored.dtype == torch.float8_e4m3fn)),
-        ("GROUP_ROWS", _group_rows(weight, x_size)),
+        ("GROUP_ROWS", weight.group_rows(columns)),
         ("GROUP_STAGES", max(1, weight.group_size // columns)),
         ("ZERO", int(weight.zero_point is not None)),
         ("IS_BF16", int(dtype == torch.bfloat16)),

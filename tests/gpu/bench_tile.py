@@ -92,7 +92,7 @@ def main():
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             times = {t: product(x, weights, t) for t in candidates(m, n)}
             bf16 = time_chain([partial(linear, x, w) for w in dense], DEVICE)
-            chosen = product(x, weights, tiling_of(m, n, k, 132))
+            chosen = product(x, weights, tiling_of(m, weights[0], 132))
             ranked = sorted(times, key=times.get)[:7]
             alone = product_alone(x, weights, ranked[0])
             line = "  ".join(f"{'/'.join(map(str, t))}:{times[t]:.1f}" for t in ranked)

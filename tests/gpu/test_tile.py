@@ -132,6 +132,17 @@ def test_8_bit_weights_with_zero_points():
     check(tile(x, prepare(weight)), x, as_multiplied(weight, x.dtype))
 
 
+@pytest.mark.parametrize(("asymmetric", "scale_dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("m", [256, 1000])
+def test_8_bit_weights_in_the_smallest_groups(m, asymmetric, scale_dtype):
+    """Whose ring has no room beside as many rows of x as those of others."""
+    weight, _ = random_weight(
+        576, 1536, kind="int8", group=32, asymmetric=asymmetric, scale_dtype=scale_dtype
+    )
+    x = random_x(m, 1536, torch.bfloat16)
+    check(tile(x, prepare(weight)), x, as_multiplied(weight, x.dtype))
+
+
 @pytest.mark.parametrize("tiling", TILINGS)
 def test_every_tiling(tiling):
     for group, asymmetric in ((128, False), (32, True)):
