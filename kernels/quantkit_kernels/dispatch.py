@@ -11,8 +11,9 @@ into a dict and a bisection.
 
 import functools
 import math
+import warnings
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 
 from quantkit_kernels import nvrtc
 from quantkit_kernels.catalog import gpu_families
-from quantkit_kernels.dispatch_table import Shape, Steps, Table, read_table
+from quantkit_kernels.dispatch_table import Shape, Steps, Table, TableError, read_table
 from quantkit_kernels.family import Family, Route
 
 SHIPPED = Path(__file__).parent / "dispatch"
@@ -60,9 +61,13 @@ def choose(family: Family, num_rows: int, n: int, k: int, device: torch.device) 
     return ladder.at(num_rows)
 
 
-def local_folder() -> Path:
-    """Where tables measured on this machine are put to be used: they stand in for those that are shipped."""
-    return nvrtc.cache_folder() / "dispatch"
+def local_folder() -> Path | None:
+    """Where tables measured on this machine are put to be used: they stand in for those that are shipped.
+
+    None for a user without a home.
+    """
+    cache = nvrtc.cache_folder()
+    return None if cache is None else cache / "dispatch"
 
 
 @functools.cache
@@ -74,10 +79,28 @@ def device_of(index: int) -> Device:
 
 @functools.cache
 def tables() -> tuple[Table, ...]:
-    """Every table, read once, those of `local_folder` first; raises TableError."""
-    files = [*sorted(local_folder().glob("*.json")), *sorted(SHIPPED.glob("*.json"))]
+    """Every table, read once, those of `local_folder` first."""
     families = gpu_families()
-    return tuple(read_table(path, families) for path in files)
+    shipped = (read_table(path, families) for path in sorted(SHIPPED.glob("*.json")))
+    return (*_local_tables(families), *shipped)
+
+
+def _local_tables(families: Mapping[str, Family]) -> Iterator[Table]:
+    """Those that can be read; others, written by a version with other routes say, are named in a warning."""
+    folder = local_folder()
+    try:
+        files = [] if folder is None else sorted(folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        warnings.warn(f"no table of this machine is used: {error}", stacklevel=2)
+        return
+    for path in files:
+        if path.suffix == ".json":
+            try:
+                yield read_table(path, families)
+            except (OSError, TableError) as error:
+                warnings.warn(f"a table of this machine is not used: {error}", stacklevel=2)
 
 
 def ladder_of(family: Family, n: int, k: int, device: Device, tables: Iterable[Table]) -> Ladder:

@@ -3,7 +3,7 @@
     {
       "device": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "multiprocessors": 132,
       "measured": "2026-01-31, torch 2.11.0",
-      "families": {"w4a16": {"4096x14336": [[8, "skinny"], [256, "tile"], [null, "dense"]]}}
+      "families": {"w4a16": {"4096x14336": [[8, "skinny"], [256, "tile"], [null, "wide"]]}}
     }
 
 A shape is N x K of a weight. Its steps: up to 8 rows, up to 256, any number.

@@ -25,6 +25,7 @@ import torch
 SOURCES = Path(__file__).parent / "csrc"
 HEADERS = ("common.cuh", "weights.cuh", "wgmma.cuh", "wide.cuh")  # that a source may include
 Defines = tuple[tuple[str, int | str], ...]
+ELF = b"\x7fELF"  # what machine code begins with
 INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
 
 
@@ -109,13 +110,6 @@ class CudaKernel:
             _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
             self._shared_bytes = shared_bytes
 
-    def resident_blocks(self, threads: int, shared_bytes: int) -> int:
-        """Blocks that a multiprocessor holds at a time."""
-        from cuda.bindings import driver
-
-        found = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared_bytes)
-        return int(_check(found))
-
 
 def address(tensor: torch.Tensor | None) -> int:
     """As a pointer among the fields of `launch`; null for None."""
@@ -143,27 +137,51 @@ def cached_cubin(file: str, entry: str, defines: Defines, capability: tuple[int,
     texts = [(SOURCES / name).read_text() for name in (*HEADERS, file)]
     parts = [_version(), entry, *options, *texts]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{entry}-{name}.cubin"
-    if path.exists():
-        return path.read_bytes()
-    cubin = compile_cubin(file, entry, defines, capability)
-    with contextlib.suppress(OSError):  # a folder that cannot be written: compiled again by the next process
-        _keep(cubin, path)
+    folder = cache_folder()
+    if folder is None:
+        return compile_cubin(file, entry, defines, capability)
+    path = folder / f"{entry}-{name}.cubin"
+    cubin = _kept(path)
+    if cubin is None:
+        cubin = compile_cubin(file, entry, defines, capability)
+        with contextlib.suppress(
+            OSError
+        ):  # no room, or no right to write: the next process compiles it again
+            _keep(cubin, path)
     return cubin
+
+
+def _kept(path: Path) -> bytes | None:
+    """Machine code that was kept; None where there is none, or none that this user may read."""
+    try:
+        cubin = path.read_bytes()
+    except OSError:
+        return None
+    return cubin if cubin.startswith(ELF) else None
 
 
 def _keep(cubin: bytes, path: Path) -> None:
     """Whole or not at all, whoever else compiles it now."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-        temporary.write(cubin)
-    Path(temporary.name).replace(path)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o644)  # the folder may be that of many users
+            file.write(cubin)
+            file.flush()
+            os.fsync(handle)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept."""
-    configured = os.environ.get("QUANTKIT_CACHE")
-    return (Path(configured).expanduser() if configured else Path.home() / ".cache" / "quantkit") / "kernels"
+def cache_folder() -> Path | None:
+    """Where machine code is kept; None for a user without a home."""
+    configured = os.environ.get("QUANTKIT_CACHE") or "~/.cache/quantkit"
+    try:
+        return Path(configured).expanduser() / "kernels"
+    except RuntimeError:
+        return None
 
 
 def compile_options(defines: Defines, capability: tuple[int, int]) -> list[str]:

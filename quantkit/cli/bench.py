@@ -71,7 +71,8 @@ def kernels(
         from quantkit_kernels.dispatch import device_of, local_folder
 
         update_table(write, device_of(device.index or 0), report.torch, report.timings, gpu_families())
-        typer.echo(f"{write}: written; tables in {local_folder()} are used on this machine", err=True)
+        folder = local_folder() or "$QUANTKIT_CACHE/kernels/dispatch"
+        typer.echo(f"{write}: written; tables in {folder} are used on this machine", err=True)
 
 
 def _check_write(path: Path, rows: tuple[int, ...], min_rows: int, device_type: str) -> None:

@@ -140,6 +140,48 @@ def test_a_table_of_this_machine_stands_in_for_the_one_shipped(one_device):
     assert dispatch.choose(FAMILY, 1, 4096, 4096, torch.device("cuda", 0)) is DENSE
 
 
+STALE = table(shapes={(4096, 4096): ((None, "dense"),)}).as_json().replace('"dense"', '"cutlass"')
+
+
+@pytest.mark.parametrize("text", [STALE, STALE.replace("w4a16", "w5a16"), "", "no json"])
+def test_a_table_of_this_machine_that_makes_no_sense_is_named_and_left_out(one_device, text):
+    write(one_device / "shipped", table().as_json())
+    write(dispatch.local_folder(), text)
+    with pytest.warns(UserWarning, match=r"dispatch/h100\.json: "):
+        assert dispatch.choose(FAMILY, 1, 4096, 4096, torch.device("cuda", 0)) is SKINNY
+
+
+def test_tables_of_this_machine_that_may_not_be_read_are_named_and_left_out(one_device, monkeypatch):
+    write(one_device / "shipped", table().as_json())
+    write(dispatch.local_folder(), table().as_json())
+    for function in ("read_text", "iterdir"):
+        dispatch.tables.cache_clear()
+        original = getattr(dispatch.Path, function)
+        forbidden = dispatch.local_folder()
+
+        def of_another_user(path, original=original, forbidden=forbidden):
+            if forbidden in (path, path.parent):
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path)
+
+        monkeypatch.setattr(dispatch.Path, function, of_another_user)
+        with pytest.warns(UserWarning, match="Permission denied"):
+            assert [of.device for of in dispatch.tables()] == [H100.name]
+
+
+def test_a_user_without_a_home_has_the_tables_that_are_shipped(one_device, without_home):
+    write(one_device / "shipped", table().as_json())
+    assert dispatch.local_folder() is None and len(dispatch.tables()) == 1
+
+
+@pytest.fixture
+def without_home(monkeypatch):
+    """The environment of a user id that no password file knows."""
+    monkeypatch.delenv("QUANTKIT_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+
+
 def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "h100.json"
     path.write_text(table(shapes={(4096, 4096): STEPS, (1, 3): ((None, "tile"),)}).as_json())

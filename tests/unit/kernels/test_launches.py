@@ -60,11 +60,67 @@ def test_parameters_are_as_long_as_the_compilers_struct(driver, params):
     assert nvrtc.CudaKernel(None, 1, params, 0)._params.size % 8 == 0
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
-    (tmp_path / "kernels").write_text("no folder")
+MACHINE_CODE = b"\x7fELF and so on"
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache, and a list of what was compiled for it."""
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(nvrtc, "compile_cubin", lambda *_: b"machine code")
-    assert nvrtc.cached_cubin("tile_x.cu", "tile_x", (), (9, 0)) == b"machine code"
+    compiled = []
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda *of: compiled.append(of) or MACHINE_CODE)
+    return tmp_path / "kernels", compiled
+
+
+def cached():
+    return nvrtc.cached_cubin("tile_x.cu", "tile_x", (), (9, 0))
+
+
+def test_machine_code_is_kept_for_every_user(cache):
+    folder, compiled = cache
+    assert cached() == cached() == MACHINE_CODE and len(compiled) == 1
+    (path,) = folder.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cache):
+    folder, _ = cache
+    folder.write_text("no folder")
+    assert cached() == MACHINE_CODE
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\0" * 4096])
+def test_what_a_crash_left_is_compiled_again(cache, content):
+    folder, compiled = cache
+    cached()
+    (path,) = folder.iterdir()
+    path.write_bytes(content)
+    assert cached() == cached() == MACHINE_CODE and len(compiled) == 2
+
+
+def test_a_cache_of_another_user_is_done_without(cache, monkeypatch):
+    def of_another_user(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for function in ("exists", "read_bytes", "mkdir", "replace"):
+        monkeypatch.setattr(nvrtc.Path, function, of_another_user)
+    assert cached() == MACHINE_CODE
+
+
+def test_a_full_disk_is_left_as_it_was(cache, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nvrtc.os, "fsync", full)
+    assert cached() == MACHINE_CODE
+    assert list(cache[0].iterdir()) == []
+
+
+def test_a_user_without_a_home_compiles(cache, monkeypatch):
+    monkeypatch.delenv("QUANTKIT_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert cached() == cached() == MACHINE_CODE and len(cache[1]) == 2
 
 
 def test_the_device_of_the_tensors_is_current_meanwhile(monkeypatch):
