@@ -173,7 +173,7 @@ def multiply(
         x = TensorDescriptor(codes_MK, codes_MK.shape, codes_MK.stride(), [shape.rows_x, shape.cols])
         w = TensorDescriptor(w_codes_NK, w_codes_NK.shape, w_codes_NK.stride(), [shape.rows_w, shape.cols])
     x_scale = x_scale.contiguous()
-    x_scale_step = x_scale.shape[1] if len(x_scale) > 1 else 0
+    x_scale_step = x_scale.shape[1] if x_scale.shape[0] > 1 else 0
     zero_point = None if zero_point is None else zero_point.contiguous()
     _byte_tile(
         (programs, 1),

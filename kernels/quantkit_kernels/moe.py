@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit_kernels import strip_weight, w8a8_fp8
+from quantkit_kernels import operands, strip_weight, w8a8_fp8
 from quantkit_kernels.batch_invariant import FIXED_ROWS
 from quantkit_kernels.capability import converts_float8
+from quantkit_kernels.operands import FLOAT32, GROUPS, INT8, INT32, check_part
 from quantkit_kernels.operators import for_device, operator
 from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.strip_weight import StripWeight
@@ -137,7 +138,9 @@ def plain(
     """`moe_linear` in plain torch: expert by expert, weights dequantized, in float32."""
     if num_pairs == 0:
         return x_MK.new_empty(0, num_outputs, dtype=out_dtype)
-    check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
+    check(
+        x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, num_pairs, num_outputs, group, out_dtype
+    )  # fmt: skip
     num_cols = x_MK.shape[1]
     x = x_MK.float()
     if x_scale is not None:
@@ -193,7 +196,9 @@ def moe_linear(
     """
     if num_pairs == 0:
         return x_MK.new_empty(0, num_outputs, dtype=out_dtype)
-    check(x_MK, x_scale, stored, w_scale, slots, expert_of_tile, num_pairs, num_outputs, group)
+    check(
+        x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, num_pairs, num_outputs, group, out_dtype
+    )  # fmt: skip
     if stored.dtype == torch.float8_e4m3fn and not converts_float8(x_MK.device):
         return plain(
             x_MK, x_scale, stored, w_scale, w_zero_point, slots, expert_of_tile, num_pairs, num_outputs, group,
@@ -225,29 +230,50 @@ def check(
     x_scale: Tensor | None,
     stored: Tensor,
     w_scale: Tensor | None,
+    w_zero_point: Tensor | None,
     slots: Tensor,
     expert_of_tile: Tensor,
     num_pairs: int,
     num_outputs: int,
     group: int,
+    out_dtype: torch.dtype,
 ) -> None:
     """What `moe_linear` says about its operands."""
-    num_rows, num_cols = x_MK.shape
+    (num_rows, num_cols), num_experts, device = x_MK.shape, stored.shape[0], x_MK.device
     is_int4, is_codes = stored.dtype == torch.int32, x_MK.dtype == torch.float8_e4m3fn
     is_fp8, is_dense = stored.dtype == torch.float8_e4m3fn, stored.dtype in FLOATS
     assert is_int4 or is_fp8 or is_dense, f"weights of {stored.dtype}"
     assert x_MK.dtype in FLOATS or (is_codes and is_fp8), f"x of {x_MK.dtype}"
     assert not is_dense or x_MK.dtype == stored.dtype, f"x of {x_MK.dtype}, weights of {stored.dtype}"
     assert (x_scale is not None) == is_codes, "FP8 activations come with scales, others without"
-    assert x_MK.stride(1) == 1 and stored.is_contiguous(), "columns have to be next to each other"
+    assert x_MK.stride()[1] == 1, "columns of x have to be next to each other"
     assert num_rows > 0 and num_pairs % num_rows == 0, f"{num_pairs} pairs for {num_rows} rows"
-    assert len(slots) % len(expert_of_tile) == 0, f"{len(slots)} slots in {len(expert_of_tile)} tiles"
-    fragments = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
-    expected = fragments if is_int4 else (num_outputs, -(-num_cols // ALIGNED) * ALIGNED)
-    assert tuple(stored.shape[1:]) == expected, f"weights {tuple(stored.shape)}, not [E, {expected}]"
-    assert group in ((0, 32, 64, 128) if is_int4 else (0, BLOCK) if is_fp8 else (0,)), (
-        f"groups of {group} columns"
-    )
-    assert (w_scale is None) == is_dense, "quantized weights come with scales, others without"
-    if w_scale is not None:
-        assert w_scale.ndim == (2 if not group else 4 if is_int4 else 3), f"scales {tuple(w_scale.shape)}"
+    assert out_dtype in operands.FLOATS, f"no output in {out_dtype}"
+    num_tiles, num_slots = expert_of_tile.shape[0], slots.shape[0]
+    rows = num_slots // num_tiles
+    assert rows * num_tiles == num_slots and rows & (rows - 1) == 0, f"{num_slots} slots in {num_tiles} tiles"
+    check_part("slots", slots, INT32, (num_slots,), device)
+    check_part("experts of tiles", expert_of_tile, INT32, (num_tiles,), device)
+    if is_int4:
+        fragments = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
+        check_part("fragments", stored, INT32, (num_experts, *fragments), device)
+    else:
+        shape = (num_experts, num_outputs, -(-num_cols // ALIGNED) * ALIGNED)
+        check_part("weights", stored, (stored.dtype,), shape, device)
+    if is_dense:
+        assert w_scale is w_zero_point is None and group == 0, "weights in 16 bits have no scales"
+        return
+    if is_int4 and group:
+        assert group in GROUPS, f"groups of {group} columns, not of {GROUPS}"
+        strips = (num_experts, -(-num_outputs // STRIP_ROWS), -(-num_cols // group), 16)
+        check_part("scales", w_scale, operands.FLOATS, strips, device)
+        if w_zero_point is not None:
+            check_part("zero points", w_zero_point, INT8, strips, device)
+        return
+    assert w_zero_point is None, "zero points are in groups of INT4"
+    assert group == 0 or (is_fp8 and group == BLOCK), f"groups of {group} columns"
+    blocks = -(-num_cols // BLOCK)
+    per_block = (num_experts, -(-num_outputs // BLOCK), blocks)
+    check_part("scales", w_scale, FLOAT32, per_block if group else (num_experts, num_outputs), device)
+    if is_codes:
+        check_part("scales of x", x_scale, FLOAT32, (num_rows, blocks if group else 1), device)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quantkit_kernels.operands import GROUPS
 from quantkit_kernels.repack import from_fragments, from_strips, to_fragments, to_strips
 from quantkit_kernels.weight import LinearWeight
 
-GROUPS = (32, 64, 128)
 KINDS = {  # as `csrc/common.cuh` has them
     torch.int8: 0,
     torch.int32: 0,

@@ -25,13 +25,24 @@ from quantkit_kernels.batch_invariant import in_fixed_rows
 from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
+from quantkit_kernels.operands import (
+    FLOAT32,
+    FLOATS,
+    check_bias,
+    check_codes,
+    check_fragments,
+    check_part,
+    check_scale_of_rows,
+    check_scales,
+)
 from quantkit_kernels.operators import operator
-from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
 from quantkit_kernels.strip_weight import StripWeight, dense, prepare
-from quantkit_kernels.w8a8_fp8 import check_bias, few_rows
+from quantkit_kernels.w8a8_fp8 import few_rows
 from quantkit_kernels.wide_codes import supports, wide_codes
 from quantkit_kernels.wide_launch import CAPABILITY
+
+CODES = (torch.int8, torch.float8_e4m3fn)
 
 
 def multiply(
@@ -174,7 +185,7 @@ def _tile(
     from quantkit_kernels import w4a8_kernel
 
     assert weight.scale is not None, "a weight of 4 bits has scales"
-    y_MN = codes_MK.new_empty(len(codes_MK), weight.shape[0], dtype=out_dtype)
+    y_MN = codes_MK.new_empty(codes_MK.shape[0], weight.shape[0], dtype=out_dtype)
     shape = w4a8_kernel.fixed_shape(weight.group_size, codes_MK.device) if fixed else None
     w4a8_kernel.launch(
         codes_MK, x_scale, zero_point, weight.stored, weight.scale, weight.zero_point, weight.row_sum, bias_N,
@@ -220,28 +231,12 @@ def check(
     out_dtype: torch.dtype,
 ) -> None:
     """What `w4a8` says about its operands."""
-    num_rows, num_cols = codes_MK.shape
-    expected = (-(-num_outputs // STRIP_ROWS), -(-num_cols // BLOCK_COLUMNS), 32, 4)
-    assert codes_MK.dtype in (torch.int8, torch.float8_e4m3fn), f"codes of {codes_MK.dtype}"
-    assert codes_MK.device == packed.device, f"x on {codes_MK.device}, weights on {packed.device}"
-    assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
-    assert packed.shape == expected and packed.is_contiguous(), (
-        f"fragments {tuple(packed.shape)}, not {expected}"
-    )
-    assert group in (0, 32, 64, 128), f"groups of {group} columns"
-    assert w_scale.shape == ((expected[0], -(-num_cols // group), 16) if group else (num_outputs,)), (
-        f"scales {tuple(w_scale.shape)} for {num_outputs} rows and groups of {group}"
-    )
-    assert w_zero_point is None or (group and w_zero_point.shape == w_scale.shape), (
-        "zero points are in groups"
-    )
-    check_bias(bias_N, num_outputs)
-    assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
-    assert x_scale.dtype == torch.float32 and x_scale.shape in ((num_rows, 1), (1,)), (
-        f"scales {x_scale.dtype} {tuple(x_scale.shape)} for {num_rows} rows"
-    )
+    check_codes(codes_MK, CODES, out_dtype)
+    (num_rows, num_cols), device = codes_MK.shape, codes_MK.device
+    check_scale_of_rows(x_scale, x_zero_point, num_rows, device)
+    check_fragments(packed, num_outputs, num_cols, device)
+    check_scales(w_scale, w_zero_point, num_outputs, num_cols, group, device)
+    check_bias(bias_N, FLOATS, num_outputs, device)
     if x_zero_point is not None:
-        assert x_zero_point.shape == x_scale.shape and w_row_sum_N is not None, (
-            "zero points of x come with sums of the weight's rows, as many as scales"
-        )
-        assert x_zero_point.dtype == torch.int8, f"zero points of x in {x_zero_point.dtype}"
+        assert codes_MK.dtype == torch.int8, "codes in e4m3 have no zero points"
+        check_part("sums of the weight's rows", w_row_sum_N, FLOAT32, (num_outputs,), device)

@@ -30,6 +30,15 @@ from quantkit_kernels.batch_invariant import in_fixed_rows
 from quantkit_kernels.capability import HOPPER, capability, converts_float8
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
+from quantkit_kernels.operands import (
+    FLOAT32,
+    FLOATS,
+    check_bias,
+    check_codes,
+    check_part,
+    check_rows,
+    check_scale_of_rows,
+)
 from quantkit_kernels.operators import operator
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.strip_weight import StripWeight
@@ -37,6 +46,7 @@ from quantkit_kernels.weight import LinearWeight
 
 BLOCK = 128
 ALIGNED = 16
+E4M3 = (torch.float8_e4m3fn,)
 
 
 class Fp8Weight(NamedTuple):
@@ -50,17 +60,6 @@ class Fp8Weight(NamedTuple):
     def in_blocks(self) -> bool:
         """Whether 128 × 128 weights share a scale."""
         return self.scale.ndim == 2
-
-
-def supports(weight: LinearWeight) -> bool:
-    """FP8 with scales per tensor, per row (or several rows) or per 128 × 128 block."""
-    in_blocks = weight.tile == (BLOCK, BLOCK)
-    per_row = weight.tile[1] >= weight.codes_NK.shape[1]
-    return (
-        weight.codes_NK.dtype == torch.float8_e4m3fn
-        and weight.zero_point_RG is None
-        and (in_blocks or per_row)
-    )
 
 
 def prepare(weight: LinearWeight) -> Fp8Weight:
@@ -77,10 +76,10 @@ def prepare(weight: LinearWeight) -> Fp8Weight:
 
 def aligned(codes: Tensor, extra_rows: int = 0) -> Tensor:
     """Codes whose rows are contiguous, start at multiples of 16 bytes, and are padded with zeros to such a length."""
-    extra = -codes.shape[1] % ALIGNED
-    in_rows = codes.stride(1) == 1 and codes.stride(0) >= codes.shape[1]
-    is_aligned = codes.stride(0) % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
-    if extra == extra_rows == 0 and in_rows and is_aligned:
+    (step, between), num_cols = codes.stride(), codes.shape[1]
+    extra = -num_cols % ALIGNED
+    is_aligned = step % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0
+    if extra == extra_rows == 0 and between == 1 and step >= num_cols and is_aligned:
         return codes
     return pad(codes.view(torch.int8), (0, extra, 0, extra_rows)).view(codes.dtype).contiguous()
 
@@ -218,7 +217,7 @@ def _tile(
     """fixed: by tiles of one shape, whatever the number of rows."""
     from quantkit_kernels import byte_tile_kernel
 
-    y_MN = torch.empty(len(codes_MK), weight.shape[0], dtype=out_dtype, device=codes_MK.device)
+    y_MN = torch.empty(codes_MK.shape[0], weight.shape[0], dtype=out_dtype, device=codes_MK.device)
     shape = byte_tile_kernel.fixed_shape(codes_MK.device) if fixed else None
     byte_tile_kernel.multiply(
         aligned(codes_MK), x_scale, weight.codes_NK, weight.scale, y_MN, shape, bias_N=bias_N
@@ -330,14 +329,6 @@ def _is_hopper_with_blocks(device: torch.device) -> bool:
     return version >= (12, 9) and capability(device) == HOPPER
 
 
-def check_bias(bias_N: Tensor | None, num_outputs: int) -> None:
-    """What operators with quantized inputs say about a bias."""
-    if bias_N is not None:
-        assert bias_N.shape == (num_outputs,) and bias_N.is_contiguous(), (
-            f"bias {tuple(bias_N.shape)} by {bias_N.stride()} for {num_outputs} outputs"
-        )
-
-
 def _check(
     codes_MK: Tensor,
     x_scale: Tensor,
@@ -347,26 +338,18 @@ def _check(
     num_outputs: int,
     out_dtype: torch.dtype,
 ) -> None:
-    num_rows, num_cols = codes_MK.shape
-    num_padded, padded_cols = w_codes_NK.shape
-    assert codes_MK.dtype == w_codes_NK.dtype == torch.float8_e4m3fn, (
-        f"{codes_MK.dtype} by {w_codes_NK.dtype}"
-    )
-    assert codes_MK.device == w_codes_NK.device, f"x on {codes_MK.device}, weights on {w_codes_NK.device}"
-    assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
-    assert num_cols <= padded_cols < num_cols + ALIGNED, (
-        f"{num_cols} columns of x, {padded_cols} of the weight"
-    )
+    check_codes(codes_MK, E4M3, out_dtype)
+    (num_rows, num_cols), device = codes_MK.shape, codes_MK.device
+    num_padded = check_rows(w_codes_NK, E4M3, num_cols, device)
     assert num_outputs <= num_padded < num_outputs + ALIGNED, f"{num_padded} rows of weight for {num_outputs}"
-    assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
-    assert x_scale.dtype == w_scale.dtype == torch.float32, "scales are float32"
-    check_bias(bias_N, num_outputs)
+    check_bias(bias_N, FLOATS, num_outputs, device)
     if w_scale.ndim == 1:
-        assert w_scale.shape == (num_padded,) and x_scale.shape in ((num_rows, 1), (1,)), (
-            f"scales {tuple(x_scale.shape)} and {tuple(w_scale.shape)} for {num_rows} and {num_padded} rows"
-        )
+        check_scale_of_rows(x_scale, None, num_rows, device)
+        check_part("scales", w_scale, FLOAT32, (num_padded,), device)
         return
     blocks = -(-num_cols // BLOCK)
-    assert x_scale.shape == (num_rows, blocks) and w_scale.shape == (-(-num_outputs // BLOCK), blocks), (
-        f"scales {tuple(x_scale.shape)} and {tuple(w_scale.shape)} for blocks of {tuple(codes_MK.shape)}"
+    check_part("scales of blocks", w_scale, FLOAT32, (-(-num_outputs // BLOCK), blocks), device)
+    is_right = x_scale.shape == (num_rows, blocks) and x_scale.dtype == torch.float32
+    assert is_right and x_scale.device == device, (
+        f"scales of x: {x_scale.dtype} {tuple(x_scale.shape)} on {x_scale.device}, not of {num_rows} x {blocks} blocks"
     )

@@ -21,10 +21,21 @@ from torch import Tensor
 from quantkit_kernels import byte_stream
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
+from quantkit_kernels.operands import (
+    FLOAT32,
+    FLOATS,
+    INT8,
+    INT32,
+    check_bias,
+    check_codes,
+    check_part,
+    check_rows,
+    check_scale_of_rows,
+)
 from quantkit_kernels.operators import operator
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY
 from quantkit_kernels.strip_weight import StripWeight
-from quantkit_kernels.w8a8_fp8 import ALIGNED, aligned, check_bias, few_rows
+from quantkit_kernels.w8a8_fp8 import aligned, few_rows
 from quantkit_kernels.weight import LinearWeight
 
 MAX_COLS = 1 << 16
@@ -40,16 +51,10 @@ class Int8Weight(NamedTuple):
     row_sum_N: Tensor
 
 
-def supports(weight: LinearWeight) -> bool:
-    """INT8 symmetric with scales per tensor or per row (or several rows)."""
-    num_cols = weight.codes_NK.shape[1]
-    is_int8 = weight.bits == 8 and weight.codes_NK.dtype == torch.int8 and weight.zero_point_RG is None
-    return is_int8 and weight.tile[1] >= num_cols and num_cols < MAX_COLS
-
-
 def prepare(weight: LinearWeight) -> Int8Weight:
     """Pad columns where they ask for it, and sum the codes of each row for zero points."""
-    num_rows = len(weight.codes_NK)
+    num_rows, num_cols = weight.codes_NK.shape
+    assert num_cols < MAX_COLS, f"sums over {num_cols} columns may overflow"
     of_row = torch.arange(num_rows, device=weight.codes_NK.device) // weight.tile[0]
     scale = weight.scale_RG.float()[of_row, 0].contiguous()
     code_sum = weight.codes_NK.sum(dim=1, dtype=torch.int32)
@@ -86,7 +91,8 @@ def plain(
 
     Without VNNI the CPU's integer products may saturate: float32, few enough columns.
     """
-    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, bias_N, out_dtype)
+    weight = Int8Weight(w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N)
+    _check(codes_MK, x_scale, zero_point, weight, bias_N, out_dtype)
     codes_MK = aligned(codes_MK)
     if torch.cpu._is_vnni_supported():
         sums_MN = torch._int_mm(codes_MK, w_codes_NK.T)
@@ -135,12 +141,12 @@ def w8a8_int8(
     w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype. batch_invariant: a
     row's result does not depend on how many others there are.
     """
-    _check(codes_MK, x_scale, zero_point, w_codes_NK, w_scale_N, bias_N, out_dtype)
-    num_rows, num_cols = codes_MK.shape
-    if num_rows == 0:
-        return codes_MK.new_empty(0, len(w_scale_N), dtype=out_dtype)
     weight = Int8Weight(w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N)
-    route = choose(FAMILY, num_rows, len(w_scale_N), num_cols, codes_MK.device)
+    _check(codes_MK, x_scale, zero_point, weight, bias_N, out_dtype)
+    (num_rows, num_cols), num_outputs = codes_MK.shape, w_scale_N.shape[0]
+    if num_rows == 0:
+        return codes_MK.new_empty(0, num_outputs, dtype=out_dtype)
+    route = choose(FAMILY, num_rows, num_outputs, num_cols, codes_MK.device)
     run = _tile if batch_invariant else route.run
     return run(codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype)
 
@@ -158,7 +164,7 @@ def _stream(
         aligned(codes_MK),
         weight.codes_NK,
         weight.scale_N,
-        num_outputs=len(weight.scale_N),
+        num_outputs=weight.scale_N.shape[0],
         out_dtype=out_dtype,
         x_scale=x_scale,
         bias_N=bias_N,
@@ -180,7 +186,7 @@ def _skinny(
         return _tile(
             codes_MK, weight, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
         )
-    shape = (len(weight.scale_N), codes_MK.shape[1])
+    shape = (weight.scale_N.shape[0], codes_MK.shape[1])
     rows = StripWeight(weight.codes_NK, weight.scale_N, None, weight.row_sum_N, shape, 8, 0)
     return few_rows(
         codes_MK, rows, x_scale=x_scale, zero_point=zero_point, bias_N=bias_N, out_dtype=out_dtype
@@ -198,7 +204,8 @@ def _tile(
 ) -> Tensor:
     from quantkit_kernels import byte_tile_kernel
 
-    y_MN = torch.empty(len(codes_MK), len(weight.scale_N), dtype=out_dtype, device=codes_MK.device)
+    num_rows, num_outputs = codes_MK.shape[0], weight.scale_N.shape[0]
+    y_MN = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=codes_MK.device)
     byte_tile_kernel.multiply(
         aligned(codes_MK), x_scale, weight.codes_NK, weight.scale_N, y_MN,
         bias_N=bias_N, zero_point=zero_point, code_sum_N=weight.code_sum_N,
@@ -229,25 +236,16 @@ def _check(
     codes_MK: Tensor,
     x_scale: Tensor,
     zero_point: Tensor | None,
-    w_codes_NK: Tensor,
-    w_scale_N: Tensor,
+    weight: Int8Weight,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
-    num_rows, num_cols = codes_MK.shape
-    num_outputs, padded_cols = w_codes_NK.shape
-    assert codes_MK.dtype == w_codes_NK.dtype == torch.int8, f"{codes_MK.dtype} by {w_codes_NK.dtype}"
-    assert codes_MK.device == w_codes_NK.device, f"x on {codes_MK.device}, weights on {w_codes_NK.device}"
-    assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
-    assert num_cols <= padded_cols < num_cols + ALIGNED, (
-        f"{num_cols} columns of x, {padded_cols} of the weight"
-    )
-    assert padded_cols < MAX_COLS, f"sums over {padded_cols} columns may overflow"
-    assert out_dtype in (torch.bfloat16, torch.float16, torch.float32), f"no output in {out_dtype}"
-    assert x_scale.dtype == w_scale_N.dtype == torch.float32, "scales are float32"
-    assert x_scale.shape in ((num_rows, 1), (1,)) and w_scale_N.shape == (num_outputs,), (
-        f"scales {tuple(x_scale.shape)} and {tuple(w_scale_N.shape)} for {num_rows} and {num_outputs} rows"
-    )
-    is_right = zero_point is None or (zero_point.shape == x_scale.shape and zero_point.dtype == torch.int8)
-    assert is_right, "zero points are int8, as many as scales"
-    check_bias(bias_N, num_outputs)
+    check_codes(codes_MK, INT8, out_dtype)
+    (num_rows, num_cols), device = codes_MK.shape, codes_MK.device
+    check_scale_of_rows(x_scale, zero_point, num_rows, device)
+    num_outputs = check_rows(weight.codes_NK, INT8, num_cols, device)
+    check_part("scales", weight.scale_N, FLOAT32, (num_outputs,), device)
+    check_bias(bias_N, FLOATS, num_outputs, device)
+    if zero_point is not None:
+        check_part("sums of codes", weight.code_sum_N, INT32, (num_outputs,), device)
+        check_part("sums of rows", weight.row_sum_N, FLOAT32, (num_outputs,), device)

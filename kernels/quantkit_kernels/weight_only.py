@@ -23,8 +23,8 @@ from quantkit_kernels.batch_invariant import FIXED_ROWS, in_fixed_rows
 from quantkit_kernels.capability import capability, num_multiprocessors
 from quantkit_kernels.dispatch import choose
 from quantkit_kernels.family import Family, Route
+from quantkit_kernels.operands import FLOATS, check_bias, check_fragments, check_rows, check_scales
 from quantkit_kernels.operators import operator
-from quantkit_kernels.repack import BLOCK_COLUMNS, STRIP_ROWS
 from quantkit_kernels.skinny import MAX_ROWS, MIN_CAPABILITY, skinny
 from quantkit_kernels.sliced import sliced
 from quantkit_kernels.strip_weight import StripWeight, aligned_rows, dense, prepare, prepare_dense
@@ -75,6 +75,7 @@ DENSE16 = Family(
     name="dense16", routes=(SKINNY, Route(name="cublas", run=cublas)), prepare=prepare_dense, weight_bytes=2
 )
 OF_BITS = {4: W4A16, 8: W8A16, 16: DENSE16}
+BYTES = (torch.int8, torch.float8_e4m3fn)
 
 
 def multiply(
@@ -135,12 +136,13 @@ def weight_only(
     stored … group_size: of a `StripWeight`. bias_N: in the dtype of x. batch_invariant: a row's result does not depend
     on how many others there are.
     """
-    weight = StripWeight(stored, scale, zero_point, None, (num_outputs, x_MK.shape[-1]), bits, group_size)
+    shape = x_MK.shape
+    weight = StripWeight(stored, scale, zero_point, None, (num_outputs, shape[-1]), bits, group_size)
     _check(x_MK, weight, bias_N)
-    num_rows, num_cols = x_MK.shape
+    num_rows, num_cols = shape
     if num_rows == 0:
         return x_MK.new_empty(0, num_outputs)
-    if x_MK.stride(1) != 1:
+    if x_MK.stride()[1] != 1:
         x_MK = x_MK.contiguous()
     family, device = OF_BITS[bits], x_MK.device
     if not batch_invariant:
@@ -154,23 +156,20 @@ def weight_only(
 
 def _check(x_MK: Tensor, weight: StripWeight, bias_N: Tensor | None) -> None:
     """What `weight_only` says about its operands; weight.shape is [N, columns of x]."""
-    stored, bits, (n, k) = weight.stored, weight.bits, weight.shape
-    assert x_MK.ndim == 2, f"x of shape {tuple(x_MK.shape)}"
-    assert bits in OF_BITS, f"weights of {bits} bits"
-    assert x_MK.dtype in (torch.bfloat16, torch.float16, torch.float32), f"x in {x_MK.dtype}"
-    assert bits < 16 or stored.dtype == x_MK.dtype, f"x in {x_MK.dtype}, weights in {stored.dtype}"
-    assert bias_N is None or bias_N.shape == (n,), "one bias for each output"
-    assert bias_N is None or bias_N.is_contiguous(), "biases have to be next to each other"
-    assert bias_N is None or bias_N.dtype == x_MK.dtype, f"bias in {bias_N.dtype}, x in {x_MK.dtype}"
-    assert stored.device == x_MK.device, f"x on {x_MK.device}, weights on {stored.device}"
-    is_integer = stored.dtype in (torch.int32, torch.int8)
-    assert weight.zero_point is None or is_integer, f"codes in {stored.dtype} have no zero points"
-    strips, groups = -(-n // STRIP_ROWS), -(-k // weight.group_size) if weight.group_size else 0
+    stored, scale, zero_point, _, (n, k), bits, group_size = weight
+    dtype, device = x_MK.dtype, x_MK.device
+    assert x_MK.ndim == 2 and dtype in FLOATS, f"x of shape {tuple(x_MK.shape)} in {dtype}"
+    check_bias(bias_N, (dtype,), n, device)
     if bits == 4:
-        assert stored.shape == (strips, -(-k // BLOCK_COLUMNS), 32, 4), f"{tuple(stored.shape)} for {n} x {k}"
+        check_fragments(stored, n, k, device)
     else:
-        is_right = stored.shape[0] == n and k <= stored.shape[1] < k + 16 // stored.element_size()
-        assert is_right, f"weights {tuple(stored.shape)} for {n} x {k}"
-    for values in (weight.scale, weight.zero_point):
-        expected = (strips, groups, 16) if groups else (n,)
-        assert values is None or values.shape == expected, f"scales {tuple(values.shape)}, not {expected}"
+        assert bits in OF_BITS, f"weights of {bits} bits"
+        num_rows = check_rows(stored, BYTES if bits == 8 else (dtype,), k, device)
+        assert num_rows == n, f"{num_rows} rows of weights for {n} outputs"
+    if bits == 16:
+        assert scale is zero_point is None and group_size == 0, "weights in 16 bits have no scales"
+    else:
+        check_scales(scale, zero_point, n, k, group_size, device)
+        assert zero_point is None or stored.dtype in (torch.int32, torch.int8), (
+            f"codes in {stored.dtype} have no zero points"
+        )

@@ -39,8 +39,9 @@ def wide_codes(
     assert supports(weight, out_dtype), f"{weight.bits} bits, zero points or {out_dtype}"
     assert codes_MK.stride(1) == 1, "columns of x have to be next to each other"
     assert bias_N is None or bias_N.is_contiguous(), "biases have to be next to each other"
-    y_MN = codes_MK.new_empty(len(codes_MK), weight.shape[0], dtype=out_dtype)
-    if not len(codes_MK):
+    num_rows = codes_MK.shape[0]
+    y_MN = codes_MK.new_empty(num_rows, weight.shape[0], dtype=out_dtype)
+    if num_rows == 0:
         return y_MN
     if codes_MK.stride(0) % 16 or codes_MK.data_ptr() % 16:
         codes_MK = aligned(codes_MK)

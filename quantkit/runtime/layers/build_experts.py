@@ -17,8 +17,8 @@ from quantkit.schemes.labels import scheme_label
 from quantkit_kernels import moe
 from quantkit_kernels.capability import converts_float8
 from quantkit_kernels.moe import BLOCK, ExpertWeight
+from quantkit_kernels.operands import GROUPS
 from quantkit_kernels.row_codes import Codes
-from quantkit_kernels.strip_weight import GROUPS
 from quantkit_kernels.weight import LinearWeight
 
 

@@ -121,23 +121,22 @@ def test_what_is_wrong_is_named():
     weight, _ = random_weight(32, 64, "int8")
     operand = w8a8_int8.prepare(weight)
     codes, scale = random_codes(5, 64, "int8", 4), random_scale(5)
-    with pytest.raises(AssertionError, match="48 columns of x, 64 of the weight"):
+    with pytest.raises(AssertionError, match="rows of 48 int8, padded"):
         w8a8_int8.multiply(codes[:, :48], scale, None, operand, None, torch.bfloat16)
-    with pytest.raises(AssertionError, match=r"scales \(4, 1\)"):
+    with pytest.raises(AssertionError, match=r"scales of x: .*found float32 \(4, 1\)"):
         w8a8_int8.multiply(codes, scale[:4], None, operand, None, torch.bfloat16)
-    with pytest.raises(AssertionError, match=r"float8_e4m3fn by torch\.int8"):
+    with pytest.raises(AssertionError, match="x: expected rows of int8"):
         w8a8_int8.multiply(codes.view(torch.float8_e4m3fn), scale, None, operand, None, torch.bfloat16)
-    with pytest.raises(AssertionError, match="zero points are int8"):
+    with pytest.raises(AssertionError, match="zero points of x: expected int8"):
         w8a8_int8.multiply(codes, scale, scale, operand, None, torch.bfloat16)
     for bias in (torch.zeros(16), torch.zeros(64)[::2]):
-        with pytest.raises(AssertionError, match="for 32 outputs"):
+        with pytest.raises(AssertionError, match="bias"):
             w8a8_int8.multiply(codes, scale, None, operand, bias, torch.bfloat16)
 
 
 def test_weights_stay_as_they_are_on_disk():
     for module, kind in ((w8a8_int8, "int8"), (w8a8_fp8, "fp8")):
         weight, _ = random_weight(32, 64, kind)
-        assert module.supports(weight)
         assert module.prepare(weight).codes_NK.data_ptr() == weight.codes_NK.data_ptr()
 
 

@@ -22,7 +22,8 @@ def test_product_with_a_quantized_weight(bits, asymmetric):
     operand = prepare(random_weight(bits, asymmetric=asymmetric))
     x = torch.randn(5, 100, dtype=torch.float64).float()
     expected = x.double() @ dense(operand, torch.float32).double().T
-    assert torch.allclose(multiply(x, operand).double(), expected, rtol=1e-5, atol=1e-4)
+    magnitude = x.double().abs() @ dense(operand, torch.float32).double().abs().T
+    assert ((multiply(x, operand).double() - expected).abs() <= 2.0**-20 * magnitude).all()
 
 
 def test_product_with_a_weight_in_16_bits_and_a_bias():
@@ -39,7 +40,7 @@ def test_the_operator_is_what_its_schema_says(bits):
 
 def test_operands_that_do_not_fit_are_named():
     operand = prepare(random_weight(4))
-    with pytest.raises(AssertionError, match=r"bias in torch\.float16"):
+    with pytest.raises(AssertionError, match="bias: expected float32"):
         multiply(torch.randn(2, 100), operand, torch.randn(40).half())
     with pytest.raises(AssertionError, match="x of shape"):
         multiply(torch.randn(100), operand)
@@ -54,7 +55,7 @@ def test_columns_of_x_are_those_of_the_weight():
         prepare_dense(torch.randn(40, 100)),
     ):
         for num_cols in (36, 200):
-            with pytest.raises(AssertionError, match=f"for 40 x {num_cols}"):
+            with pytest.raises(AssertionError, match=r"fragments|weights"):
                 multiply(torch.randn(2, num_cols), operand)
     operand = prepare(random_weight(8))
     with pytest.raises(AssertionError, match="scales"):
