@@ -24,7 +24,7 @@ def embed(
     words = packed[ids].unsqueeze(2) >> torch.arange(0, 32, bits, dtype=torch.int32)
     codes_TK = ((words & (2**bits - 1)) - 2 ** (bits - 1)).flatten(1)[:, :num_features]
     scale_TG = scale_VG[ids]
-    tiles_TGK = codes_TK.to(scale_VG.dtype).reshape(*scale_TG.shape, -1) * scale_TG.unsqueeze(2)
+    tiles_TGK = codes_TK.to(scale_VG.dtype).unflatten(1, (scale_TG.shape[1], -1)) * scale_TG.unsqueeze(2)
     rows_TK: Tensor = tiles_TGK.flatten(1) * multiplier
     return rows_TK
 

@@ -67,6 +67,7 @@ def run(x_MK: Tensor, weight: Int4Packed) -> Tensor:
         x_MK.contiguous(), weight.packed, weight.group_size, weight.scale_zero
     )
     if weight.residual_GN is not None:
-        sums_MG = x_MK.reshape(x_MK.shape[0], -1, weight.group_size).sum(dim=-1)
+        num_rows, num_cols = x_MK.shape
+        sums_MG = x_MK.reshape(num_rows, num_cols // weight.group_size, weight.group_size).sum(dim=-1)
         y_MN = y_MN + sums_MG @ weight.residual_GN
     return y_MN[:, : weight.num_rows]

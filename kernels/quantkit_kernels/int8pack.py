@@ -46,4 +46,6 @@ def prepare(weight: LinearWeight, dtype: torch.dtype) -> Int8Rows:
 
 def run(x_MK: Tensor, weight: Int8Rows) -> Tensor:
     """x · wᵀ, [M, N], bf16."""
+    if x_MK.shape[0] == 0:  # contiguous whatever its strides, which the operator refuses
+        return x_MK.new_empty(0, weight.codes_NK.shape[0])
     return torch._weight_int8pack_mm(x_MK.contiguous(), weight.codes_NK, weight.scale_N)

@@ -109,7 +109,8 @@ def rotate_and_append(*arguments: Any) -> Tensor:
     step = Append(*arguments)
     step.check()
     num_heads, head_dim = step.k_PHSD.shape[1], step.k_PHSD.shape[3]
-    heads = step.qkv_TX.reshape(step.qkv_TX.shape[0], -1, head_dim)
+    num_tokens, width = step.qkv_TX.shape
+    heads = step.qkv_TX.reshape(num_tokens, width // head_dim, head_dim)
     qk_TXD, v_THD = heads.tensor_split((step.num_queries + num_heads,), dim=1)
     if step.q_weight_D is not None or step.k_weight_D is not None:
         q_TQD, k_THD = qk_TXD.tensor_split((step.num_queries,), dim=1)

@@ -69,7 +69,9 @@ def encode_rows(x_TK: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     """`quantize_rows` in plain torch, step by step in the dtype of x."""
     check_rows(x_TK)
     codes.check(x_TK.shape[1])
-    tiles_TGK = x_TK.reshape(len(x_TK), -1, codes.group or x_TK.shape[1])
+    num_rows, num_features = x_TK.shape
+    group = codes.group or num_features
+    tiles_TGK = x_TK.reshape(num_rows, num_features // group, group)
     if codes.static_scale is None:
         scale = nonzero(tiles_TGK.abs().amax(dim=-1, keepdim=True) / codes.half_range)
     else:
