@@ -43,6 +43,9 @@ def plain_sort(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, 
     slots.fill_(expert_TS.numel())
     expert_of_tile.fill_(-1)
     ids, tile = expert_TS.flatten(), 0
+    assert ((ids >= 0) & (ids < num_experts)).all(), (
+        f"experts {int(ids.min())} … {int(ids.max())}, of {num_experts}"
+    )
     for expert in range(num_experts):
         pairs = (ids == expert).nonzero()[:, 0].to(torch.int32)
         num_tiles = -(-len(pairs) // rows)
@@ -107,7 +110,8 @@ def _fake_tiles(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor,
 def sort_by_expert(expert_TS: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
     """Pairs by expert: slots, int32 [tiles · rows], and the expert of each tile, int32 [tiles].
 
-    expert_TS: int32 or int64, 0 … num_experts - 1, contiguous. rows: of a tile, a power of two.
+    expert_TS: int32 or int64, 0 … num_experts - 1, contiguous. rows: of a tile, a power of two. On a GPU, which would
+    have to be waited for to tell, a pair with another id has no slot, so that nothing writes its row of a product.
     """
     check_sort(expert_TS, rows)
     from quantkit_kernels import moe_routing_kernel

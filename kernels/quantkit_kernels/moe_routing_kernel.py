@@ -34,10 +34,11 @@ def choose_kernel(
     chosen_S, weight_S = tl.zeros((SLOTS,), tl.int32), tl.zeros((SLOTS,), tl.float32)
     for s in tl.static_range(NUM_CHOSEN):
         weight, expert = tl.max(weight_X, axis=0, return_indices=True)
+        expert = tl.minimum(expert, NUM_EXPERTS - 1)  # where all are NaN none is the largest
         chosen_S, weight_S = tl.where(slot_S == s, expert, chosen_S), tl.where(slot_S == s, weight, weight_S)
         weight_X = tl.where(expert_X == expert, -1.0, weight_X)
     if NORMALIZED:
-        total = tl.sum(weight_S, axis=0)
+        total = tl.sum(weight_S, axis=0) + 0.0 * total  # NaN stays NaN
     at = token * NUM_CHOSEN + slot_S
     tl.store(experts + at, chosen_S, mask=slot_S < NUM_CHOSEN)
     tl.store(weights + at, weight_S / total, mask=slot_S < NUM_CHOSEN)
@@ -49,12 +50,12 @@ def sort_kernel(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A program: one expert. It counts all, and places its own. EXPERTS: a power of two."""
-    expert = tl.program_id(0)
+    expert, num_experts = tl.program_id(0), tl.num_programs(0)
     count_E = tl.zeros((EXPERTS,), dtype=tl.int32)
     for start in range(0, num_pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
-        ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=0).to(tl.int32)
-        count_E += tl.histogram(ids, EXPERTS, mask=pair < num_pairs)
+        ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=-1)
+        count_E += tl.histogram(ids.to(tl.int32), EXPERTS, mask=(ids >= 0) & (ids < num_experts))
     index_E = tl.arange(0, EXPERTS)
     tiles_E = tl.cdiv(count_E, ROWS)
     first_tile = tl.sum(tl.where(index_E < expert, tiles_E, 0))
@@ -63,7 +64,7 @@ def sort_kernel(
     placed = first_tile * ROWS
     for start in range(0, num_pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
-        ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+        ids = tl.load(expert_ids + pair, mask=pair < num_pairs, other=-1)
         is_mine = ids == expert
         rank = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
         tl.store(slots + placed + rank, pair, mask=is_mine)
@@ -73,7 +74,7 @@ def sort_kernel(
     for start in range(0, num_tiles, CHUNK):
         tile = start + tl.arange(0, CHUNK)
         tl.store(expert_of_tile + first_tile + tile, expert, mask=tile < num_tiles)
-    if expert == tl.num_programs(0) - 1:
+    if expert == num_experts - 1:
         for start in range(first_tile + num_tiles, max_tiles, CHUNK):
             tile = start + tl.arange(0, CHUNK)
             tl.store(expert_of_tile + tile, -1, mask=tile < max_tiles)

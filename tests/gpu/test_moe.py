@@ -90,6 +90,36 @@ def test_pairs_are_sorted_by_expert(num_tokens, per_token, num_experts, dtype, r
     assert torch.equal(slots.cpu()[:used], expected_slots[:used])
 
 
+@pytest.mark.parametrize("wrong", [-1, 60, 63, 64, 67, 2**32 + 3])
+def test_experts_that_there_are_not_get_no_pairs(wrong):
+    ids = random_ids(300, 8, 60)
+    ids[::7, 5] = wrong
+    slots, expert_of_tile = moe_routing.sort_by_expert(ids, 60, 16)
+    is_used = (expert_of_tile >= 0).repeat_interleave(16)
+    placed = slots[is_used]
+    placed = placed[placed < ids.numel()]
+    is_right = (ids.flatten() >= 0) & (ids.flatten() < 60)
+    assert torch.equal(placed.long().sort().values, is_right.nonzero()[:, 0])
+    assert torch.equal(
+        expert_of_tile.repeat_interleave(16)[is_used & (slots < ids.numel())],
+        ids.flatten()[placed.long()].to(torch.int32),
+    )
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_scores_that_are_no_numbers_choose_among_the_experts(normalized):
+    scores = torch.randn(9, 60, generator=generator(1)).to(BF16).cuda()
+    expected = moe_routing.choose_experts(scores, 4, normalized)
+    scores[3] = torch.nan
+    expert, weight = moe_routing.choose_experts(scores, 4, normalized)
+    assert ((expert >= 0) & (expert < 60)).all()
+    assert weight[3].isnan().all()
+    others = [row for row in range(9) if row != 3]
+    assert torch.equal(expert[others], expected[0][others]) and torch.equal(
+        weight[others], expected[1][others]
+    )
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("num_tokens", "per_token", "n"), [(1, 8, 4096), (33, 2, 77), (500, 4, 2880)])
 def test_experts_are_combined_in_order(num_tokens, per_token, n, dtype):

@@ -67,6 +67,14 @@ def test_every_pair_has_one_slot_in_a_tile_of_its_expert():
         assert torch.equal(expert_of_slot[used], ids.flatten()[slots[used].long()].to(torch.int32))
 
 
+@pytest.mark.parametrize("wrong", [-1, NUM_EXPERTS, NUM_EXPERTS + 1])
+def test_experts_that_there_are_not_are_named(wrong):
+    ids = random_ids(7, 2)
+    ids[3, 1] = wrong
+    with pytest.raises(AssertionError, match=f"of {NUM_EXPERTS}"):
+        moe_routing.sort_by_expert(ids, NUM_EXPERTS, 16)
+
+
 def test_no_token_is_no_work():
     weight, _ = random_experts(33, 200, "int4")
     slots, expert_of_tile = moe_routing.sort_by_expert(random_ids(0, 2), NUM_EXPERTS, moe.rows_for(0, weight))
