@@ -2,10 +2,11 @@
 
     y[m, n] = (Σ_k x[m, k] · w[n, k]  −  z_x · Σ_k w[n, k]) · s_x[m] · s_w[n]
 
-`torch._int_mm` sums in int32; |Σ| ≤ K · 2^14 fits for K < 2^17. Without VNNI instructions the CPU library may
-saturate partial sums at 16 bits, so there the weight is dequantized instead. So it is with float32 activations:
-that is the reference computation, whose logits have to be those of transformers, and any other order of summation
-moves some inputs of the next layer across a rounding boundary (amax / 127.5 puts the largest one on such a boundary).
+`torch._int_mm` sums in int32; |Σ (x − z) · w| ≤ K · 255 · 128 stays below 2^31 for K < 2^16. Without VNNI
+instructions the CPU library may saturate partial sums at 16 bits, so there the weight is dequantized instead. So it is
+with float32 activations: that is the reference computation, whose logits have to be those of transformers, and any
+other order of summation moves some inputs of the next layer across a rounding boundary (amax / 127.5 puts the largest
+one on such a boundary).
 
 Bound: one byte per weight, and several times the multiply rate of the dense product.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from quantkit_kernels.weight import LinearWeight
 
-MAX_COLS = 1 << 17
+MAX_COLS = 1 << 16
 
 
 class Int8Int8(NamedTuple):

@@ -142,6 +142,21 @@ def test_int8_times_int8_is_exact_before_the_scales(tile, zero_point):
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("num_cols", [int8_int8.MAX_COLS - 1, int8_int8.MAX_COLS])
+def test_the_largest_codes_of_as_many_columns_as_are_taken(num_cols, monkeypatch):
+    codes = torch.full((2, num_cols), -128, dtype=torch.int8)
+    weight = LinearWeight(codes, torch.ones(2, 1), None, (1, num_cols), 8)
+    has_vnni = torch.cpu._is_vnni_supported()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    is_taken = int8_int8.supports(weight, torch.bfloat16)
+    assert is_taken == (num_cols < int8_int8.MAX_COLS)
+    assert not is_taken or 255 * 128 * num_cols < 2**31
+    if is_taken and has_vnni:
+        zero = torch.tensor([127], dtype=torch.int8)
+        y = int8_int8.run(codes, torch.ones(1), zero, int8_int8.prepare(weight, torch.bfloat16))
+        assert torch.equal(y, torch.full_like(y, 255 * 128 * num_cols))
+
+
 @pytest.mark.parametrize(
     ("bits", "tile", "asymmetric", "dtype", "names"),
     [
