@@ -40,7 +40,8 @@ FORMATS_ON_CPU = {  # as in the families of a GPU: bits, codes, tile, input
 class Contender:
     """Routes that read one operand. make(n, k): a random one. missing: routes not on this device, each with the reason.
 
-    weight_bytes: of one weight. in_blocks: x has a scale for each 128 columns.
+    weight_bytes: of one weight. in_blocks: x has a scale for each 128 columns. takes(k): whether weights of so many
+    columns have these routes.
     """
 
     family: str
@@ -50,6 +51,7 @@ class Contender:
     input_dtype: torch.dtype = torch.bfloat16
     in_blocks: bool = False
     missing: tuple[tuple[str, str], ...] = ()
+    takes: Callable[[int], bool] = lambda k: True
 
 
 def baseline(device: torch.device) -> Contender:
@@ -166,6 +168,7 @@ def _of_cpu(name: str) -> list[Contender]:
             make=lambda n, k: kernel.prepare(random_weight(bits, codes, tile, n, k, device), dtype),
             weight_bytes=bits / 8,
             input_dtype=input_dtype,
+            takes=lambda k: kernel.supports(random_weight(bits, codes, tile, 16, k, device), dtype),
         )
 
     return [contender(kernel) for kernel in kernels]

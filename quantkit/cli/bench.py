@@ -26,7 +26,9 @@ bench.command("cost")(cost)
 def kernels(
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="A layer, 8b or 70b, or a weight, N,K; may be repeated.  [default: 8b]"),
+        typer.Option(
+            help="A layer, 8b or 70b, or a weight, N,K; may be repeated.  [default: 8b; on a CPU 4096,4096]"
+        ),
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Numbers of rows of x, like 1,8,16.")] = None,
     families: Annotated[str | None, typer.Option(help="Only these, like w4a16,w8a16.")] = None,
@@ -40,7 +42,7 @@ def kernels(
 
     from quantkit.bench.contenders import family_names
     from quantkit.bench.dispatch_file import MIN_ROWS, update_table
-    from quantkit.bench.kernels import ROWS, bench_kernels
+    from quantkit.bench.kernels import ROWS, SHAPE, bench_kernels
     from quantkit.bench.shapes import parse_names, parse_rows, parse_shapes
     from quantkit.cli.bench_display import show
     from quantkit.cli.output import table_console
@@ -53,7 +55,9 @@ def kernels(
     known = family_names(device)
     names = known if families is None else parse_names(families, known)
     num_rows = ROWS[device.type] if rows is None else parse_rows(rows)
-    shapes = tuple(dict.fromkeys(found for text in shape or ["8b"] for found in parse_shapes(text)))
+    shapes = tuple(
+        dict.fromkeys(found for text in shape or [SHAPE[device.type]] for found in parse_shapes(text))
+    )
     if write is not None:
         _check_write(write, num_rows, MIN_ROWS, device.type)
     if device.type == "cpu":

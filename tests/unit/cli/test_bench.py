@@ -36,6 +36,13 @@ def test_several_shapes_have_a_column_each(quick, capsys):
     assert "32x128" in out
 
 
+def test_a_route_that_does_not_take_a_shape_is_named_instead_of_measured(quick, capsys):
+    assert run(["bench", "kernels", "--shape", "33,77", "--rows", "1", "--families", "w4a16"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "w4a16 int4pack: not measured, needs weights of other columns than 33x77" in out
+    assert "w4a16 1 dequantize *" in out
+
+
 def test_json(quick, capsys):
     assert run(["bench", "kernels", *SMALL, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
