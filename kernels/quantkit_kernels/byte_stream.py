@@ -4,7 +4,6 @@ Bound: the bytes of the weight. M ≤ 64; compute capability 9.0 alone (`wgmma`)
 Shape suffixes: M rows, N out_features, K in_features.
 """
 
-import ctypes
 import functools
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from quantkit_kernels import nvrtc
 from quantkit_kernels.capability import num_multiprocessors
 from quantkit_kernels.strip_weight import KINDS
+from quantkit_kernels.tensor_map import map_of, tensor_map
 
 CAPABILITY = (9, 0)
 MAX_ROWS = 64
@@ -95,8 +95,16 @@ def stream(
     size = x_MK.element_size()
     bias_N = None if bias_N is None else bias_N.to(out_dtype)
     args = (
-        tensor_map(w_codes_NK.data_ptr(), *w_codes_NK.shape, w_codes_NK.stride(0), plan.shape.rows),
-        tensor_map(x_MK.data_ptr(), num_rows, num_cols * size, x_MK.stride(0) * size, kind.m_tile),
+        tensor_map(w_codes_NK, plan.shape.rows, BOX_COLUMNS),
+        map_of(
+            x_MK.data_ptr(),
+            num_rows,
+            num_cols * size,
+            x_MK.stride()[0] * size,
+            torch.int8,
+            kind.m_tile,
+            BOX_COLUMNS,
+        ),
         y_MN.data_ptr(),
         w_scale.data_ptr(),
         nvrtc.address(x_scale),
@@ -199,30 +207,3 @@ def defines_of(kind: Kind, shape: Shape) -> nvrtc.Defines:
         ("W_STAGES", shape.w_stages),
         ("X_STAGES", shape.x_stages),
     )
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def tensor_map(pointer: int, rows: int, columns: int, stride: int, box_rows: int) -> bytes:
-    """A CUtensorMap of bytes [rows, columns] for boxes of 128 columns, swizzled as tensor cores read them.
-
-    What lies beyond the last row or column arrives as zero. It depends on these numbers alone.
-    """
-    from cuda.bindings import driver
-
-    status, found = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-        2,
-        pointer,
-        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(stride)],
-        [driver.cuuint32_t(BOX_COLUMNS), driver.cuuint32_t(box_rows)],
-        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,  # 128 of them: 2 % slower
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    assert status.value == 0, (
-        f"no tensor map of {rows} x {columns} by {stride} from {pointer:#x}: {status.name}"
-    )
-    return ctypes.string_at(found.getPtr(), 128)

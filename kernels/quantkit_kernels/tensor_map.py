@@ -21,21 +21,34 @@ NOT_INTERLEAVED, SWIZZLE_128_BYTES, PROMOTE_TO_256_BYTES, ZEROS_BEYOND = 0, 3, 3
 
 
 def tensor_map(x_MK: Tensor, box_rows: int, box_columns: int) -> bytes:
-    """Of a matrix whose rows start at multiples of 16 bytes; boxes of at most 256 rows and 128 bytes of columns."""
-    (num_rows, num_cols), size = x_MK.shape, x_MK.element_size()
-    assert x_MK.stride(1) == 1 and x_MK.stride(0) * size % 16 == 0 and x_MK.data_ptr() % 16 == 0, (
-        "rows not aligned"
-    )
-    assert box_rows <= 256 and box_columns * size <= 128, f"boxes of {box_rows} x {box_columns}"
+    """Of a matrix; boxes of at most 256 rows and 128 bytes of columns."""
+    assert x_MK.stride()[1] == 1, "columns are not next to each other"
+    size = x_MK.element_size()
+    return map_of(x_MK.data_ptr(), *x_MK.shape, x_MK.stride()[0] * size, x_MK.dtype, box_rows, box_columns)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def map_of(
+    pointer: int,
+    rows: int,
+    columns: int,
+    stride_bytes: int,
+    dtype: torch.dtype,
+    box_rows: int,
+    box_columns: int,
+) -> bytes:
+    """Of memory that is so laid out, on which alone it depends; rows start at multiples of 16 bytes."""
+    assert stride_bytes % 16 == 0 and pointer % 16 == 0, f"rows not aligned: {stride_bytes} from {pointer:#x}"
+    assert box_rows <= 256 and box_columns * dtype.itemsize <= 128, f"boxes of {box_rows} x {box_columns}"
     memory = ctypes.create_string_buffer(NUM_BYTES + ALIGNMENT)
     skipped = -ctypes.addressof(memory) % ALIGNMENT
     status = _encode()(
         ctypes.c_void_p(ctypes.addressof(memory) + skipped),
-        DATA_TYPES[x_MK.dtype],
+        DATA_TYPES[dtype],
         2,
-        ctypes.c_void_p(x_MK.data_ptr()),
-        (ctypes.c_uint64 * 2)(num_cols, num_rows),
-        (ctypes.c_uint64 * 1)(x_MK.stride(0) * size),
+        ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(stride_bytes),
         (ctypes.c_uint32 * 2)(box_columns, box_rows),
         (ctypes.c_uint32 * 2)(1, 1),
         NOT_INTERLEAVED,
@@ -44,7 +57,9 @@ def tensor_map(x_MK: Tensor, box_rows: int, box_columns: int) -> bytes:
         ZEROS_BEYOND,
     )
     if status != 0:
-        raise RuntimeError(f"CUDA: error {status} for a map of {tuple(x_MK.shape)}, strides {x_MK.stride()}")
+        raise RuntimeError(
+            f"CUDA: error {status} for a map of {rows} x {columns} {dtype} by {stride_bytes} bytes"
+        )
     return memory.raw[skipped : skipped + NUM_BYTES]
 
 

@@ -32,12 +32,6 @@ class LinearWeight(NamedTuple):
         return 4 if self.bits <= 4 else 8
 
     @property
-    def is_per_group(self) -> bool:
-        """Whether each row has several scales, evenly spaced."""
-        rows, cols = self.tile
-        return rows == 1 and cols < self.codes_NK.shape[1] and self.codes_NK.shape[1] % cols == 0
-
-    @property
     def is_per_row(self) -> bool:
         """Whether each row has one scale, be it shared with other rows."""
         rows, cols = self.tile
