@@ -12,6 +12,7 @@ Shape suffixes: V vocab, K features, G groups of features that share a scale, T 
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operands import FLOATS
 from quantkit_kernels.operators import operator
 
 
@@ -20,6 +21,7 @@ def embed(
 ) -> Tensor:
     """`embed_packed` in plain torch."""
     check(token_ids_T, packed, scale_VG, num_features, bits)
+    assert not (token_ids_T < 0).any(), f"token ids from {int(token_ids_T.min())} on"
     ids = token_ids_T.long()
     words = packed[ids].unsqueeze(2) >> torch.arange(0, 32, bits, dtype=torch.int32)
     codes_TK = ((words & (2**bits - 1)) - 2 ** (bits - 1)).flatten(1)[:, :num_features]
@@ -39,6 +41,8 @@ def check(token_ids_T: Tensor, packed: Tensor, scale_VG: Tensor, num_features: i
     assert scale_VG.is_contiguous() and scale_VG.shape[0] == packed.shape[0], f"scale {scale_VG.shape}"
     assert num_features % scale_VG.shape[1] == 0, f"{num_features} columns in {scale_VG.shape[1]} groups"
     assert token_ids_T.ndim == 1 and token_ids_T.is_contiguous(), f"token ids {token_ids_T.shape}"
+    assert token_ids_T.dtype in (torch.int32, torch.int64), f"token ids of {token_ids_T.dtype}"
+    assert scale_VG.dtype in FLOATS, f"scale of {scale_VG.dtype}"
 
 
 def _fake(

@@ -10,6 +10,7 @@ Shape suffixes: T tokens, K features, R pieces, W the width of a piece.
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operands import FLOATS
 from quantkit_kernels.operators import operator
 
 WIDTHS = (16, 32, 64, 128)
@@ -29,6 +30,7 @@ def rotate(x_TK: Tensor, width: int) -> Tensor:
 def check(x_TK: Tensor, width: int) -> None:
     """What `hadamard` says about its operands."""
     assert width in WIDTHS, f"pieces of {width}, not of {WIDTHS}"
+    assert x_TK.dtype in FLOATS, f"x of {x_TK.dtype}"
     assert x_TK.ndim == 2 and x_TK.stride(1) == 1 and x_TK.shape[1] % width == 0, (
         f"rows of pieces of {width}, not {x_TK.shape} by {x_TK.stride()}"
     )
@@ -40,7 +42,7 @@ def _fake(x_TK: Tensor, width: int) -> Tensor:
 
 @operator("hadamard", cpu=rotate, fake=_fake)
 def hadamard(x_TK: Tensor, width: int) -> Tensor:
-    """x with every `width` features rotated, contiguous [T, K] in the dtype of x (any float), features contiguous."""
+    """x with every `width` features rotated, contiguous [T, K]. x_TK: bf16, fp16 or fp32, features contiguous."""
     from quantkit_kernels import hadamard_kernel
 
     return hadamard_kernel.launch(x_TK, width)

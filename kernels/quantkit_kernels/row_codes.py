@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit_kernels.operands import FLOATS
 from quantkit_kernels.operators import operator
 
 HALF_RANGE = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0}
@@ -96,6 +97,7 @@ def nonzero(scale: Tensor) -> Tensor:
 
 def check_rows(x: Tensor) -> None:
     """A matrix that a program can read a row of."""
+    assert x.dtype in FLOATS, f"x of {x.dtype}"
     assert x.ndim == 2 and x.stride(1) == 1, f"rows of contiguous features, not {x.shape} by {x.stride()}"
     assert x.shape[1] <= MAX_FEATURES, f"{x.shape[1]} features, more than {MAX_FEATURES}"
 
@@ -114,7 +116,7 @@ def _fake(x_TK: Tensor, code_dtype: torch.dtype, group: int, *_: object) -> tupl
 def quantize_rows(
     x_TK: Tensor, code_dtype: torch.dtype, group: int, static_scale: Tensor | None, zero_point: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Codes [T, K] and their scale, float32 [T, G], as `Codes` says. x_TK: any float dtype, features contiguous."""
+    """Codes [T, K] and their scale, float32 [T, G], as `Codes` says. x_TK: bf16, fp16 or fp32, features contiguous."""
     from quantkit_kernels import row_codes_kernel
 
     return row_codes_kernel.launch(x_TK, Codes(code_dtype, group, static_scale, zero_point))

@@ -189,6 +189,7 @@ def test_equal_logits_go_to_the_lowest_index():
 
 def test_what_a_kernel_could_not_read_is_refused():
     x, weight = random(4, 32), random(32)
+    table = torch.zeros(4, 1, dtype=torch.int32), torch.ones(4, 1)
     for message, call in (
         ("contiguous features", lambda: rms_norm(x.T, None, weight, 1e-6, False, None)),
         ("weight of torch.float32", lambda: rms_norm(x, None, weight.float(), 1e-6, False, None)),
@@ -198,6 +199,11 @@ def test_what_a_kernel_could_not_read_is_refused():
         ("zero point", lambda: quantize_rows(x, torch.int8, 0, None, torch.zeros(1, dtype=torch.int8))),
         ("activation 'relu'", lambda: gated_activation(x, "relu")),
         ("pieces of 24", lambda: hadamard(x, 24)),
+        ("x of torch.int32", lambda: hadamard(x.int(), 32)),
+        ("x of torch.float64", lambda: quantize_rows(x.double(), torch.int8, 0, None, None)),
+        ("x of torch.int32", lambda: quantize_rows(x.int(), torch.int8, 0, None, None)),
+        ("ids of torch.float32", lambda: embed_packed(torch.ones(1), *table, 8, 4, 1.0)),
+        ("ids from -1 on", lambda: embed_packed(torch.tensor([2, -1]), *table, 8, 4, 1.0)),
         ("33 of 32", lambda: topk(x, 33)),
     ):
         with pytest.raises(AssertionError, match=message):
