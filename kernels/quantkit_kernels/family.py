@@ -24,9 +24,9 @@ class Route:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """routes: the last one takes any M on any device. weight_bytes: per weight, for the bound of a product.
+    """routes: the last one takes any M on every device that the family is for.
 
-    input_dtype: of x; None: bf16 or fp16.
+    weight_bytes: per weight, for the bound of a product. input_dtype: of x; None: bf16 or fp16.
     """
 
     name: str

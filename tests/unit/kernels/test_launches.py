@@ -1,7 +1,10 @@
 """What stands between an operator and the driver, without a GPU: where a kernel is launched, and with what."""
 
 import contextlib
+import re
+import subprocess
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,18 @@ pytest.importorskip(
     "cuda.bindings", reason="cuda-bindings is not installed: it comes with CUDA builds of torch"
 )
 
-from quantkit_kernels import nvrtc
+from quantkit_kernels import (
+    attention_few,
+    byte_stream,
+    nvrtc,
+    skinny,
+    sliced,
+    tile,
+    wide,
+    wide_codes,
+    wide_launch,
+)
+from tests.unit.kernels.test_shared_memory import Format, weight_of
 
 
 class Driver:
@@ -55,9 +69,51 @@ def test_a_thread_that_has_not_used_cuda_gets_a_context(driver, monkeypatch):
     assert given == [3] and len(driver.launches) == 2
 
 
-@pytest.mark.parametrize("params", ["6P7i", "2P3i", "9P10i"])
-def test_parameters_are_as_long_as_the_compilers_struct(driver, params):
-    assert nvrtc.CudaKernel(None, 1, params, 0)._params.size % 8 == 0
+def structs():
+    """Of every source: how its parameters are packed, and one kernel of it."""
+    group = Format(torch.int32, 128, torch.bfloat16, False)
+    weight, bf16 = weight_of(group), torch.bfloat16
+    tiling, of_wide = tile.tiling_of(64, weight, 132), wide_launch.fastest(wide.KINDS, 512, weight, 2, 132)
+    codes = ("IS_INT8", 1), ("BIAS_KIND", 2)
+    few = skinny.Kind(*group[:1], bf16, False, 4, 128, bf16, bf16, 1, True)
+    bytes_ = byte_stream.Kind(torch.int8, torch.int8, bf16, False, 8)
+    heads = attention_few.Kind(bf16, bf16, False, False, False, 128, 16, 8, 8, 8, 1)
+    dequantized = {"W_BITS": 4, "IS_E4M3": 0, "GROUP": 128, "ZERO": 0, "IS_BF16": 1, "SCALE_KIND": 2}
+    return {
+        "tile_x": (tile.X_PARAMS, (("M_TILE", 64), ("PAIRS", 1))),
+        "tile": (tile.PARAMS, tile.defines_of(weight, bf16, tiling)),
+        "wide": (wide_launch.PARAMS[2], wide_launch.defines_of(weight, bf16, of_wide, 2)),
+        "wide_codes": (
+            wide_launch.PARAMS[1],
+            (*wide_launch.defines_of(weight, bf16, wide_codes.TILING, 1), *codes),
+        ),
+        "skinny": (skinny.PARAMS, skinny.defines_of(few, skinny._shape(few), 2)),
+        "byte_stream": (
+            byte_stream.PARAMS,
+            byte_stream.defines_of(bytes_, byte_stream.shape_of(bytes_, 4096, 132)),
+        ),
+        "decode": (attention_few.PARAMS, attention_few.defines_of(heads)),
+        "dequantize": (sliced.PARAMS, tuple(dequantized.items())),
+    }
+
+
+def test_every_source_has_a_struct():
+    entries = {path.stem for path in nvrtc.SOURCES.glob("*.cu")}
+    assert set(structs()) == entries
+
+
+@pytest.mark.parametrize("entry", structs())
+def test_parameters_are_as_long_as_the_compilers_struct(driver, entry, tmp_path):
+    triton = pytest.importorskip(
+        "triton", reason="triton is not installed: its disassembler reads the machine code"
+    )
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    params, defines = structs()[entry]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(nvrtc.compile_cubin(f"{entry}.cu", entry, defines, (9, 0)))
+    elf = subprocess.run([cuobjdump, "--dump-elf", cubin], check=True, capture_output=True, text=True).stdout
+    (size,) = re.findall(r"EIATTR_KPARAM_INFO\s+Format:\s+EIFMT_SVAL\s+Value:.*Size\s*: (0x[0-9a-f]+)", elf)
+    assert nvrtc.CudaKernel(None, 1, params, 0)._params.size == int(size, 16)
 
 
 MACHINE_CODE = b"\x7fELF and so on"
