@@ -47,3 +47,14 @@ def test_slices_make_one_product(with_bias, monkeypatch):
         2**-8 * expected.abs() + 2**-9 * (x.double().square() @ w.square().T).sqrt() * 8 + 1e-5 * magnitude
     )
     assert ((y.double() - expected).abs() <= bound).all()
+
+
+def test_more_than_2_31_outputs():
+    weight, w = random_weight(65536, 64, group=32)
+    x = random_x(1 << 15, 64, torch.bfloat16).repeat(2, 1)[: 33 * 1024]
+    y = s.sliced(x, prepare(weight))
+    assert y.numel() > 2**31
+    last = x[-100:].double()
+    expected, magnitude = last @ w.T, last.abs() @ w.abs().T
+    assert ((y[-100:].double() - expected).abs() <= 2**-8 * expected.abs() + 2**-8 * magnitude).all()
+    assert torch.equal(y[: 1 << 10], y[1 << 15 :])

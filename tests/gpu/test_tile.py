@@ -58,8 +58,9 @@ def check(y, x, w, bias=None):
     assert share == 0, f"{(error / bound).max():.2f} of the bound, {share:.3f} of y beyond it"
 
 
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(m, n, k) for m in ROWS for n, k in SHAPES] + [(4096, 4096, 4096), (4096, 129, 4160)]
+)
 def test_symmetric_in_groups(m, n, k):
     weight, _ = random_weight(n, k, group=128)
     x = random_x(m, k, torch.bfloat16)
@@ -124,6 +125,13 @@ def test_8_bit_weights(n, k, group, rows, kind, dtype):
     for m in (50, 129):
         x = random_x(m, k, dtype)
         check(tile(x, prepare(weight)), x, as_multiplied(weight, dtype))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_8_bit_weights_by_thousands_of_rows(kind):
+    weight, _ = random_weight(1030, 4096, kind=kind)
+    x = random_x(4096, 4096, torch.bfloat16)
+    check(tile(x, prepare(weight)), x, as_multiplied(weight, x.dtype))
 
 
 def test_8_bit_weights_with_zero_points():

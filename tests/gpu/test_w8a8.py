@@ -231,6 +231,18 @@ def test_a_weight_beyond_two_billion_codes():
     assert not y[:, :-64].any()
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_more_than_2_31_outputs_of_int4(kind):
+    weight, w = random_weight(65536, 64, "int4", tile=(1, 32), scale_dtype=BF16)
+    codes, scale, _, x, _ = random_x(1 << 15, 64, kind)
+    scale, x = (torch.cat([each, each[:1024]]) for each in (scale, x))
+    codes = torch.cat([codes.view(torch.int8), codes[:1024].view(torch.int8)]).view(codes.dtype)
+    y = w4a8._tile(codes, strip_weight.prepare(weight), x_scale=scale, out_dtype=BF16)
+    assert y.numel() > 2**31
+    check(y[-100:], x[-100:], w, sum_bits=24 if kind == "int8" else 13)
+    assert torch.equal(y[: 1 << 10], y[1 << 15 :])
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 def test_in_a_graph(kind):
     weight, w = random_weight(512, 512, kind)

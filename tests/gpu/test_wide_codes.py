@@ -91,3 +91,13 @@ def test_in_a_graph_with_dependent_launch(kind):
         graph.replay()
         for y, of in zip(outputs, (w, v, w, v), strict=True):
             check(y, x, of, sum_bits=BITS[kind])
+
+
+def test_more_than_2_31_outputs():
+    weight, w = random_weight(65536, 64, "int4", tile=(1, 32), scale_dtype=BF16)
+    found = random_x(1 << 15, 64, "int8")
+    codes, scale, x = (torch.cat([found[part], found[part][:1024]]) for part in (0, 1, 3))
+    y = wide_codes(codes, prepare(weight), x_scale=scale, out_dtype=BF16)
+    assert y.numel() > 2**31
+    check(y[-100:], x[-100:], w)
+    assert torch.equal(y[: 1 << 10], y[1 << 15 :])
