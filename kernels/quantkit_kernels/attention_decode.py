@@ -18,8 +18,6 @@ Bound: 2 · D · bytes (+ 8 with scales per token) for each token and head: memo
 Shape suffixes: T new tokens, Q query heads, H heads of keys, D head dimension, B sequences.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +37,7 @@ from quantkit_kernels.attention_tile import (
     zeros,
 )
 from quantkit_kernels.capability import num_multiprocessors, starts_early
-from quantkit_kernels.operators import on_its_device, operator
+from quantkit_kernels.operators import on_its_device
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 MAX_Q_LEN = 16
@@ -193,49 +191,6 @@ def program_shape(num_rows: int, head_dim: int, *, is_8_bit: bool) -> tuple[int,
     if is_8_bit:
         return 16 if num_rows <= 32 else 64, tokens, 4, 3
     return min(64, max(16, triton.next_power_of_2(num_rows))), tokens, 4, 3
-
-
-def paged_decode(
-    q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking, *, split_tokens: int = 0
-) -> Tensor:
-    """Attention of at most MAX_Q_LEN new tokens per sequence: [T, Q, D] in the dtype of q.
-
-    split_tokens: 0 cuts contexts so as to fill the device; otherwise parts of that many tokens, which makes a
-    sequence's result independent of what else is in the batch.
-    """
-    fields: tuple[Any, ...] = (*pool, *pages, *masking, split_tokens)
-    return decode(q_TQD, *fields)
-
-
-def _cpu(q_TQD: Tensor, *fields: Any) -> Tensor:
-    return paged_kv.attend_flat(q_TQD, *fields[:-1])  # nothing is split
-
-
-def _fake(q_TQD: Tensor, *_: object) -> Tensor:
-    return q_TQD.new_empty(q_TQD.shape)
-
-
-@operator("paged_decode", cpu=_cpu, fake=_fake)
-def decode(
-    q_TQD: Tensor,
-    k_PHSD: Tensor,
-    v_PHSD: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    block_table_BL: Tensor,
-    lengths_B: Tensor,
-    cu_seqlens_q: Tensor,
-    max_q_len: int,
-    max_context: int,
-    softmax_scale: float,
-    window: int,
-    soft_cap: float,
-    split_tokens: int,
-) -> Tensor:
-    """`paged_decode` with the fields of its arguments side by side, as an operator has to have them."""
-    pool = KVPool(k_PHSD, v_PHSD, k_scale, v_scale)
-    pages = Pages(block_table_BL, lengths_B, cu_seqlens_q, max_q_len, max_context)
-    return launch(q_TQD, pool, pages, Masking(softmax_scale, window, soft_cap), split_tokens)
 
 
 @on_its_device

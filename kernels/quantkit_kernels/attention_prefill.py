@@ -11,8 +11,6 @@ Bound: 4 · D operations for each query head, new token and token it sees: tenso
 Shape suffixes: T new tokens, Q query heads, H heads of keys, D head dimension, B sequences.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +27,7 @@ from quantkit_kernels.attention_tile import (
     stored,
     zeros,
 )
-from quantkit_kernels.operators import on_its_device, operator
+from quantkit_kernels.operators import on_its_device
 from quantkit_kernels.paged_kv import EIGHT_BIT, KVPool, Masking, Pages
 
 
@@ -113,42 +111,6 @@ def prefill_kernel(
 def program_shape(head_dim: int) -> tuple[int, int, int, int]:
     """Rows and tokens of a tile, warps, pipeline stages."""
     return (128, 64, 8, 3) if head_dim <= 128 else (64, 32, 4, 2)
-
-
-def paged_prefill(q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking) -> Tensor:
-    """Attention of any number of new tokens per sequence: [T, Q, D] in the dtype of q."""
-    fields: tuple[Any, ...] = (*pool, *pages, *masking)
-    return prefill(q_TQD, *fields)
-
-
-def _cpu(q_TQD: Tensor, *fields: Any) -> Tensor:
-    return paged_kv.attend_flat(q_TQD, *fields)
-
-
-def _fake(q_TQD: Tensor, *_: object) -> Tensor:
-    return q_TQD.new_empty(q_TQD.shape)
-
-
-@operator("paged_prefill", cpu=_cpu, fake=_fake)
-def prefill(
-    q_TQD: Tensor,
-    k_PHSD: Tensor,
-    v_PHSD: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    block_table_BL: Tensor,
-    lengths_B: Tensor,
-    cu_seqlens_q: Tensor,
-    max_q_len: int,
-    max_context: int,
-    softmax_scale: float,
-    window: int,
-    soft_cap: float,
-) -> Tensor:
-    """`paged_prefill` with the fields of its arguments side by side, as an operator has to have them."""
-    pool = KVPool(k_PHSD, v_PHSD, k_scale, v_scale)
-    pages = Pages(block_table_BL, lengths_B, cu_seqlens_q, max_q_len, max_context)
-    return launch(q_TQD, pool, pages, Masking(softmax_scale, window, soft_cap))
 
 
 @on_its_device

@@ -23,6 +23,7 @@ from torch import Tensor
 from quantkit.algorithms.factor import Factor
 from quantkit.numerics import affine
 from quantkit.schemes import FloatSpec, Granularity, PerBlock, PerGroup, QParams, Spec
+from quantkit_kernels.gptq_block import gptq_block
 
 BLOCK_COLUMNS = 128
 # Rows of so many weights are rounded at a time: enough to fill a GPU, and half a GB with what they need.
@@ -132,8 +133,6 @@ def solve_block_on_gpu(
     w_CN: Tensor, carried_CN: Tensor, lower_CC: Tensor, spec: Spec, scales: ColumnScales
 ) -> Solved:
     """`solve_block` as one launch; leaves carried_CN as it is."""
-    from quantkit_kernels.gptq_block import gptq_block  # CUDA builds of torch have Triton, others need not
-
     zero_point_GN = scales.zero_point_GN
     qmin, qmax = (0, 0) if isinstance(spec, FloatSpec) else (spec.qmin, spec.qmax)
     codes_BCN, lost_BCN, _ = gptq_block(

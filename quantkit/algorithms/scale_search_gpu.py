@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.schemes import FloatSpec, Granularity, IntSpec, PerBlock, PerGroup, PerTensor, QParams, Spec
 from quantkit.schemes.tiles import to_tiles
+from quantkit_kernels.scale_search import MAX_SIZE, scale_search
 
 
 def search_on_gpu(
@@ -21,9 +22,6 @@ def search_on_gpu(
     steps: Sequence[float],
 ) -> QParams | None:
     """What `search_qparams` returns, but for the order of summation; None where a tile is too large for the kernel."""
-    # CUDA builds of torch have Triton, others need not
-    from quantkit_kernels.scale_search import MAX_SIZE, scale_search
-
     if isinstance(spec.granularity, PerTensor):
         return None
     tiles = to_tiles(w_NK, spec.granularity)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit_kernels.moments import moments
 
 MIN_BLOCK, NUM_BLOCKS = 96, 6  # the Hessian is symmetric: of 6 × 6 blocks 21 are computed, 58 % of the work
 ALIGNED = 256  # wide blocks are a multiple of it: a GPU's matrix units read whole rows of 16 bytes
@@ -68,8 +69,6 @@ class InputStats:
 
     def _add_moments(self, x_TK: Tensor) -> None:
         if x_TK.is_cuda:
-            from quantkit_kernels.moments import moments  # CUDA builds of torch have Triton, others need not
-
             added = moments(x_TK)
             self._sum_K += added.sum_K
             self._abs_K += added.abs_K

@@ -23,7 +23,7 @@ from quantkit.algorithms.scale_search import FEW_BIT_RATIOS, FEW_BIT_STEPS, sear
 from quantkit.observers.inputs import InputStats
 from quantkit.schemes import IntSpec, PerGroup
 from quantkit.schemes.tiles import dequantize_weight
-from quantkit_kernels import gptq_block, moments, scale_search
+from quantkit_kernels import gptq_block_kernel, moments, scale_search
 
 NUM_LAYERS, NUM_TOKENS, BATCH_TOKENS = 32, 128 * 2048, 4 * 2048
 HIDDEN, INNER, KEYS = 4096, 14336, 1024
@@ -160,7 +160,7 @@ def block_kernel() -> None:
     for num_rows in (KEYS, HIDDEN, INNER, 2 * INNER):
         arguments = block_arguments(num_rows)
         for rows, num_warps in ((16, 1), (16, 2), (32, 1), (32, 2), (32, 4), (32, 8), (64, 4), (64, 8)):
-            launch = partial(gptq_block.launch, *arguments, rows=rows, num_warps=num_warps)
+            launch = partial(gptq_block_kernel.launch, *arguments, rows=rows, num_warps=num_warps)
             name = f"block of 128 columns, N = {num_rows}, {rows} rows, {num_warps} warps"
             show(name, milliseconds(launch, repeats=15))
 

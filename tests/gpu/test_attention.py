@@ -8,7 +8,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels import attention_decode, attention_few, attention_prefill, attention_widen
+from quantkit_kernels import (
+    attention_decode,
+    attention_few,
+    attention_prefill,
+    attention_widen,
+    paged_operators,
+)
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build, exact_and_bound
 from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, needs_gpu, needs_kernels, poisoned, side_by_side  # noqa: F401
@@ -248,7 +254,7 @@ def test_no_tokens_at_all_are_zeros(stored):
 def test_repeated_runs_graphs_and_loose_limits(stored):
     case = Case(lengths=(2000, 130, 64, 1), q_lens=(2, 2, 1, 1), **stored)
     q_TQD, pool, pages = build(case, DEVICE)
-    for operator, more in ((attention_decode.decode, (0,)), (attention_prefill.prefill, ())):
+    for operator, more in ((paged_operators.decode, (0,)), (paged_operators.prefill, ())):
         arguments = (q_TQD, *pool, *pages, *case.masking(), *more)
         if pool.k_PHSD.dtype != E4M3:  # its checks multiply by what they are given
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

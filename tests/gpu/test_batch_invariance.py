@@ -8,11 +8,11 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 from quantkit.bench.contenders import random_input
 from quantkit_kernels import (
     attention_decode,
-    attention_prefill,
     hadamard_kernel,
     moe,
     moe_routing,
     norm_kernel,
+    paged_operators,
     row_codes_kernel,
     silu_kernel,
     w4a8,
@@ -147,7 +147,7 @@ def test_decode_of_a_sequence(num_queries, window, stored):
     )  # fmt: skip
     split = attention_decode.INVARIANT_SPLIT
     assert_sequences_are_by_themselves(
-        case, lambda *arguments: attention_decode.paged_decode(*arguments, split_tokens=split)
+        case, lambda *arguments: paged_operators.paged_decode(*arguments, split_tokens=split)
     )
 
 
@@ -157,7 +157,7 @@ def test_prefill_of_a_sequence(window, stored):
     case = Case(
         lengths=(3000, 130, 1, 64, 1025, 700), q_lens=(1, 130, 1, 16, 400, 257), window=window, **stored
     )
-    assert_sequences_are_by_themselves(case, attention_prefill.paged_prefill)
+    assert_sequences_are_by_themselves(case, paged_operators.paged_prefill)
 
 
 def assert_sequences_are_by_themselves(case, run):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels.gptq_block import gptq_block, launch
+from quantkit_kernels.gptq_block import gptq_block
+from quantkit_kernels.gptq_block_kernel import launch
 from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, generator, needs_gpu, needs_kernels, poisoned  # noqa: F401
 
 pytestmark = [*needs_kernels, pytest.mark.usefixtures("poisoned")]

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
 
-from quantkit_kernels.moments import Moments, column_moments, launch
+from quantkit_kernels.moments import Moments, column_moments
+from quantkit_kernels.moments_kernel import launch
 from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, generator, needs_gpu, needs_kernels, poisoned  # noqa: F401
 
 pytestmark = [*needs_kernels, pytest.mark.usefixtures("poisoned")]

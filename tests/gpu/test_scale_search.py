@@ -7,7 +7,8 @@ pytest.importorskip("triton", reason="triton is not installed: it comes with CUD
 
 from quantkit.numerics import affine
 from quantkit.schemes.tiles import round_scale
-from quantkit_kernels.scale_search import Candidates, launch, scale_search
+from quantkit_kernels.scale_search import Candidates, scale_search
+from quantkit_kernels.scale_search_kernel import launch
 from tests.gpu.triton_device import DEVICE, IS_INTERPRETED, generator, needs_gpu, needs_kernels, poisoned  # noqa: F401
 
 pytestmark = [*needs_kernels, pytest.mark.usefixtures("poisoned")]

@@ -16,6 +16,7 @@ from quantkit_kernels import (
     attention_tile,
     attention_widen,
     paged_kv,
+    paged_operators,
 )
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 from tests.gpu.attention_cases import Case, build
@@ -80,8 +81,8 @@ def test_operators_on_a_cpu():
     q_TQD, pool, pages = build(case, "cpu")
     exact_TQD = paged_kv.attend(q_TQD.double(), pool, pages, case.masking())
     bound_TQD = 2**-8 * exact_TQD.abs() + 1e-5 * exact_TQD.abs().max()
-    decoded = attention_decode.paged_decode(q_TQD, pool, pages, case.masking())
-    prefilled = attention_prefill.paged_prefill(q_TQD, pool, pages, case.masking())
+    decoded = paged_operators.paged_decode(q_TQD, pool, pages, case.masking())
+    prefilled = paged_operators.paged_prefill(q_TQD, pool, pages, case.masking())
     for got_TQD in (decoded, prefilled):
         assert got_TQD.dtype == torch.bfloat16
         assert ((got_TQD.double() - exact_TQD).abs() <= bound_TQD).all()
@@ -110,7 +111,7 @@ def test_what_does_not_fit_is_said(change, message):
     pool = pool._replace(**{name: value for name, value in change.items() if name in KVPool._fields})
     pages = pages._replace(**{name: value for name, value in change.items() if name in Pages._fields})
     with pytest.raises(AssertionError, match=message):
-        attention_decode.paged_decode(q_TQD, pool, pages, Masking(0.1))
+        paged_operators.paged_decode(q_TQD, pool, pages, Masking(0.1))
 
 
 def test_a_pool_starts_as_zeros_of_scale_one():

@@ -214,12 +214,20 @@ def test_operators_need_no_triton():
     code = "import sys; sys.modules['triton'] = None\n" + "\n".join(
         f"import quantkit_kernels.{name}"
         for name in (
+            "draw",
             "embedding",
+            "gptq_block",
             "hadamard",
+            "moe",
+            "moments",
             "norm_quant",
+            "paged_attention",
+            "paged_operators",
+            "product",
             "rope_append",
             "row_codes",
             "sampling",
+            "scale_search",
             "silu_quant",
         )
     )
