@@ -102,6 +102,8 @@ def experts(count, n, k, kind):
     if kind == "int4":
         scale = torch.rand(count, n // 16, k // 128, 16, device="cuda").to(BF16)
         return moe.ExpertWeight(fragments(n, k, count), scale, None, (n, k), 128)
+    if kind == "bf16":
+        return moe.prepare_dense((torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(count)), count)
     stored = torch.empty(count, n, k, dtype=FP8, device="cuda")
     for expert in stored:
         expert.copy_(codes(n, k, "fp8"))
@@ -111,7 +113,7 @@ def experts(count, n, k, kind):
 def bench_moe():
     """Both products of a layer's experts, sorting and combining included."""
     for model, (count, per_token, n_up, k_down, hidden) in MODELS.items():
-        for kind, x_kind in (("int4", "bf16"), ("fp8", "fp8"), ("fp8", "bf16")):
+        for kind, x_kind in (("int4", "bf16"), ("fp8", "fp8"), ("fp8", "bf16"), ("bf16", "bf16")):
             layers = [
                 (experts(count, n_up, hidden, kind), experts(count, hidden, k_down, kind)) for _ in range(2)
             ]
@@ -129,7 +131,7 @@ def bench_moe():
                     return y, moe_routing.combine(down_y, gates, BF16)
 
                 hit = len(ids.unique())
-                per_weight = 0.516 if kind == "int4" else 1
+                per_weight = {"int4": 0.516, "fp8": 1, "bf16": 2}[kind]
                 num_bytes = hit * per_weight * (n_up * hidden + hidden * k_down)
                 flops = 2 * pairs * (n_up * hidden + hidden * k_down)
                 us = time_chain([partial(layer, *each) for each in layers], DEVICE)
