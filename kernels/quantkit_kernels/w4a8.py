@@ -131,7 +131,7 @@ def w4a8(
 
     codes_MK: int8 or float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; x_zero_point: int8 of the same
     shape, or None, with int8 codes. packed, w_scale, w_zero_point, w_row_sum_N: of a `StripWeight`. group: 32, 64, 128,
-    or 0 for a scale per row. bias_N: any float dtype. batch_invariant: a row's result does not depend on how many
+    or 0 for a scale per row. bias_N: bf16, fp16 or fp32. batch_invariant: a row's result does not depend on how many
     others there are.
     """
     check(

@@ -154,8 +154,8 @@ def w8a8_fp8(
     """x · wᵀ (+ bias), [M, N] in out_dtype.
 
     codes_MK: float8_e4m3fn, columns contiguous. x_scale: float32 [M, 1] or [1]; with w_scale in blocks
-    [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: any float dtype. batch_invariant: a row's result
-    does not depend on how many others there are.
+    [M, ceil(K / 128)]. w_codes_NK, w_scale: of an `Fp8Weight`. bias_N: bf16, fp16 or fp32. batch_invariant: a row's
+    result does not depend on how many others there are.
     """
     _check(codes_MK, x_scale, w_codes_NK, w_scale, bias_N, num_outputs, out_dtype)
     if not converts_float8(codes_MK.device):  # nor multiplies it

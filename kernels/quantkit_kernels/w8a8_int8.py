@@ -138,7 +138,7 @@ def w8a8_int8(
     """(x − zero point) · wᵀ (+ bias), [M, N] in out_dtype.
 
     codes_MK: int8, columns contiguous. x_scale: float32 [M, 1] or [1]. zero_point: int8 of the same shape, or None.
-    w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: any float dtype. batch_invariant: a
+    w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N: of an `Int8Weight`. bias_N: bf16, fp16 or fp32. batch_invariant: a
     row's result does not depend on how many others there are.
     """
     weight = Int8Weight(w_codes_NK, w_scale_N, w_code_sum_N, w_row_sum_N)
