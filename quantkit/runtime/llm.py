@@ -1,20 +1,17 @@
 """`LLM`: a checkpoint that answers, from Python. Names are those that users of other engines know."""
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.formats.source import resolve_source
-from quantkit.runtime.engine import Event
 from quantkit.runtime.models.families import read_spec
-from quantkit.runtime.outputs import NewToken, OutputProcessor, RequestOutput
+from quantkit.runtime.outputs import RequestOutput
+from quantkit.runtime.requests import Requests
 from quantkit.runtime.sampling_params import SamplingParams
-from quantkit.runtime.sequence import Sequence as EngineSequence
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.start import start_engine
 from quantkit.runtime.tokenizer import load_tokenizer, stop_tokens
@@ -46,11 +43,14 @@ class LLM:
             checkpoint
         )  # a config.json that is wrong is said to be, before the tokenizer stumbles over it
         self.tokenizer = load_tokenizer(checkpoint.path)
-        self._eos_ids = stop_tokens(checkpoint, self.tokenizer)
+        eos_ids = stop_tokens(checkpoint, self.tokenizer)
         self.started = start_engine(checkpoint, chosen, announce=announce)
-        self._engine = self.started.engine
-        self._outputs = OutputProcessor(self.tokenizer)
-        self._sequences: dict[int, EngineSequence] = {}
+        self.requests = Requests(
+            self.started.engine,
+            self.tokenizer,
+            eos_ids=eos_ids,
+            vocab_size=self.started.model.spec.vocab_size,
+        )
         self._ready: dict[str, deque[RequestOutput]] = {}  # outputs that nobody has taken, by request
         self._numbers = itertools.count()
 
@@ -131,31 +131,9 @@ class LLM:
         *,
         is_streamed: bool,
     ) -> str:
-        """Put a request in the engine's queue: a sequence for each of its answers."""
-        if type(priority) is not int:
-            raise GenerationError(f"priority {priority!r} makes no sense", fix="give a whole number")
-        vocab_size = self.started.model.spec.vocab_size
-        params.check_token_ids(vocab_size)
-        _check_prompt(prompt_ids, vocab_size)
-        sequences = [
-            EngineSequence(
-                sequence_id=number,
-                prompt_ids=prompt_ids,
-                params=params.answer(index),
-                eos_ids=self._eos_ids,
-                priority=priority,
-                arrival=number,
-            )
-            for index, number in zip(range(params.n), self._numbers, strict=False)
-        ]
-        request_id = str(sequences[0].sequence_id)
-        self._engine.add(*sequences)
+        request_id = str(next(self._numbers))
+        self.requests.add(request_id, text, prompt_ids, params, priority=priority, is_streamed=is_streamed)
         self._ready[request_id] = deque()
-        self._sequences |= {sequence.sequence_id: sequence for sequence in sequences}
-        numbers = [sequence.sequence_id for sequence in sequences]
-        self._outputs.add(
-            request_id, text, prompt_ids, params, numbers, now=time.monotonic(), is_streamed=is_streamed
-        )
         return request_id
 
     def _next(self, request_id: str) -> RequestOutput:
@@ -165,42 +143,17 @@ class LLM:
         return self._ready[request_id].popleft()
 
     def _step(self) -> None:
-        """One step of the engine, as outputs of its requests."""
-        tokens = [_new_token(event) for event in self._engine.step()]
-        processed = self._outputs.process(tokens, now=time.monotonic())
-        for number in processed.stopped:
-            self._engine.end(self._sequences[number])
-        for number in [token.sequence_id for token in tokens if token.finish] + processed.stopped:
-            del self._sequences[number]
-        for output in processed.outputs:
+        for output in self.requests.step().outputs:
             self._ready[output.request_id].append(output)
 
     def _end(self, request_ids: Sequence[str]) -> None:
         """Forget requests; those that go on, after an error or an interrupt, or since nobody listens, are ended."""
         for request_id in request_ids:
             self._ready.pop(request_id, None)
-            for number in self._outputs.abort(request_id):
-                self._engine.end(self._sequences.pop(number))
+            self.requests.end(request_id)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode_prompt(prompt, raw=True) if isinstance(prompt, str) else list(prompt)
-
-
-def _check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
-    """Raise GenerationError for token ids that the model does not have."""
-    wrong = next(
-        (token for token in prompt_ids if type(token) is not int or not 0 <= token < vocab_size), None
-    )
-    if wrong is not None:
-        raise GenerationError(
-            f"the prompt: {wrong!r} is no token of the model, which has {vocab_size}",
-            fix=f"give token ids from 0 to {vocab_size - 1}, or a text",
-        )
-
-
-def _new_token(event: Event) -> NewToken:
-    sequence = event.sequence
-    return NewToken(sequence.sequence_id, event.token_id, event.finish, event.logprobs, sequence.num_cached)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -93,9 +93,10 @@ class Soak:
         token_bytes = roomy.started.model.kv.token_bytes
         self.llm = LLM(model, **TINY, **SMALL, **settings, kv_cache_bytes=NUM_BLOCKS * BLOCK * token_bytes)
         if is_late:
-            self.llm._engine._runner = LateRunner(self.llm._engine._runner)
+            self.llm.requests._engine._runner = LateRunner(self.llm.requests._engine._runner)
         self.random = random.Random(seed)
         self.open = {}  # number in the catalogue and what has come, by request
+        self.sequence_ids = {}  # of the engine, by request
         self.counts = Counter()
 
     def round(self, num_steps=200):
@@ -107,9 +108,9 @@ class Soak:
                 self.abort(self.random.choice(self.preempted() or list(self.open)))
             self.step()
         for count in itertools.count():
-            if not self.llm._engine.has_work:
+            if not self.llm.requests._engine.has_work:
                 break
-            assert count < MOST_STEPS, f"stuck: {self.llm._engine.scheduler.stats}"
+            assert count < MOST_STEPS, f"stuck: {self.llm.requests._engine.scheduler.stats}"
             self.step()
         self.check_idle()
 
@@ -123,9 +124,11 @@ class Soak:
             self.counts["refused"] += 1
         else:
             self.open[request_id] = number, defaultdict(lambda: ["", [], None])
+            answers = self.llm.requests._outputs._requests[request_id].answers
+            self.sequence_ids[request_id] = [answer.sequence_id for answer in answers]
 
     def step(self):
-        if self.llm._engine.has_work:
+        if self.llm.requests._engine.has_work:
             self.llm._step()
         self.check_blocks()
         for request_id in list(self.open):
@@ -152,38 +155,34 @@ class Soak:
         for index, (text, token_ids, _) in answers.items():
             all_text, all_ids, _ = self.expected[number][index]
             assert all_text.startswith(text) and all_ids[: len(token_ids)] == token_ids
-        for sequence_id in self.sequence_ids(request_id):
-            self.counts[state_of(self.llm._sequences.get(sequence_id))] += 1
+        for sequence_id in self.sequence_ids[request_id]:
+            self.counts[state_of(self.llm.requests._sequences.get(sequence_id))] += 1
         self.llm._end([request_id])
         self.forget(request_id)
 
     def preempted(self):
         """Requests with a sequence that lost its blocks: there are few, and not for long."""
-        waiting = self.llm._engine.scheduler._waiting
+        waiting = self.llm.requests._engine.scheduler._waiting
         lost = {sequence.sequence_id for sequence in waiting if sequence.generation}
-        return [each for each in self.open if not lost.isdisjoint(self.sequence_ids(each))]
-
-    def sequence_ids(self, request_id):
-        number, _ = self.open[request_id]
-        return range(int(request_id), int(request_id) + self.requests[number][1].n)
+        return [each for each in self.open if not lost.isdisjoint(self.sequence_ids[each])]
 
     def forget(self, request_id):
         self.llm._end([request_id])
-        del self.open[request_id]
+        del self.open[request_id], self.sequence_ids[request_id]
 
     def check_blocks(self):
-        scheduler = self.llm._engine.scheduler
+        scheduler = self.llm.requests._engine.scheduler
         blocks = scheduler._blocks
         assert blocks.num_free + blocks.num_cached + blocks.num_used == blocks.num_blocks - 1
         users = Counter(block for sequence in scheduler._running for block in sequence.blocks)
         assert [users[block] for block in range(blocks.num_blocks)] == blocks._num_users
 
     def check_idle(self):
-        scheduler = self.llm._engine.scheduler
+        scheduler = self.llm.requests._engine.scheduler
         assert scheduler._blocks.num_used == scheduler.num_waiting == scheduler.num_running == 0
         assert scheduler.num_waiting_tokens == 0
-        kept = self.open, self.llm._sequences, self.llm._ready
-        assert not any(kept) and not self.llm._outputs._requests and not self.llm._outputs._answers
+        kept = self.open, self.llm.requests._sequences, self.llm._ready
+        assert not any(kept) and not self.llm.requests._outputs._requests and not self.llm.requests._outputs._answers
 
 
 def answer_of(output):
@@ -228,7 +227,7 @@ def make_soaks(model):
 def check_variety(soaks):
     """Everything that was to happen has happened to each engine."""
     for soak in soaks:
-        stats = soak.llm._engine.scheduler.stats
+        stats = soak.llm.requests._engine.scheduler.stats
         assert stats.num_preemptions and stats.num_prefix_hits and soak.counts["refused"]
         assert soak.counts.keys() >= STATES, soak.counts
 
@@ -236,7 +235,7 @@ def check_variety(soaks):
 def test_a_round_of_each(model):
     for soak in make_soaks(model):
         soak.round(100)
-        assert soak.counts["answered"] and soak.llm._engine.scheduler.stats.num_preemptions
+        assert soak.counts["answered"] and soak.llm.requests._engine.scheduler.stats.num_preemptions
 
 
 @pytest.mark.long

@@ -108,25 +108,25 @@ def test_a_stream_that_is_left_leaves_nothing(saved):
     llm = load(saved)
     for _ in llm.stream("Hi", SamplingParams(max_tokens=40)):
         break
-    assert not llm._engine.scheduler.has_unfinished
-    assert not llm._sequences
-    assert llm._engine.scheduler.stats.kv_usage == 0
+    assert not llm.started.engine.scheduler.has_unfinished
+    assert not llm.requests._sequences
+    assert llm.started.engine.scheduler.stats.kv_usage == 0
 
 
 def test_an_interrupt_ends_every_request(saved, monkeypatch):
     llm = load(saved)
-    step, count = llm._engine.step, iter(range(99))
+    step, count = llm.started.engine.step, iter(range(99))
 
     def interrupted():
         if next(count) == 3:
             raise KeyboardInterrupt
         return step()
 
-    monkeypatch.setattr(llm._engine, "step", interrupted)
+    monkeypatch.setattr(llm.started.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, SamplingParams(max_tokens=20))
-    assert not llm._engine.scheduler.has_unfinished
-    monkeypatch.setattr(llm._engine, "step", step)
+    assert not llm.started.engine.scheduler.has_unfinished
+    monkeypatch.setattr(llm.started.engine, "step", step)
     assert llm.generate("Hi", SamplingParams(max_tokens=2))[0].finished
 
 
@@ -136,7 +136,7 @@ def test_n_answers_have_seeds_of_their_own_and_one_prompt(saved):
     answers = llm.generate("x" * 33, params)[0].outputs
     assert [answer.index for answer in answers] == [0, 1, 2]
     assert len({answer.text for answer in answers}) == 3
-    assert llm._engine.scheduler.stats.num_prefix_hits == 2 * 32
+    assert llm.started.engine.scheduler.stats.num_prefix_hits == 2 * 32
 
 
 def test_a_stop_string_ends_the_answer_in_text_and_engine(saved):
@@ -146,7 +146,7 @@ def test_a_stop_string_ends_the_answer_in_text_and_engine(saved):
     found = llm.generate("Hi", SamplingParams(max_tokens=30, stop=[stop]))[0].outputs[0]
     assert found.text == free[: free.index(stop)]
     assert (found.finish_reason, found.stop_reason) == ("stop", stop)
-    assert not llm._engine.has_work
+    assert not llm.requests.has_work
 
 
 def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(saved):
@@ -161,7 +161,7 @@ def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(saved):
         llm.generate([[1, -1]], SamplingParams())
     with pytest.raises(GenerationError, match="no chat template"):
         llm.chat([{"role": "user", "content": "Hi"}])
-    assert not llm._engine.has_work
+    assert not llm.requests.has_work
     assert llm.generate("Hi", SamplingParams(max_tokens=2))[0].finished
 
 
@@ -169,14 +169,14 @@ def test_smaller_priorities_are_served_first(saved):
     llm = load(saved, max_num_seqs=1)
     params = SamplingParams(max_tokens=4, n=2)
     order = []
-    step = llm._engine.step
+    step = llm.requests._engine.step
 
     def watched():
         events = step()
         order.extend(event.sequence.priority for event in events if event.finish)
         return events
 
-    llm._engine.step = watched
+    llm.requests._engine.step = watched
     plain = texts(llm.generate(PROMPTS, params))
     assert order == [0] * 6
     order.clear()
@@ -195,7 +195,7 @@ def test_priorities_are_one_for_all_or_for_each(saved):
         llm.generate(PROMPTS, params, priority=[1, 2])
     with pytest.raises(GenerationError, match=r"priority 0\.5"):
         llm.generate(PROMPTS, params, priority=0.5)
-    assert not llm._engine.has_work
+    assert not llm.requests._engine.has_work
 
 
 def test_every_option_changes_an_answer_streamed_or_whole(saved):
@@ -288,8 +288,8 @@ def test_a_step_that_finds_no_memory_names_the_options_and_others_go_on(saved):
     llm = load(saved)
     params = SamplingParams(max_tokens=10)
     alone = texts(llm.generate(prompt, params)[0] for prompt in PROMPTS)
-    runner = llm._engine._runner
-    llm._engine._runner = FullRunner(runner)
+    runner = llm.requests._engine._runner
+    llm.requests._engine._runner = FullRunner(runner)
     stream = llm.stream(PROMPTS[0], params)
     pieces = [next(stream), next(stream)]
     with pytest.raises(
@@ -300,8 +300,8 @@ def test_a_step_that_finds_no_memory_names_the_options_and_others_go_on(saved):
         assert option in error.value.fix
     pieces += stream
     assert "".join(piece.outputs[0].text for piece in pieces) == alone[0][0]
-    assert not llm._engine.has_work and llm._engine.scheduler.stats.kv_usage == 0
-    llm._engine._runner = runner
+    assert not llm.requests._engine.has_work and llm.requests._engine.scheduler.stats.kv_usage == 0
+    llm.requests._engine._runner = runner
     assert texts(llm.generate(PROMPTS, params)) == alone
 
 
@@ -320,7 +320,7 @@ def test_a_full_queue_refuses_and_leaves_nothing(saved):
     params = SamplingParams(max_tokens=3)
     with pytest.raises(QueueFullError, match="max_num_waiting_seqs is 2"):
         llm.generate(PROMPTS, params)
-    assert not llm._engine.has_work and not llm._sequences and not llm._ready
+    assert not llm.requests._engine.has_work and not llm.requests._sequences and not llm._ready
     assert len(llm.generate(PROMPTS[:2], params)) == 2
     with pytest.raises(GenerationError, match="max_num_waiting_seqs 0"):
         load(saved, max_num_waiting_seqs=0)

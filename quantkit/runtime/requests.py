@@ -1,0 +1,122 @@
+"""Requests in, outputs out: an engine, its sequences and their text together.
+
+One thread owns it. Whoever asks decides when to `step`; nothing happens in between.
+"""
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from quantkit.errors import GenerationError
+from quantkit.runtime.engine import Engine, Event
+from quantkit.runtime.outputs import NewToken, OutputProcessor, RequestOutput
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.scheduler import Stats
+from quantkit.runtime.sequence import Sequence as EngineSequence
+from quantkit.runtime.tokenizer import Tokenizer
+
+
+class Stepped(NamedTuple):
+    """Requests that wait no longer, and what is new of those that have something new."""
+
+    begun: list[str]
+    outputs: list[RequestOutput]
+
+
+class Requests:
+    """The requests that an engine works on. eos_ids: the model's own stop tokens."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, eos_ids: frozenset[int], vocab_size: int
+    ) -> None:
+        self._engine = engine
+        self._outputs = OutputProcessor(tokenizer)
+        self._eos_ids = eos_ids
+        self._vocab_size = vocab_size
+        self._sequences: dict[int, EngineSequence] = {}
+        self._waiting: dict[str, EngineSequence] = {}  # of requests that have not begun, the first
+        self._numbers = itertools.count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._engine.has_work
+
+    @property
+    def stats(self) -> Stats:
+        return self._engine.scheduler.stats
+
+    def add(
+        self,
+        request_id: str,
+        text: str | None,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        is_streamed: bool,
+    ) -> None:
+        """Put a request in the engine's queue: a sequence for each of its answers.
+
+        text: the prompt as it was given, if it was a text. priority: smaller is served first. is_streamed: its outputs are deltas, one for each step.
+        Raises GenerationError, and nothing is in the queue, for what the model does not have or cannot take.
+        """
+        if type(priority) is not int:
+            raise GenerationError(f"priority {priority!r} makes no sense", fix="give a whole number")
+        params.check_token_ids(self._vocab_size)
+        _check_prompt(prompt_ids, self._vocab_size)
+        sequences = [
+            EngineSequence(
+                sequence_id=number,
+                prompt_ids=prompt_ids,
+                params=params.answer(index),
+                eos_ids=self._eos_ids,
+                priority=priority,
+                arrival=number,
+            )
+            for index, number in zip(range(params.n), self._numbers, strict=False)
+        ]
+        self._engine.add(*sequences)
+        self._sequences |= {sequence.sequence_id: sequence for sequence in sequences}
+        self._waiting[request_id] = sequences[0]
+        numbers = [sequence.sequence_id for sequence in sequences]
+        self._outputs.add(
+            request_id, text, prompt_ids, params, numbers, now=time.monotonic(), is_streamed=is_streamed
+        )
+
+    def step(self) -> Stepped:
+        """One step of the engine, as outputs of its requests; the last one of each is `finished`."""
+        tokens = [_new_token(event) for event in self._engine.step()]
+        processed = self._outputs.process(tokens, now=time.monotonic())
+        for number in processed.stopped:
+            self._engine.end(self._sequences[number])
+        for number in [token.sequence_id for token in tokens if token.finish] + processed.stopped:
+            del self._sequences[number]
+        begun = [request_id for request_id, sequence in self._waiting.items() if sequence.generation]
+        for request_id in begun:
+            del self._waiting[request_id]
+        return Stepped(begun, processed.outputs)
+
+    def end(self, request_id: str) -> None:
+        """Forget a request, wherever it is; nothing happens to one that has ended."""
+        self._waiting.pop(request_id, None)
+        for number in self._outputs.abort(request_id):
+            self._engine.end(self._sequences.pop(number))
+
+
+def _check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise GenerationError for token ids that the model does not have."""
+    wrong = next(
+        (token for token in prompt_ids if type(token) is not int or not 0 <= token < vocab_size), None
+    )
+    if wrong is not None:
+        raise GenerationError(
+            f"the prompt: {wrong!r} is no token of the model, which has {vocab_size}",
+            fix=f"give token ids from 0 to {vocab_size - 1}, or a text",
+        )
+
+
+def _new_token(event: Event) -> NewToken:
+    sequence = event.sequence
+    return NewToken(sequence.sequence_id, event.token_id, event.finish, event.logprobs, sequence.num_cached)
