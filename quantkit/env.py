@@ -16,6 +16,11 @@ def cache_dir() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "quantkit"
 
 
+def api_keys() -> tuple[str, ...]:
+    """Keys that a server asks its clients for: QUANTKIT_API_KEYS, with commas between them."""
+    return tuple(key.strip() for key in os.environ.get("QUANTKIT_API_KEYS", "").split(",") if key.strip())
+
+
 def deterministic_cublas() -> None:
     """Ask cuBLAS for results that do not differ from run to run; to be called before it is first used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -75,3 +75,7 @@ class QueueFullError(GenerationError):
 
 class BenchError(QuantkitError):
     """A benchmark that cannot be run as asked, or a dispatch table that it cannot update."""
+
+
+class ServerError(QuantkitError):
+    """A server that cannot be started as asked, or whose engine has died."""

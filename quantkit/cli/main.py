@@ -17,6 +17,7 @@ from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
 from quantkit.cli.quantize import quantize
 from quantkit.cli.recipes import recipes
+from quantkit.cli.serve import serve
 from quantkit.cli.verify import verify
 from quantkit.env import keep_freed_memory
 from quantkit.errors import OutputError, QuantkitError
@@ -58,6 +59,7 @@ app.command("verify")(verify)
 app.command("eval")(eval_models)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("recipes")(recipes)
 app.add_typer(bench)
 

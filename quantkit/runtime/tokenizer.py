@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quantkit import tokens
@@ -30,7 +31,7 @@ class Tokenizer:
         if raw or not self.has_chat_template:
             return self._checked(self.backend(prompt)["input_ids"])
         try:
-            ids = self._render([{"role": "user", "content": prompt}])
+            ids = self._render([{"role": "user", "content": prompt}], {})
         except Exception as error:  # a template may fail in any way that an expression can
             raise SourceError(
                 f"{self.path}: its chat template fails ({error})",
@@ -38,9 +39,12 @@ class Tokenizer:
             ) from error
         return self._checked(ids)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, options: Mapping[str, bool] = MappingProxyType({})
+    ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins. messages: each with `role` and `content`.
 
+        options: what the template is told besides; it does with it what it likes.
         The template is rendered in transformers' immutable sandbox. Raises GenerationError if there is no template, if
         messages are not what the class says, or not what the template takes.
         """
@@ -54,7 +58,7 @@ class Tokenizer:
         if not messages:
             raise GenerationError("the conversation has no messages", fix="give at least one")
         try:
-            ids = self._render([dict(message) for message in messages])
+            ids = self._render([dict(message) for message in messages], options)
         except Exception as error:  # as above; a template refuses conversations by raising, too
             raise GenerationError(
                 f"{self.path}: its chat template does not take these messages ({error})",
@@ -92,9 +96,9 @@ class Tokenizer:
         added = self.backend.backend_tokenizer.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+    def _render(self, messages: list[dict[str, str]], options: Mapping[str, bool]) -> list[int]:
         ids: list[int] = self.backend.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+            messages, add_generation_prompt=True, return_dict=False, **options
         )
         return ids
 

@@ -1,0 +1,172 @@
+"""The engine process, seen from the HTTP process: started, given requests, listened to, and missed when it dies."""
+
+import asyncio
+import dataclasses
+import itertools
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantkit.errors import ServerError
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.settings import EngineSettings
+from quantkit.server.admission import Admission
+from quantkit.server.errors import ApiError, failed, invalid
+from quantkit.server.generation import Generation
+from quantkit.server.logs import logger
+from quantkit.server.messages import (
+    Abort,
+    CannotStart,
+    Decoder,
+    Delta,
+    Message,
+    Progress,
+    Ready,
+    Refused,
+    Start,
+    Stepped,
+    Submit,
+    encode,
+)
+from quantkit.server.metrics import Metrics
+
+EXIT_SECONDS = 5.0  # for the engine process to notice that nobody is left
+
+
+class EngineClient(asyncio.Protocol):
+    """Messages to the engine process, and its messages to the generations that they are about.
+
+    idle: set while it works on nothing. died: set at the end of the engine's socket; every generation has ended then.
+    """
+
+    def __init__(self, admission: Admission, metrics: Metrics) -> None:
+        self.died = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._admission = admission
+        self._metrics = metrics
+        self._decoder = Decoder()
+        self._numbers = itertools.count()
+        self._generations: dict[str, Generation] = {}  # by the parts that the engine works on
+        self._open: set[Generation] = set()
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._transport: asyncio.Transport | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self, model: Path, settings: EngineSettings) -> Ready:
+        """Run the process and wait until it has loaded. Raises ServerError for what the engine cannot start with."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "quantkit.server.engine_process", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_connection(lambda: self, sock=ours)
+        self._send(Start(str(model), dataclasses.asdict(settings)))
+        return await self._ready
+
+    def submit(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        is_streamed: bool,
+    ) -> Generation:
+        """Give the engine `params.n` answers to each prompt to make. Raises ApiError if too much waits.
+
+        Whoever calls this calls `end`, too.
+        """
+        generation = Generation(
+            next(self._numbers),
+            [len(prompt) for prompt in prompts],
+            num_answers=params.n,
+            is_streamed=is_streamed,
+        )
+        self._admission.admit(generation.num_choices, generation.num_prompt_tokens)
+        self._open.add(generation)
+        self.idle.clear()
+        fields = dataclasses.asdict(params)
+        for part, prompt in zip(generation.parts, prompts, strict=True):
+            self._generations[part] = generation
+            self._send(Submit(part, prompt, fields))
+        return generation
+
+    def end(self, generation: Generation) -> None:
+        """Nobody wants more of it: what still runs is aborted, what was counted is given back."""
+        for part in generation.parts:
+            if self._generations.pop(part, None) is not None and part in generation.unfinished:
+                self._send(Abort(part))
+        if generation in self._open:
+            self._open.remove(generation)
+            self._admission.begun(sum(generation.waiting.values()))
+            self._admission.ended(generation.num_choices)
+        if not self._open:
+            self.idle.set()
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every generation with an error."""
+        for generation in self._open:
+            generation.fail(error)
+
+    async def stop(self) -> int | None:
+        """Close the socket, by which the process ends; its exit code."""
+        if self._transport is not None:
+            self._transport.close()
+        if self._process is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._process.wait, EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # it hangs in the device's driver
+            return await asyncio.to_thread(self._process.wait)
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            self._take(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(
+                ServerError(
+                    "the engine process died while it loaded the model", fix="see its traceback above"
+                )
+            )
+        self.fail_all(failed("the engine died", "engine_dead"))
+        self.died.set()
+
+    def _send(self, message: Message) -> None:
+        assert self._transport is not None, "it is started first"
+        if not self._transport.is_closing():
+            self._transport.write(encode(message))
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Stepped(begun, deltas, stats):
+                self._metrics.stepped(stats)
+                for part in begun:
+                    if (generation := self._generations.get(part)) is not None:
+                        self._admission.begun(generation.begin(part))
+                for delta in deltas:
+                    self._put(delta)
+            case Refused(part, problem, fix):
+                if (generation := self._generations.get(part)) is not None:
+                    generation.fail(invalid(f"{problem}; {fix}"))
+            case Progress(line):
+                logger.info(line)
+            case Ready():
+                self._ready.set_result(message)
+            case CannotStart(problem, fix):
+                self._ready.set_exception(ServerError(problem, fix=fix))
+            case _:
+                raise AssertionError(f"{type(message).__name__} is not from the engine")
+
+    def _put(self, delta: Delta) -> None:
+        generation = self._generations.get(delta.request_id)
+        if generation is None:  # aborted, and the engine did not know yet
+            return
+        before = generation.times
+        generation.put(delta)
+        self._metrics.got_token(before, generation.times)
+        if generation.has_ended:  # what was counted is given back now, however long the client takes to read
+            self.end(generation)

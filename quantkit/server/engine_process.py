@@ -1,0 +1,173 @@
+"""The engine process: messages in, a step, messages out. It knows nothing of HTTP, and ends when its socket does.
+
+python -m quantkit.server.engine_process FD
+"""
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+
+from quantkit.env import keep_freed_memory
+from quantkit.errors import QuantkitError
+from quantkit.runtime.llm import LLM
+from quantkit.runtime.outputs import CompletionOutput, Logprob, RequestOutput
+from quantkit.runtime.requests import Requests
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.server.logs import log_as_json
+from quantkit.server.messages import (
+    Abort,
+    CannotStart,
+    Choice,
+    ChosenToken,
+    Decoder,
+    Delta,
+    Message,
+    Progress,
+    Ready,
+    Refused,
+    Start,
+    Stats,
+    Stepped,
+    Submit,
+    encode,
+)
+from quantkit_kernels.paged_kv import BLOCK_SIZE
+
+RECEIVE_BYTES = 1 << 18
+LEAST = -9999.0  # log probability: JSON has no infinity
+
+
+class Connection:
+    """The socket to the HTTP process. A thread reads it, so that its end ends this process whatever else goes on.
+
+    Neither a model that loads nor a kernel that hangs keeps the process, and its GPU, after nobody can reach it.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._decoder = Decoder()
+        self._received: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Waits while the other end is behind, which reads whatever its clients do."""
+        self._socket.sendall(encode(message))
+
+    def receive(self, *, waits: bool) -> list[Message]:
+        """The messages that have come. waits: for at least one."""
+        messages: list[Message] = []
+        while (waits and not messages) or not self._received.empty():
+            messages += self._decoder.feed(self._received.get())
+        return messages
+
+    def _read(self) -> None:
+        with suppress(ConnectionError):
+            while data := self._socket.recv(RECEIVE_BYTES):
+                self._received.put(data)
+        os._exit(0)
+
+
+def main() -> None:
+    """Serve one HTTP process; never returns."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the HTTP process, which lets running requests end
+    log_as_json()
+    keep_freed_memory()
+    connection = Connection(socket.socket(fileno=int(sys.argv[1])))
+    (start,) = connection.receive(waits=True)
+    assert isinstance(start, Start), "the first message says what to load"
+    try:
+        llm = LLM(start.model, announce=lambda line: connection.send(Progress(line)), **start.settings)
+    except QuantkitError as error:
+        connection.send(CannotStart(error.problem, error.fix))
+        sys.exit(2)
+    connection.send(_ready(llm, start))
+    while True:
+        serve_once(llm.requests, connection)
+
+
+def serve_once(requests: Requests, connection: Connection) -> None:
+    """Take what has come, waiting for it if there is nothing to do, and compute a step."""
+    for message in connection.receive(waits=not requests.has_work):
+        _take(message, requests, connection)
+    begun, outputs = requests.step() if requests.has_work else ([], [])
+    stats = requests.stats
+    connection.send(
+        Stepped(
+            begun,
+            [_delta(output) for output in outputs],
+            Stats(
+                stats.num_waiting,
+                stats.num_running,
+                stats.kv_usage,
+                stats.num_prefix_queries,
+                stats.num_prefix_hits,
+                stats.num_preemptions,
+            ),
+        )
+    )
+
+
+def _take(message: Message, requests: Requests, connection: Connection) -> None:
+    match message:
+        case Submit(request_id, prompt_ids, params):
+            try:
+                requests.add(request_id, None, prompt_ids, SamplingParams(**params), is_streamed=True)
+            except QuantkitError as error:
+                connection.send(Refused(request_id, error.problem, error.fix))
+        case Abort(request_id):
+            requests.end(request_id)
+        case _:
+            raise AssertionError(f"{type(message).__name__} is not for the engine")
+
+
+def _ready(llm: LLM, start: Start) -> Ready:
+    started = llm.started
+    return Ready(
+        vocab_size=started.model.spec.vocab_size,
+        max_model_len=started.max_model_len,
+        max_num_seqs=start.settings["max_num_seqs"],
+        num_kv_tokens=started.num_kv_tokens,
+        block_size=BLOCK_SIZE,
+        device=str(started.model.target.device),
+        seconds=started.seconds,
+    )
+
+
+def _delta(output: RequestOutput) -> Delta:
+    return Delta(
+        output.request_id,
+        [_choice(answer) for answer in output.outputs],
+        output.finished,
+        output.num_cached_tokens,
+        output.metrics.first_token_time,
+    )
+
+
+def _choice(answer: CompletionOutput) -> Choice:
+    logprobs = None
+    if answer.logprobs is not None:
+        pairs = zip(answer.token_ids, answer.logprobs, strict=True)
+        logprobs = [_chosen_token(token_id, each) for token_id, each in pairs]
+    return Choice(
+        answer.index,
+        answer.text,
+        len(answer.token_ids),
+        answer.finish_reason,
+        answer.stop_reason,
+        logprobs,
+    )
+
+
+def _chosen_token(token_id: int, each: dict[int, Logprob]) -> ChosenToken:
+    """Of the token that was chosen, and of the likeliest, which it may be one of."""
+    known = {other: (found.decoded_token, max(found.logprob, LEAST)) for other, found in each.items()}
+    return ChosenToken(*known[token_id], list(known.values()))
+
+
+if __name__ == "__main__":
+    main()

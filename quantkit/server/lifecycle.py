@@ -1,0 +1,51 @@
+"""The states of the server: loading ─► ready ─► draining ─► the end; from any of them, dead."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+from quantkit.runtime.tokenizer import Tokenizer
+from quantkit.server.errors import unavailable
+from quantkit.server.messages import Ready
+from quantkit.server.sampling import Defaults
+
+
+class State(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class ServedModel(NamedTuple):
+    """What requests need to know of the model. created: Unix time when it was loaded."""
+
+    name: str
+    tokenizer: Tokenizer
+    defaults: Defaults
+    engine: Ready
+    created: int
+
+
+class Lifecycle:
+    """Which state it is, and the model, from when there is one."""
+
+    def __init__(self) -> None:
+        self.state = State.LOADING
+        self._model: ServedModel | None = None
+
+    def become_ready(self, model: ServedModel) -> None:
+        self._model = model
+        self.state = State.READY
+
+    def become_draining(self) -> None:
+        self.state = State.DRAINING
+
+    def become_dead(self) -> None:
+        self.state = State.DEAD
+
+    def serving(self) -> ServedModel:
+        """The model, for a new request. Raises ApiError, a 503, if none is taken now."""
+        if self._model is None or self.state is not State.READY:
+            is_last = self.state in (State.DRAINING, State.DEAD)
+            raise unavailable(f"the server is {self.state}", self.state, closes=is_last)
+        return self._model
