@@ -5,6 +5,10 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<bos>", "<eos>", "<user>", "<answer>"]
 VOCAB_SIZE = len(SPECIAL) + 256
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<user>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<answer>{% endif %}"
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -128,6 +128,7 @@ def _take(message: Message, requests: Requests, connection: Connection) -> None:
 def _ready(llm: LLM, start: Start) -> Ready:
     started = llm.started
     return Ready(
+        pid=os.getpid(),
         vocab_size=started.model.spec.vocab_size,
         max_model_len=started.max_model_len,
         max_num_seqs=start.settings["max_num_seqs"],

@@ -40,6 +40,7 @@ class Progress(NamedTuple):
 class Ready(NamedTuple):
     """The engine takes requests. seconds: of each part of the start."""
 
+    pid: int
     vocab_size: int
     max_model_len: int
     max_num_seqs: int

@@ -182,7 +182,11 @@ class Soak:
         assert scheduler._blocks.num_used == scheduler.num_waiting == scheduler.num_running == 0
         assert scheduler.num_waiting_tokens == 0
         kept = self.open, self.llm.requests._sequences, self.llm._ready
-        assert not any(kept) and not self.llm.requests._outputs._requests and not self.llm.requests._outputs._answers
+        assert (
+            not any(kept)
+            and not self.llm.requests._outputs._requests
+            and not self.llm.requests._outputs._answers
+        )
 
 
 def answer_of(output):

@@ -1,13 +1,8 @@
-"""A byte-level tokenizer over every byte, and a chat template for it."""
+"""A byte-level tokenizer over every byte."""
 
 import pytest
 
 from tests import byte_tokenizer as bytes_as_tokens
-
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<user>{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<answer>{% endif %}"
-)
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from quantkit.errors import GenerationError, QueueFullError
 from quantkit.runtime import start
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.tokenizer import Tokenizer
+from tests.byte_tokenizer import TEMPLATE
 from tests.tiny_models import CONFIGS, save_tiny
-from tests.unit.runtime.conftest import TEMPLATE
 
 PROMPTS = ["Hi", "What is this?", "x" * 30]
 

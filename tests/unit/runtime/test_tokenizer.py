@@ -7,7 +7,7 @@ import pytest
 from quantkit.errors import GenerationError, SourceError
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.runtime.tokenizer import Tokenizer, load_tokenizer, stop_tokens
-from tests.unit.runtime.conftest import TEMPLATE
+from tests.byte_tokenizer import TEMPLATE
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+"""What pydantic finds wrong, as OpenAI's clients expect it: the field by its path."""
+
+import pytest
+from pydantic import ValidationError
+
+from quantkit.server.chat_schema import ChatBody
+from quantkit.server.completion_schema import CompletionBody
+from quantkit.server.errors import of_validation
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def found(kind, body):
+    try:
+        kind.model_validate(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        return of_validation({**problem, "loc": ("body", *problem["loc"])}, body)
+    raise AssertionError("nothing is wrong")
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
+        ({"stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+        ({"temperature": "1"}, "temperature", "invalid_type"),
+        ({"temperature": True}, "temperature", "invalid_type"),
+        ({"n": 1.5}, "n", "invalid_type"),
+        ({"top_p": float("nan")}, "top_p", "invalid_value"),
+        ({"stop": [1]}, "stop", "invalid_type"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "missing_required_parameter"),
+        ({"messages": [{"role": "wizard", "content": ""}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{**HI[0], "audio": {}}]}, "messages[0].audio", "unknown_parameter"),
+        ({"chat_template_kwargs": {"add": True}}, "chat_template_kwargs.add", "unknown_parameter"),
+        ({"user": "x" * 300}, "user", "invalid_value"),
+    ],
+)
+def test_the_field_is_named(change, param, code):
+    error = found(ChatBody, {"model": "m", "messages": HI, **change})
+    assert (error.status, error.param, error.code) == (400, param, code)
+    assert param in error.message
+
+
+def test_what_is_missing_is_named():
+    assert found(CompletionBody, {"model": "m"}).param == "prompt"
+
+
+def test_values_of_clients_are_not_repeated():
+    error = found(ChatBody, {"model": "m", "messages": HI, "seed": "a secret"})
+    assert "secret" not in error.message
