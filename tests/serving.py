@@ -61,11 +61,12 @@ class Server:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            try:
-                self.logged.append(json.loads(line))
-            except json.JSONDecodeError:
-                self.logged.append({"message": line})
+        with self.process.stderr as lines:
+            for line in lines:
+                try:
+                    self.logged.append(json.loads(line))
+                except json.JSONDecodeError:
+                    self.logged.append({"message": line})
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer as generation needs it: prompts and conversations to ids, ids to text."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +11,8 @@ from quantkit import tokens
 from quantkit.errors import GenerationError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.runtime.detokenizer import Detokenizer
+
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -79,6 +82,14 @@ class Tokenizer:
             text = self._texts_of_one[key] = self.decode([token_id], skip_special_tokens=skip_special_tokens)
         return text
 
+    def bytes_of_one(self, token_id: int) -> bytes | None:
+        """A token's bytes, as far as its name tells them: for tokens that are no whole characters."""
+        name: str = self.backend.backend_tokenizer.id_to_token(token_id) or ""
+        if BYTE_NAME.fullmatch(name):  # of tokenizers over characters, with bytes to fall back to
+            return bytes([int(name[3:5], 16)])
+        known = _bytes_by_letter()
+        return bytes(known[letter] for letter in name) if name and set(name) <= known.keys() else None
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """For a new text."""
         decode_many = self.backend.backend_tokenizer.decode
@@ -106,6 +117,14 @@ class Tokenizer:
         if not ids:
             raise GenerationError("the prompt has no tokens", fix="give a prompt that is not empty")
         return list(ids)
+
+
+@functools.cache
+def _bytes_by_letter() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes with."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def _check_message(message: Mapping[str, str]) -> None:

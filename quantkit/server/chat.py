@@ -30,8 +30,7 @@ async def answer_chat(context: Context, body: ChatBody, request: Request) -> Ans
     prompt_ids = await context.prompts.conversation(model.tokenizer, body.messages, body.chat_template_kwargs)
     max_tokens = check_room([prompt_ids], _max_tokens(body), model.engine.max_model_len, param="messages")
     num_likeliest = _num_likeliest(body)
-    params = sampling_params(body, model.defaults, max_tokens=max_tokens, logprobs=num_likeliest)
-    params.check_token_ids(model.engine.vocab_size)
+    params = sampling_params(body, model, max_tokens=max_tokens, logprobs=num_likeliest)
     shape = ChatShape(model.name, num_likeliest or 0)
     return context.answer(request, body, [prompt_ids], params, shape)
 
@@ -121,6 +120,11 @@ class ChatShape:
         }
 
 
-def _logprob(text: str, value: float) -> TopLogprob:
-    is_whole = "�" not in text
-    return {"token": text, "logprob": value, "bytes": list(text.encode()) if is_whole else None}
+def _logprob(text: str | bytes, value: float) -> TopLogprob:
+    encoded = text if isinstance(text, bytes) else text.encode()
+    return {"token": token_name(text), "logprob": value, "bytes": list(encoded)}
+
+
+def token_name(text: str | bytes) -> str:
+    """A token as a string; one that is no whole character as its bytes."""
+    return text if isinstance(text, str) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)

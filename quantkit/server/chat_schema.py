@@ -51,11 +51,11 @@ class ChatBody(SamplingBody):
 
 
 class TopLogprob(TypedDict):
-    """bytes: null where the token is no whole character."""
+    """token: `bytes:\\x…` where it is no whole character."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class TokenLogprob(TopLogprob):

@@ -8,7 +8,7 @@ from typing import Any, cast
 from starlette.requests import Request
 
 from quantkit.server.answers import Answer
-from quantkit.server.chat import FINISH_REASONS
+from quantkit.server.chat import FINISH_REASONS, token_name
 from quantkit.server.completion_schema import CompletionBody, CompletionLogprobs
 from quantkit.server.context import Context, usage_of
 from quantkit.server.errors import invalid
@@ -27,8 +27,7 @@ async def answer_completion(context: Context, body: CompletionBody, request: Req
     prompts = await _prompt_ids(context, model, body)
     max_tokens = MAX_TOKENS if body.max_tokens is None else body.max_tokens
     max_tokens = check_room(prompts, max_tokens, model.engine.max_model_len, param="prompt")
-    params = sampling_params(body, model.defaults, max_tokens=max_tokens, logprobs=body.logprobs)
-    params.check_token_ids(model.engine.vocab_size)
+    params = sampling_params(body, model, max_tokens=max_tokens, logprobs=body.logprobs)
     shape = CompletionShape(model.name, body.logprobs or 0)
     return context.answer(request, body, prompts, params, shape)
 
@@ -93,10 +92,19 @@ class CompletionShape:
         offsets = []
         for token in tokens:
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(token.text)
+            self._offsets[index] = offsets[-1] + _num_characters(token.text)
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [token_name(token.text) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(token.likeliest) for token in tokens],
+            "top_logprobs": [
+                {token_name(text): value for text, value in token.likeliest} for token in tokens
+            ],
             "text_offset": offsets,
         }
+
+
+def _num_characters(text: str | bytes) -> int:
+    """Those that begin in a token."""
+    if isinstance(text, str):
+        return len(text)
+    return sum(byte & 0xC0 != 0x80 for byte in text)  # UTF-8's other bytes continue one

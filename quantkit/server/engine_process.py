@@ -13,10 +13,12 @@ from contextlib import suppress
 
 from quantkit.env import keep_freed_memory
 from quantkit.errors import QuantkitError
+from quantkit.runtime.detokenizer import UNFINISHED
 from quantkit.runtime.llm import LLM
 from quantkit.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from quantkit.runtime.requests import Requests
 from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.tokenizer import Tokenizer
 from quantkit.server.logs import log_as_json
 from quantkit.server.messages import (
     Abort,
@@ -87,11 +89,12 @@ def main() -> None:
         sys.exit(2)
     connection.send(_ready(llm, start))
     while True:
-        serve_once(llm.requests, connection)
+        serve_once(llm, connection)
 
 
-def serve_once(requests: Requests, connection: Connection) -> None:
+def serve_once(llm: LLM, connection: Connection) -> None:
     """Take what has come, waiting for it if there is nothing to do, and compute a step."""
+    requests = llm.requests
     for message in connection.receive(waits=not requests.has_work):
         _take(message, requests, connection)
     begun, outputs = requests.step() if requests.has_work else ([], [])
@@ -99,7 +102,7 @@ def serve_once(requests: Requests, connection: Connection) -> None:
     connection.send(
         Stepped(
             begun,
-            [_delta(output) for output in outputs],
+            [_delta(output, llm.tokenizer) for output in outputs],
             Stats(
                 stats.num_waiting,
                 stats.num_running,
@@ -139,21 +142,21 @@ def _ready(llm: LLM, start: Start) -> Ready:
     )
 
 
-def _delta(output: RequestOutput) -> Delta:
+def _delta(output: RequestOutput, tokenizer: Tokenizer) -> Delta:
     return Delta(
         output.request_id,
-        [_choice(answer) for answer in output.outputs],
+        [_choice(answer, tokenizer) for answer in output.outputs],
         output.finished,
         output.num_cached_tokens,
         output.metrics.first_token_time,
     )
 
 
-def _choice(answer: CompletionOutput) -> Choice:
+def _choice(answer: CompletionOutput, tokenizer: Tokenizer) -> Choice:
     logprobs = None
     if answer.logprobs is not None:
         pairs = zip(answer.token_ids, answer.logprobs, strict=True)
-        logprobs = [_chosen_token(token_id, each) for token_id, each in pairs]
+        logprobs = [_chosen_token(token_id, each, tokenizer) for token_id, each in pairs]
     return Choice(
         answer.index,
         answer.text,
@@ -164,10 +167,19 @@ def _choice(answer: CompletionOutput) -> Choice:
     )
 
 
-def _chosen_token(token_id: int, each: dict[int, Logprob]) -> ChosenToken:
+def _chosen_token(token_id: int, each: dict[int, Logprob], tokenizer: Tokenizer) -> ChosenToken:
     """Of the token that was chosen, and of the likeliest, which it may be one of."""
-    known = {other: (found.decoded_token, max(found.logprob, LEAST)) for other, found in each.items()}
+    known = {
+        other: (_text(other, found.decoded_token, tokenizer), max(found.logprob, LEAST))
+        for other, found in each.items()
+    }
     return ChosenToken(*known[token_id], list(known.values()))
+
+
+def _text(token_id: int, decoded: str, tokenizer: Tokenizer) -> str | bytes:
+    if UNFINISHED not in decoded:
+        return decoded
+    return tokenizer.bytes_of_one(token_id) or decoded
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from quantkit.runtime.tokenizer import Tokenizer
+from quantkit.server.defaults import Defaults
 from quantkit.server.errors import unavailable
 from quantkit.server.messages import Ready
-from quantkit.server.sampling import Defaults
 
 
 class State(StrEnum):

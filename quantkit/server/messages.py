@@ -66,11 +66,14 @@ class Refused(NamedTuple):
 
 
 class ChosenToken(NamedTuple):
-    """A token's text and log probability. likeliest: of as many as asked for, then of itself if not of them."""
+    """A token's text, or bytes where it is no whole character, and log probability.
 
-    text: str
+    likeliest: the same of as many as asked for, then of the token itself if it is not of them.
+    """
+
+    text: str | bytes
     logprob: float
-    likeliest: list[tuple[str, float]]
+    likeliest: list[tuple[str | bytes, float]]
 
 
 class Choice(NamedTuple):

@@ -20,6 +20,7 @@ from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.server.admission import Admission
 from quantkit.server.app import create_app
 from quantkit.server.context import Context
+from quantkit.server.defaults import read_defaults
 from quantkit.server.engine_client import EngineClient
 from quantkit.server.errors import unavailable
 from quantkit.server.lifecycle import Lifecycle, ServedModel
@@ -27,7 +28,6 @@ from quantkit.server.limits import MAX_HEADER_BYTES, SEND_SECONDS
 from quantkit.server.logs import log_as_json, logger
 from quantkit.server.metrics import Metrics
 from quantkit.server.prompts import Prompts
-from quantkit.server.sampling import read_defaults
 from quantkit.server.settings import ServerSettings
 
 LINGER_SECONDS = 2.0  # in which a dead server says that it is, before it is gone

@@ -130,3 +130,16 @@ def test_a_saved_tokenizer_is_loaded(byte_tokenizer, tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert loaded.has_chat_template
     assert loaded.decode(loaded.encode_prompt("€", raw=True)) == "€"
+
+
+def test_a_token_that_is_no_character_has_bytes(tokenizer):
+    ids = tokenizer.encode_prompt("€", raw=True)
+    assert b"".join(tokenizer.bytes_of_one(token_id) for token_id in ids) == "€".encode()
+    assert tokenizer.bytes_of_one(tokenizer.backend.vocab_size) is None  # there is no such token
+
+
+def test_a_template_is_told_its_options(tokenizer):
+    tokenizer.backend.chat_template = "{% if enable_thinking %}a{% else %}b{% endif %}"
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.decode(tokenizer.encode_chat(messages, options={"enable_thinking": True})) == "a"
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == "b"

@@ -26,7 +26,7 @@ from quantkit.server.messages import (
 )
 
 PARAMS = SamplingParams(stop=("a", "b"), logit_bias={3: -1.5, 70000: 2}, seed=2**63 - 1, logprobs=2)
-TOKEN = ChosenToken("é", -0.5, [("é", -0.5), ("�", -1.25)])
+TOKEN = ChosenToken("é", -0.5, [("é", -0.5), (b"\xc3", -1.25)])
 MESSAGES = [
     Start("/some/folder", dataclasses.asdict(EngineSettings())),
     Submit("7-0", list(range(1000)), dataclasses.asdict(PARAMS)),

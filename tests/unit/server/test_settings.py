@@ -6,7 +6,7 @@ import pytest
 
 from quantkit import env
 from quantkit.errors import GenerationError, ServerError
-from quantkit.server.sampling import read_defaults
+from quantkit.server.defaults import read_defaults
 from quantkit.server.settings import ServerSettings
 
 
