@@ -62,7 +62,9 @@ class Context:
         """Give the prompts to the engine; the response that its answers become."""
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options needs stream to be true", param="stream_options")
-        generation = self.engine.submit(prompts, params, is_streamed=bool(body.stream))
+        generation = self.engine.submit(
+            prompts, params, arrival=request.state.arrival, is_streamed=bool(body.stream)
+        )
         request.state.generation = generation
         request.state.user = body.user
         timeout = self.settings.request_timeout

@@ -71,6 +71,7 @@ class EngineClient(asyncio.Protocol):
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
+        arrival: float,
         is_streamed: bool,
     ) -> Generation:
         """Give the engine `params.n` answers to each prompt to make. Raises ApiError if too much waits.
@@ -80,6 +81,7 @@ class EngineClient(asyncio.Protocol):
         generation = Generation(
             next(self._numbers),
             [len(prompt) for prompt in prompts],
+            arrival=arrival,
             num_answers=params.n,
             is_streamed=is_streamed,
         )

@@ -146,7 +146,7 @@ class _Exchange:
         self._arrival = time.monotonic()
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         self.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = self.request_id
+        scope.setdefault("state", {}).update(request_id=self.request_id, arrival=self._arrival)
 
     def sending(self, send: Send) -> Send:
         """Send, with the request's id in the headers."""

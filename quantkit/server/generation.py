@@ -27,11 +27,18 @@ class Generation:
     """All answers to the prompts of one request: those to prompt i are choices i · n to i · n + n − 1.
 
     It ends once: with the last token, or by `fail`, whatever comes first. is_streamed: pieces are taken as they come.
-    number: by which the engine tells it from others. parts: what the engine works on, one for each prompt.
+    number: by which the engine tells it from others. arrival: of the request, by the system's monotonic clock.
+    parts: what the engine works on, one for each prompt.
     """
 
     def __init__(
-        self, number: int, prompt_lengths: Sequence[int], *, num_answers: int, is_streamed: bool
+        self,
+        number: int,
+        prompt_lengths: Sequence[int],
+        *,
+        arrival: float,
+        num_answers: int,
+        is_streamed: bool,
     ) -> None:
         self.is_streamed = is_streamed
         self.num_answers = num_answers
@@ -44,7 +51,7 @@ class Generation:
         self.unfinished = set(self.parts)
         self.waiting = dict(zip(self.parts, prompt_lengths, strict=True))
         self._first_choice = {part: prompt * num_answers for prompt, part in enumerate(self.parts)}
-        self._arrival = time.monotonic()
+        self._arrival = arrival
         self._begun: float | None = None
         self._first_token: float | None = None
         self._last_token: float | None = None

@@ -384,15 +384,15 @@ def test_the_engines_death_ends_every_stream_and_the_server(model):
 
 
 def test_told_to_stop_it_lets_running_requests_end(model):
-    with serving(model, "--served-model-name", "tiny") as server:
-        events, thread = start_stream(server, max_tokens=400)
+    with serving(model, "--served-model-name", "tiny", "--drain-seconds", "200") as server:
+        events, thread = start_stream(server, max_tokens=200)
         server.process.terminate()
         server.line("draining")
         health = httpx2.get(f"{server.url}/health")
         assert (health.status_code, health.json()) == (503, {"status": "draining"})
         refused = httpx2.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "Hi"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-        thread.join(60)
+        thread.join(200)
         assert events[-1] == "[DONE]"
         assert server.exit_code() == 0
         assert server.line("stopped")["engine_exit_code"] == 0
@@ -413,11 +413,11 @@ def test_what_does_not_end_in_time_ends_with_an_error(model, impatient):
 
 
 def test_requests_have_their_time(model):
-    with serving(model, "--served-model-name", "tiny", "--request-timeout", "0.3") as server:
-        with httpx2.Client(base_url=server.url, timeout=60) as http:
-            response = complete(http, **LONG)
-            assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
-            wait_until(lambda: is_idle(http))
+    options = ("--served-model-name", "tiny", "--request-timeout", "0.3")
+    with serving(model, *options) as server, httpx2.Client(base_url=server.url, timeout=60) as http:
+        response = complete(http, **LONG)
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+        wait_until(lambda: is_idle(http))
 
 
 def test_it_says_that_it_loads_and_can_be_stopped_then(model):

@@ -30,7 +30,7 @@ def taken(generation):
 
 
 def test_what_nobody_took_is_one_piece_for_each_choice():
-    generation = Generation(3, [5], num_answers=2, is_streamed=True)
+    generation = Generation(3, [5], arrival=0.0, num_answers=2, is_streamed=True)
     generation.put(delta("3-0", piece(1, "b", tokens=[TOKEN]), piece(0, "a", tokens=[TOKEN])))
     generation.put(delta("3-0", piece(1, "B", "stop", tokens=[TOKEN])))
     generation.put(delta("3-0", piece(0, "A", "length", tokens=[TOKEN]), is_finished=True, num_cached=4))
@@ -42,7 +42,7 @@ def test_what_nobody_took_is_one_piece_for_each_choice():
 
 
 def test_prompts_have_their_choices_in_their_order():
-    generation = Generation(0, [1, 1], num_answers=2, is_streamed=False)
+    generation = Generation(0, [1, 1], arrival=0.0, num_answers=2, is_streamed=False)
     generation.put(delta("0-1", piece(0, "c", "stop"), piece(1, "d", "stop"), is_finished=True))
     generation.put(delta("0-0", piece(0, "a", "stop"), piece(1, "b", "stop"), is_finished=True))
     ((*choices,),) = taken(generation)
@@ -51,7 +51,7 @@ def test_prompts_have_their_choices_in_their_order():
 
 def test_a_reader_gets_pieces_as_they_come():
     async def read():
-        generation = Generation(0, [1], num_answers=1, is_streamed=True)
+        generation = Generation(0, [1], arrival=0.0, num_answers=1, is_streamed=True)
         pieces = generation.pieces()
         texts = []
         for text, is_last in (("a", False), ("b", False), ("c", True)):
@@ -65,12 +65,12 @@ def test_a_reader_gets_pieces_as_they_come():
 
 
 def test_it_ends_once():
-    generation = Generation(0, [1], num_answers=1, is_streamed=True)
+    generation = Generation(0, [1], arrival=0.0, num_answers=1, is_streamed=True)
     generation.fail(failed("first"))
     generation.fail(failed("second"))
     with pytest.raises(ApiError, match="first"):
         taken(generation)
-    finished = Generation(0, [1], num_answers=1, is_streamed=True)
+    finished = Generation(0, [1], arrival=0.0, num_answers=1, is_streamed=True)
     finished.put(delta("0-0", piece(0, "a", "stop"), is_finished=True))
     finished.fail(failed("too late"))
     assert finished.error is None
@@ -81,7 +81,7 @@ def test_it_ends_once():
 def test_nothing_is_held_for_a_reader_too_far_behind(is_streamed, status, monkeypatch):
     monkeypatch.setattr(module, "MAX_BEHIND_TOKENS", 6)
     monkeypatch.setattr(module, "MAX_WHOLE_TOKENS", 6)
-    generation = Generation(0, [1], num_answers=1, is_streamed=is_streamed)
+    generation = Generation(0, [1], arrival=0.0, num_answers=1, is_streamed=is_streamed)
     for _ in range(3):  # each of a token and one likeliest one
         generation.put(delta("0-0", piece(0, "a", tokens=[TOKEN])))
     assert generation.error is None
@@ -91,6 +91,6 @@ def test_nothing_is_held_for_a_reader_too_far_behind(is_streamed, status, monkey
 
 
 def test_logits_that_are_no_numbers_are_the_servers_fault():
-    generation = Generation(0, [1], num_answers=1, is_streamed=True)
+    generation = Generation(0, [1], arrival=0.0, num_answers=1, is_streamed=True)
     generation.put(delta("0-0", Choice(0, "", 0, "error", None, None)))
     assert (generation.error.status, generation.error.code) == (500, "model_error")
