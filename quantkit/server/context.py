@@ -9,7 +9,7 @@ from starlette.requests import Request
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.server.answers import Answer, StreamedAnswer, WholeAnswer
 from quantkit.server.engine_client import EngineClient
-from quantkit.server.errors import ApiError, invalid
+from quantkit.server.errors import MAX_SHOWN_CHARS, ApiError, invalid
 from quantkit.server.generation import Generation
 from quantkit.server.lifecycle import Lifecycle, ServedModel
 from quantkit.server.messages import Choice
@@ -45,7 +45,7 @@ class Context:
         if name not in (None, model.name):
             raise ApiError(
                 404,
-                f"The model '{name}' does not exist; this server has '{model.name}'.",
+                f"The model '{str(name)[:MAX_SHOWN_CHARS]}' does not exist; this server has '{model.name}'.",
                 param="model",
                 code="model_not_found",
             )

@@ -13,7 +13,7 @@ from quantkit.errors import ServerError
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.settings import EngineSettings
 from quantkit.server.admission import Admission
-from quantkit.server.errors import ApiError, failed, invalid
+from quantkit.server.errors import ApiError, engine_died, invalid
 from quantkit.server.generation import Generation
 from quantkit.server.logs import logger
 from quantkit.server.messages import (
@@ -61,10 +61,13 @@ class EngineClient(asyncio.Protocol):
         with theirs:
             command = [sys.executable, "-m", "quantkit.server.engine_process", str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
-        loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.create_connection(lambda: self, sock=ours)
+        await self.connect(ours)
         self._send(Start(str(model), dataclasses.asdict(settings)))
         return await self._ready
+
+    async def connect(self, end: socket.socket) -> None:
+        """Talk over this socket with whoever holds its other end."""
+        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=end)
 
     def submit(
         self,
@@ -74,10 +77,12 @@ class EngineClient(asyncio.Protocol):
         arrival: float,
         is_streamed: bool,
     ) -> Generation:
-        """Give the engine `params.n` answers to each prompt to make. Raises ApiError if too much waits.
+        """Give the engine `params.n` answers to each prompt to make. Raises ApiError if too much waits, or it is dead.
 
         Whoever calls this calls `end`, too.
         """
+        if self.died.is_set():
+            raise engine_died()
         generation = Generation(
             next(self._numbers),
             [len(prompt) for prompt in prompts],
@@ -134,7 +139,7 @@ class EngineClient(asyncio.Protocol):
                     "the engine process died while it loaded the model", fix="see its traceback above"
                 )
             )
-        self.fail_all(failed("the engine died", "engine_dead"))
+        self.fail_all(engine_died())
         self.died.set()
 
     def _send(self, message: Message) -> None:

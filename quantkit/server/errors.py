@@ -6,6 +6,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 CLIENT_GONE = 499  # nobody reads this status but the log
+MAX_SHOWN_CHARS = 200  # of what a client wrote, in what it is answered
 
 
 class ErrorFields(TypedDict):
@@ -70,6 +71,11 @@ def failed(message: str, code: str | None = None) -> ApiError:
     return ApiError(500, message, kind="server_error", code=code)
 
 
+def engine_died() -> ApiError:
+    """500: and this process will follow."""
+    return failed("the engine died", "engine_dead")
+
+
 def timed_out(seconds: float) -> ApiError:
     """504: the request had its time."""
     return ApiError(504, f"the request took longer than {seconds:g} s", kind="server_error", code="timeout")
@@ -86,6 +92,7 @@ def of_validation(problem: Mapping[str, Any], body: object) -> ApiError:
     if kind == "json_invalid":
         return invalid(f"the body is no JSON: {problem['msg']}", code="invalid_json")
     param = _path(tuple(problem["loc"])[1:], body, keeps_last=kind in ("missing", "extra_forbidden"))
+    param = param[:MAX_SHOWN_CHARS]
     if not param:
         return invalid("the body is no JSON object, or has another Content-Type than application/json")
     if kind == "extra_forbidden":

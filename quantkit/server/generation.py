@@ -82,11 +82,11 @@ class Generation:
         if self._first_token is None:
             self._first_token = now
         self._last_token = now
+        for choice in delta.choices:
+            self._add(choice._replace(number=self._first_choice[delta.request_id] + choice.number))
         if delta.is_finished:
             self.unfinished.discard(delta.request_id)
             self.num_cached_tokens += delta.num_cached_tokens
-        for choice in delta.choices:
-            self._add(choice._replace(number=self._first_choice[delta.request_id] + choice.number))
         if self.is_streamed or self.has_ended:
             self._news.set()
 

@@ -34,6 +34,7 @@ LINGER_SECONDS = 2.0  # in which a dead server says that it is, before it is gon
 CLOSE_SECONDS = 5  # for clients to take the last bytes
 BACKLOG = 2048
 DIED = 1  # exit code
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
@@ -45,6 +46,8 @@ def serve(
     """
     log_as_json()
     with _listener(settings) as listener:
+        if not settings.api_keys and settings.host not in LOOPBACK:
+            logger.warning("no API key: whoever reaches this port may use the model")
         folder = resolve_source(model, revision=revision, announce=logger.info)
         read_spec(open_checkpoint(folder))  # a model that cannot run is refused now
         return asyncio.run(_Server(model, folder, engine, settings).run(listener))

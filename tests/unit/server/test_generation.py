@@ -90,7 +90,8 @@ def test_nothing_is_held_for_a_reader_too_far_behind(is_streamed, status, monkey
     assert not generation._pending
 
 
-def test_logits_that_are_no_numbers_are_the_servers_fault():
-    generation = Generation(0, [1], arrival=0.0, num_answers=1, is_streamed=True)
-    generation.put(delta("0-0", Choice(0, "", 0, "error", None, None)))
+@pytest.mark.parametrize("is_last", [False, True])
+def test_logits_that_are_no_numbers_are_the_servers_fault(is_last):
+    generation = Generation(0, [1], arrival=0.0, num_answers=1 if is_last else 2, is_streamed=True)
+    generation.put(delta("0-0", Choice(0, "", 0, "error", None, None), is_finished=is_last))
     assert (generation.error.status, generation.error.code) == (500, "model_error")
