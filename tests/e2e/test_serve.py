@@ -266,7 +266,7 @@ def test_requests_have_ids_and_lines_without_what_they_say(server, http):
     secret = "\x1b[31mSECRET"
     response = http.post(
         "/v1/completions",
-        json={"model": "tiny", "prompt": secret, "max_tokens": 3, "user": "u\x1b[0m"},
+        json={"model": "tiny", "prompt": secret, "max_tokens": 3, "ignore_eos": True, "user": "u\x1b[0m"},
         headers={"X-Request-Id": "mine-1"},
     )
     assert response.headers["x-request-id"] == "mine-1"
