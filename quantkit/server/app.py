@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from quantkit.server.answers import JsonResponse
@@ -21,6 +21,7 @@ from quantkit.server.schema import ModelCard, ModelList
 from quantkit.server.tokens import DetokenizeBody, Detokenized, TokenizeBody, Tokenized, detokenize, tokenize
 from quantkit.version import __version__
 
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}  # where a body says `stream`
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
@@ -37,11 +38,11 @@ def create_app(context: Context) -> ASGIApp:
 
 
 def _add_generation(app: FastAPI, context: Context) -> None:
-    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}})
+    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENTS}})
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         return await answer_chat(context, body, request)
 
-    @app.post("/v1/completions", responses={200: {"model": Completion}})
+    @app.post("/v1/completions", responses={200: {"model": Completion, "content": EVENTS}})
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await answer_completion(context, body, request)
 
@@ -82,9 +83,9 @@ def _add_state(app: FastAPI, context: Context) -> None:
         state = context.lifecycle.state
         return JsonResponse({"status": state}, 200 if state is State.READY else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(context.metrics.render(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(context.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 def _add_errors(app: FastAPI) -> None:
