@@ -35,7 +35,8 @@ class Requests:
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
         self._sequences: dict[int, EngineSequence] = {}
-        self._waiting: dict[str, EngineSequence] = {}  # of requests that have not begun, the first
+        self._first: dict[str, EngineSequence] = {}  # sequence of each request, the oldest request first
+        self._waiting: set[str] = set()  # requests that have not begun
         self._numbers = itertools.count()
 
     @property
@@ -59,7 +60,8 @@ class Requests:
     ) -> None:
         """Put a request in the engine's queue: a sequence for each of its answers.
 
-        text: the prompt as it was given, if it was a text. priority: smaller is served first. is_streamed: its outputs are deltas, one for each step.
+        text: the prompt as it was given, if it was a text. priority: smaller is served first.
+        is_streamed: its outputs are deltas, one for each step.
         Raises GenerationError, and nothing is in the queue, for what the model does not have or cannot take.
         """
         if type(priority) is not int:
@@ -79,28 +81,39 @@ class Requests:
         ]
         self._engine.add(*sequences)
         self._sequences |= {sequence.sequence_id: sequence for sequence in sequences}
-        self._waiting[request_id] = sequences[0]
+        self._first[request_id] = sequences[0]
+        self._waiting.add(request_id)
         numbers = [sequence.sequence_id for sequence in sequences]
         self._outputs.add(
             request_id, text, prompt_ids, params, numbers, now=time.monotonic(), is_streamed=is_streamed
         )
 
     def step(self) -> Stepped:
-        """One step of the engine, as outputs of its requests; the last one of each is `finished`."""
+        """One step of the engine, as outputs of its requests; the last one of each is `finished`.
+
+        Raises GenerationError if the device's memory does not do; end `newest_running`, and go on.
+        """
         tokens = [_new_token(event) for event in self._engine.step()]
         processed = self._outputs.process(tokens, now=time.monotonic())
         for number in processed.stopped:
             self._engine.end(self._sequences[number])
         for number in [token.sequence_id for token in tokens if token.finish] + processed.stopped:
             del self._sequences[number]
-        begun = [request_id for request_id, sequence in self._waiting.items() if sequence.generation]
-        for request_id in begun:
-            del self._waiting[request_id]
+        begun = [request_id for request_id in self._waiting if self._first[request_id].generation]
+        self._waiting.difference_update(begun)
+        for output in processed.outputs:
+            if output.finished:
+                del self._first[output.request_id]
         return Stepped(begun, processed.outputs)
+
+    def newest_running(self) -> str:
+        """The request that began last, as far as the order of arrival tells."""
+        return next(each for each in reversed(self._first) if self._first[each].generation)
 
     def end(self, request_id: str) -> None:
         """Forget a request, wherever it is; nothing happens to one that has ended."""
-        self._waiting.pop(request_id, None)
+        self._first.pop(request_id, None)
+        self._waiting.discard(request_id)
         for number in self._outputs.abort(request_id):
             self._engine.end(self._sequences.pop(number))
 

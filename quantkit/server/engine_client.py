@@ -13,7 +13,7 @@ from quantkit.errors import ServerError
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.settings import EngineSettings
 from quantkit.server.admission import Admission
-from quantkit.server.errors import ApiError, engine_died, invalid
+from quantkit.server.errors import ApiError, engine_died, failed, invalid
 from quantkit.server.generation import Generation
 from quantkit.server.logs import logger
 from quantkit.server.messages import (
@@ -21,6 +21,7 @@ from quantkit.server.messages import (
     CannotStart,
     Decoder,
     Delta,
+    Failed,
     Message,
     Progress,
     Ready,
@@ -159,6 +160,9 @@ class EngineClient(asyncio.Protocol):
             case Refused(part, problem, fix):
                 if (generation := self._generations.get(part)) is not None:
                     generation.fail(invalid(f"{problem}; {fix}"))
+            case Failed(part, problem):
+                if (generation := self._generations.get(part)) is not None:
+                    generation.fail(failed(problem, "out_of_memory"))
             case Progress(line):
                 logger.info(line)
             case Ready():

@@ -12,14 +12,14 @@ import threading
 from contextlib import suppress
 
 from quantkit.env import keep_freed_memory
-from quantkit.errors import QuantkitError
+from quantkit.errors import GenerationError, QuantkitError
 from quantkit.runtime.detokenizer import UNFINISHED
 from quantkit.runtime.llm import LLM
 from quantkit.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from quantkit.runtime.requests import Requests
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.tokenizer import Tokenizer
-from quantkit.server.logs import log_as_json
+from quantkit.server.logs import log_as_json, logger
 from quantkit.server.messages import (
     Abort,
     CannotStart,
@@ -27,6 +27,7 @@ from quantkit.server.messages import (
     ChosenToken,
     Decoder,
     Delta,
+    Failed,
     Message,
     Progress,
     Ready,
@@ -97,7 +98,7 @@ def serve_once(llm: LLM, connection: Connection) -> None:
     requests = llm.requests
     for message in connection.receive(waits=not requests.has_work):
         _take(message, requests, connection)
-    begun, outputs = requests.step() if requests.has_work else ([], [])
+    begun, outputs = _step(requests, connection) if requests.has_work else ([], [])
     stats = requests.stats
     connection.send(
         Stepped(
@@ -113,6 +114,18 @@ def serve_once(llm: LLM, connection: Connection) -> None:
             ),
         )
     )
+
+
+def _step(requests: Requests, connection: Connection) -> tuple[list[str], list[RequestOutput]]:
+    """A step; where the device's memory does not do, the newest request makes room instead."""
+    try:
+        return requests.step()
+    except GenerationError as error:
+        newest = requests.newest_running()
+        logger.exception("a request makes room")
+        requests.end(newest)
+        connection.send(Failed(newest, error.problem))
+        return [], []
 
 
 def _take(message: Message, requests: Requests, connection: Connection) -> None:

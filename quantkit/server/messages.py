@@ -65,6 +65,13 @@ class Refused(NamedTuple):
     fix: str
 
 
+class Failed(NamedTuple):
+    """The engine had to give up a request, so that others can go on."""
+
+    request_id: str
+    problem: str
+
+
 class ChosenToken(NamedTuple):
     """A token's text, or bytes where it is no whole character, and log probability.
 
@@ -116,9 +123,9 @@ class Stepped(NamedTuple):
     stats: Stats
 
 
-Message = Start | Submit | Abort | Progress | Ready | CannotStart | Refused | Stepped
+Message = Start | Submit | Abort | Progress | Ready | CannotStart | Refused | Failed | Stepped
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Start, Submit, Abort, Progress, Ready, CannotStart, Refused)
+    kind.__name__: kind for kind in (Start, Submit, Abort, Progress, Ready, CannotStart, Refused, Failed)
 }
 
 

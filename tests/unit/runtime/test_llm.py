@@ -202,7 +202,10 @@ def test_every_option_changes_an_answer_streamed_or_whole(saved):
     llm = load(saved)
     free = llm.generate("Hi", SamplingParams(max_tokens=12))[0].outputs[0]
     hot = {"temperature": 2.0, "seed": 1}
-    ends, speaks = {"logit_bias": {min(llm._eos_ids): 100.0}}, {"logit_bias": {2: 100.0}, "ignore_eos": True}
+    ends, speaks = (
+        {"logit_bias": {min(llm.requests._eos_ids): 100.0}},
+        {"logit_bias": {2: 100.0}, "ignore_eos": True},
+    )
     cases = {  # without, with
         "n": ({}, {"n": 2}),
         "max_tokens": ({}, {"max_tokens": 5}),

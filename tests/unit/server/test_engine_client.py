@@ -16,6 +16,7 @@ from quantkit.server.messages import (
     Choice,
     Decoder,
     Delta,
+    Failed,
     Refused,
     Stats,
     Stepped,
@@ -131,9 +132,11 @@ def test_who_does_not_read_is_aborted(monkeypatch):
 def test_the_engine_may_refuse_and_die():
     async def story():
         async with connected() as (client, engine, _):
-            refused, dead = submit(client, [1]), submit(client, [2])
+            refused, failed, dead = (submit(client, [token]) for token in (1, 2, 3))
             await engine.say(Refused(refused.parts[0], "too long", "shorten it"))
             assert (refused.error.status, refused.error.message) == (400, "too long; shorten it")
+            await engine.say(Failed(failed.parts[0], "out of memory"))
+            assert (failed.error.status, failed.error.code) == (500, "out_of_memory")
             await engine.die()
             assert client.died.is_set()
             assert dead.error.code == "engine_dead"

@@ -15,6 +15,7 @@ from quantkit.server.messages import (
     ChosenToken,
     Decoder,
     Delta,
+    Failed,
     Progress,
     Ready,
     Refused,
@@ -35,6 +36,7 @@ MESSAGES = [
     Ready(9, 260, 4096, 8, 1 << 20, 16, "cuda:0", {"load": 0.5}),
     CannotStart("no", "yes"),
     Refused("7-0", "too long", "shorten it"),
+    Failed("7-0", "out of memory"),
     Stepped([], [], Stats(0, 0, 0.0, 0, 0, 0)),
     Stepped(
         ["7-0"],
