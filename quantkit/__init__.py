@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from quantkit.evaluation.evaluate import evaluate
     from quantkit.runtime.llm import LLM
     from quantkit.runtime.sampling_params import SamplingParams
+    from quantkit.runtime.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "SamplingParams", "__version__", "evaluate", "quantize"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__", "evaluate", "quantize"]
 
 
 _MODULES = {
     "LLM": "quantkit.runtime.llm",
     "SamplingParams": "quantkit.runtime.sampling_params",
+    "StructuredOutputsParams": "quantkit.runtime.structured_outputs",
     "evaluate": "quantkit.evaluation.evaluate",
     "quantize": "quantkit.api",
 }

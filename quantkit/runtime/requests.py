@@ -8,11 +8,16 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llguidance import LLMatcher
+
 from quantkit.errors import GenerationError
 from quantkit.runtime.engine import Engine, Event
+from quantkit.runtime.grammar import GrammarCompiler
+from quantkit.runtime.matchers import Matchers
 from quantkit.runtime.outputs import NewToken, OutputProcessor, RequestOutput
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.scheduler import Stats
+from quantkit.runtime.sequence import FinishReason
 from quantkit.runtime.sequence import Sequence as EngineSequence
 from quantkit.runtime.tokenizer import Tokenizer
 
@@ -34,6 +39,8 @@ class Requests:
         self._outputs = OutputProcessor(tokenizer)
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
+        self._grammars = GrammarCompiler(tokenizer.backend, vocab_size=vocab_size, eos_ids=eos_ids)
+        self._matchers = Matchers(self._grammars.num_tokens)
         self._sequences: dict[int, EngineSequence] = {}
         self._first: dict[str, EngineSequence] = {}  # sequence of each request, the oldest request first
         self._waiting: set[str] = set()  # requests that have not begun
@@ -48,6 +55,14 @@ class Requests:
     def stats(self) -> Stats:
         return self._engine.scheduler.stats
 
+    def matcher(self, params: SamplingParams) -> LLMatcher | None:
+        """The grammar of what params ask for, compiled, for `add`; None: they do not ask. Any thread may call this.
+
+        Raises GenerationError if there is no such grammar, or it would take too long.
+        """
+        wanted = params.structured_outputs
+        return None if wanted is None else self._grammars.compile(wanted)
+
     def add(
         self,
         request_id: str,
@@ -57,17 +72,19 @@ class Requests:
         *,
         priority: int = 0,
         is_streamed: bool,
+        matcher: LLMatcher | None = None,
     ) -> None:
         """Put a request in the engine's queue: a sequence for each of its answers.
 
-        text: the prompt as it was given, if it was a text. priority: smaller is served first.
-        is_streamed: its outputs are deltas, one for each step.
+        text: the prompt as it was given, if it was a text. priority: smaller is served first. is_streamed: its outputs
+        are deltas, one for each step. matcher: of `matcher`, unless it is to be called here.
         Raises GenerationError, and nothing is in the queue, for what the model does not have or cannot take.
         """
         if type(priority) is not int:
             raise GenerationError(f"priority {priority!r} makes no sense", fix="give a whole number")
         params.check_token_ids(self._vocab_size)
         _check_prompt(prompt_ids, self._vocab_size)
+        matcher = matcher or self.matcher(params)
         sequences = [
             EngineSequence(
                 sequence_id=number,
@@ -81,6 +98,8 @@ class Requests:
         ]
         self._engine.add(*sequences)
         self._sequences |= {sequence.sequence_id: sequence for sequence in sequences}
+        if matcher is not None:
+            self._matchers.add(sequences, matcher)
         self._first[request_id] = sequences[0]
         self._waiting.add(request_id)
         numbers = [sequence.sequence_id for sequence in sequences]
@@ -93,12 +112,13 @@ class Requests:
 
         Raises GenerationError if the device's memory does not do; end `newest_running`, and go on.
         """
-        tokens = [_new_token(event) for event in self._engine.step()]
+        tokens = self._followed([_new_token(event) for event in self._engine.step()])
         processed = self._outputs.process(tokens, now=time.monotonic())
         for number in processed.stopped:
             self._engine.end(self._sequences[number])
         for number in [token.sequence_id for token in tokens if token.finish] + processed.stopped:
             del self._sequences[number]
+            self._matchers.remove(number)
         begun = [request_id for request_id in self._waiting if self._first[request_id].generation]
         self._waiting.difference_update(begun)
         for output in processed.outputs:
@@ -116,6 +136,18 @@ class Requests:
         self._waiting.discard(request_id)
         for number in self._outputs.abort(request_id):
             self._engine.end(self._sequences.pop(number))
+            self._matchers.remove(number)
+
+    def _followed(self, tokens: list[NewToken]) -> list[NewToken]:
+        """The tokens, after what their grammars make of them: some end their sequences."""
+        going_on = {token.sequence_id: token.token_id for token in tokens if token.finish is None}
+        lost = self._matchers.advance(going_on)
+        for number in lost:
+            self._engine.end(self._sequences[number])
+        return [
+            token._replace(finish=FinishReason.GRAMMAR) if token.sequence_id in lost else token
+            for token in tokens
+        ]
 
 
 def _check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.runtime.graphs import Capture, ChunkGraphs, ChunkInputs, DecodeGraphs, SampledLogits
 from quantkit.runtime.logprobs import Logprobs, TokenLogprobs
+from quantkit.runtime.masks import Masks
 from quantkit.runtime.model import Model
 from quantkit.runtime.packed import send
 from quantkit.runtime.row_state import RowState
@@ -116,7 +117,9 @@ class Runner:
             torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True)
         )
         row_B = row_B.long()
-        sampled = self._sampler.sample(logits_BV, row_B, length_B.long(), self._sampler.work(rows, lengths))
+        work = self._sampler.work(rows, lengths)
+        masks = Masks.of([sequence.mask for sequence in plan.sampling()], self._device)
+        sampled = self._sampler.sample(logits_BV, row_B, length_B.long(), work, masks)
         self._rows.last_token_R.index_copy_(0, row_B, sampled.token_ids_B)
         return InFlight(sampled)
 

@@ -1,6 +1,6 @@
 """Logits to tokens on the device. What a row asks for stands there beside it, written when a sequence gets the row.
 
-    logits ─► adjustments, for the steps with a row that asks ─► temperature, top k, top p, min p ─► noise ─► argmax
+    logits ─► adjustments ─► grammars, for the steps with a row that asks ─► temperature, top k, top p, min p ─► noise ─► argmax
 
 A row's token depends on its logits, its parameters, and the seed and position that its noise is made of; not on other
 rows. The host knows what a row may ask for, and so what the kernels of a step have to do: `work` says it, and a CUDA
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantkit.runtime.logit_adjustments import ALWAYS, LogitAdjustments
 from quantkit.runtime.logprobs import Logprobs, logprobs_of
+from quantkit.runtime.masks import Masks, masked
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.upload import upload
 from quantkit_kernels.draw import NUM_SETTINGS, draw, pack_settings
@@ -99,11 +100,15 @@ class Sampler:
             None if num_logprobs < 0 else num_logprobs,
         )
 
-    def sample(self, logits_BV: Tensor, rows_B: Tensor, positions_B: Tensor, work: Work) -> Sampled:
+    def sample(
+        self, logits_BV: Tensor, rows_B: Tensor, positions_B: Tensor, work: Work, masks: Masks | None = None
+    ) -> Sampled:
         """A token of each row. rows_B, positions_B: int64, as `work` was asked for, on the device."""
         raw_BV = logits_BV
         if work.adjusts:
             logits_BV = self._adjustments.apply(raw_BV, rows_B, positions_B)
+        if masks is not None:
+            logits_BV = masked(logits_BV, masks)
         if work.choice == Choice.GREEDY:
             token_ids_B, is_nan_B = argmax(logits_BV)
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantkit.errors import GenerationError
+from quantkit.runtime.structured_outputs import StructuredOutputsParams
 
 MAX_SEQUENCES = 16
 MAX_LOGPROBS = 20
@@ -29,7 +30,8 @@ class SamplingParams:
     tokens that do. ignore_eos: the model's own stop tokens do not. presence_penalty is taken from the logits of tokens
     in the answer, frequency_penalty once for each time; repetition_penalty divides the positive logits of tokens in
     prompt and answer, and multiplies the negative ones. logprobs: report each token's, and of so many likeliest ones,
-    before all of the above. skip_special_tokens: they have no text.
+    before all of the above. skip_special_tokens: they have no text. structured_outputs: what the answer has to look like,
+    after all of the above; it ends where that may end, so with neither min_tokens nor ignore_eos.
     """
 
     n: int = 1
@@ -50,11 +52,13 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._take_stops()
         self._check_numbers()
         self._check_collections()
+        self._check_structure()
 
     @property
     def has_penalties(self) -> bool:
@@ -116,6 +120,13 @@ class SamplingParams:
             len(bias) <= MAX_BIASES and _are_token_ids(bias) and are_fine,
             f"numbers from -100 to 100 for at most {MAX_BIASES} token ids",
         )
+
+    def _check_structure(self) -> None:
+        wanted: Any = self.structured_outputs
+        if isinstance(wanted, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**wanted))
+        for name in ("min_tokens", "ignore_eos"):
+            self._check(name, not (wanted and getattr(self, name)), "it without structured_outputs")
 
     def _check_integer(self, name: str, least: int, most: int, *, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -13,6 +13,7 @@ service promises:
   more important one computes the very block that it needs next: it waits to find that block in the cache.
 - A running sequence that needs a block takes it, if none is left, from the newest of the least important that run. The
   most important one can take all; every sequence let in fits alone; so it ends, and then the next one does.
+- A sequence with a grammar is left out while a token of it is in flight, which decides what may come next.
 - A waiting sequence takes nothing from those that run, however important it is.
 """
 
@@ -157,6 +158,8 @@ class Scheduler:
         prompts: list[Sequence] = []
         block_size = self._blocks.block_size
         for sequence in self._running:  # preemption shortens it at its end, where this has not been yet
+            if sequence.mask is not None and sequence.num_in_flight:
+                continue
             num_tokens, start = sequence.num_tokens, sequence.num_computed
             if num_tokens - start > 1:
                 prompts.append(sequence)

@@ -9,8 +9,12 @@ The scheduler moves everything in here. A sequence knows neither what its tokens
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from quantkit.runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FinishReason(StrEnum):
@@ -19,6 +23,7 @@ class FinishReason(StrEnum):
     CONTEXT = "context"  # the model can take no more
     ABORT = "abort"  # nobody wants the rest
     ERROR = "error"  # the model's logits are no numbers
+    GRAMMAR = "grammar"  # its grammar can be followed no further
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -26,7 +31,8 @@ class Sequence:
     """A prompt and what is generated after it.
 
     eos_ids: the model's own stop tokens. priority, arrival: smaller is earlier, priority first; sequence_id decides
-    where both are the same. All other fields are the scheduler's to write.
+    where both are the same. All other fields are the scheduler's to write, but mask: the tokens that its grammar allows
+    next, int32 words of 32 bits on the host; None: it has none. It depends on the last token, so that none may be in flight.
     """
 
     sequence_id: int
@@ -57,6 +63,7 @@ class Sequence:
     num_in_flight: int = 0  # sampled on the device, not yet seen
     num_cached: int = 0  # of the prompt, found in the cache when it first got a row
     finish: FinishReason | None = None
+    mask: "Tensor | None" = None
 
     def __post_init__(self) -> None:
         self.order = (self.priority, self.arrival, self.sequence_id)
