@@ -36,6 +36,12 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model; default: MODEL.")
     ] = SERVER.served_model_name,
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            help="How the model writes calls of tools: hermes, llama3_json; auto: as its chat template; none."
+        ),
+    ] = SERVER.tool_call_parser,
     max_waiting: Annotated[
         int, typer.Option(help="Sequences that may wait beyond --max-num-seqs, then 429.")
     ] = SERVER.max_waiting,
@@ -74,6 +80,7 @@ def serve(
         port=port,
         api_keys=tuple(api_key) if api_key else env.api_keys(),
         served_model_name=served_model_name,
+        tool_call_parser=tool_call_parser,
         max_waiting=max_waiting,
         max_waiting_tokens=max_waiting_tokens,
         request_timeout=request_timeout,

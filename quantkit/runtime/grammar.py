@@ -1,7 +1,7 @@
 """Grammars that answers follow, compiled by llguidance. Free of torch: whoever only checks one starts quickly.
 
-What compiling and a step may take is bounded; only schemas that intersect many patterns go on for longer, so whoever takes
-them from strangers checks them in a process that can be ended.
+What compiling and a step may take is bounded, but for schemas that intersect many patterns: whoever takes grammars from
+strangers has them checked in a process that can be ended.
 """
 
 import json
@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.hf import from_tokenizer
 
 from quantkit.errors import GenerationError
 from quantkit.runtime.structured_outputs import StructuredOutputsParams, json_rule
@@ -89,6 +88,8 @@ class GrammarCompiler:
         return matcher
 
     def _make_tokens(self) -> LLTokenizer:
+        from llguidance.hf import from_tokenizer  # imports transformers
+
         if not self._eos_ids:
             raise GenerationError(
                 "the model has no stop token, so no grammar could end",

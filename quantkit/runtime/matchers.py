@@ -3,7 +3,7 @@
 Shape suffixes: M sequences with a grammar, W words of 32 tokens, a bit each, the lowest first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class _Guided(NamedTuple):
 
 
 class Matchers:
-    """The grammars of the sequences that have one, each where its sequence is. num_tokens: those of a mask."""
+    """Of the sequences that have a grammar, each as far as its sequence. num_tokens: those of a mask."""
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
@@ -35,18 +35,18 @@ class Matchers:
             self._guided[sequence.sequence_id] = _Guided(sequence, matcher.deep_copy())
         self._write([self._guided[sequence.sequence_id] for sequence in sequences])
 
-    def advance(self, new_tokens: dict[int, int]) -> list[int]:
-        """Tokens by sequence, which goes on; those without a grammar are passed over.
+    def advance(self, new_tokens: Iterable[tuple[int, int]]) -> list[int]:
+        """Sequences that go on, by number, and their tokens; those without a grammar are passed over.
 
         Returns the sequences that can go no further: their grammar does not take the token, or takes too long.
         """
-        guided = {number: self._guided[number] for number in new_tokens if number in self._guided}
-        if not guided:
+        pairs = [(self._guided[number], token) for number, token in new_tokens if number in self._guided]
+        if not pairs:
             return []
-        pairs = [(each.matcher, new_tokens[number]) for number, each in guided.items()]
-        self._executor.consume_token_par(pairs)
-        self._write(list(guided.values()))
-        return [number for number, each in guided.items() if each.matcher.is_error()]
+        guided = [each for each, _ in pairs]
+        self._executor.consume_token_par([(each.matcher, token) for each, token in pairs])
+        self._write(guided)
+        return [each.sequence.sequence_id for each in guided if each.matcher.is_error()]
 
     def remove(self, number: int) -> None:
         """A sequence has ended, with a grammar or without."""

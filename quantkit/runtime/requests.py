@@ -140,7 +140,11 @@ class Requests:
 
     def _followed(self, tokens: list[NewToken]) -> list[NewToken]:
         """The tokens, after what their grammars make of them: some end their sequences."""
-        going_on = {token.sequence_id: token.token_id for token in tokens if token.finish is None}
+        going_on = [
+            (token.sequence_id, token.token_id)
+            for token in tokens
+            if token.finish is None and token.token_id is not None
+        ]
         lost = self._matchers.advance(going_on)
         for number in lost:
             self._engine.end(self._sequences[number])

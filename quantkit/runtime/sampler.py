@@ -1,6 +1,6 @@
 """Logits to tokens on the device. What a row asks for stands there beside it, written when a sequence gets the row.
 
-    logits ─► adjustments ─► grammars, for the steps with a row that asks ─► temperature, top k, top p, min p ─► noise ─► argmax
+    logits ─► adjustments, grammars, if a row asks ─► temperature, top k, top p, min p ─► noise ─► argmax
 
 A row's token depends on its logits, its parameters, and the seed and position that its noise is made of; not on other
 rows. The host knows what a row may ask for, and so what the kernels of a step have to do: `work` says it, and a CUDA

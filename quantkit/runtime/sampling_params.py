@@ -30,8 +30,8 @@ class SamplingParams:
     tokens that do. ignore_eos: the model's own stop tokens do not. presence_penalty is taken from the logits of tokens
     in the answer, frequency_penalty once for each time; repetition_penalty divides the positive logits of tokens in
     prompt and answer, and multiplies the negative ones. logprobs: report each token's, and of so many likeliest ones,
-    before all of the above. skip_special_tokens: they have no text. structured_outputs: what the answer has to look like,
-    after all of the above; it ends where that may end, so with neither min_tokens nor ignore_eos.
+    before all of the above. skip_special_tokens: they have no text. structured_outputs: what the answer has to be,
+    whatever else is asked for; it ends where that may end, so with neither min_tokens nor ignore_eos.
     """
 
     n: int = 1

@@ -32,7 +32,7 @@ class Sequence:
 
     eos_ids: the model's own stop tokens. priority, arrival: smaller is earlier, priority first; sequence_id decides
     where both are the same. All other fields are the scheduler's to write, but mask: the tokens that its grammar allows
-    next, int32 words of 32 bits on the host; None: it has none. It depends on the last token, so that none may be in flight.
+    next, int32 words of 32 bits on the host; None: it has no grammar. A token in flight decides what comes after it.
     """
 
     sequence_id: int

@@ -12,6 +12,8 @@ from quantkit.errors import GenerationError, SourceError
 from quantkit.formats.checkpoint import Checkpoint, read_json
 from quantkit.runtime.detokenizer import Detokenizer
 
+PLAIN_KEYS = {"role", "content"}
+MORE_KEYS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}  # of messages, by role
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -43,11 +45,16 @@ class Tokenizer:
         return self._checked(ids)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, options: Mapping[str, bool] = MappingProxyType({})
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        options: Mapping[str, bool] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins. messages: each with `role` and `content`.
 
-        options: what the template is told besides; it does with it what it likes.
+        An assistant's may have `tool_calls`, a tool's a `tool_call_id` and a `name`, as transformers passes them on.
+        options, tools: what the template is told besides; it does with it what it likes.
         The template is rendered in transformers' immutable sandbox. Raises GenerationError if there is no template, if
         messages are not what the class says, or not what the template takes.
         """
@@ -61,7 +68,7 @@ class Tokenizer:
         if not messages:
             raise GenerationError("the conversation has no messages", fix="give at least one")
         try:
-            ids = self._render([dict(message) for message in messages], options)
+            ids = self._render([dict(message) for message in messages], options, tools)
         except Exception as error:  # as above; a template refuses conversations by raising, too
             raise GenerationError(
                 f"{self.path}: its chat template does not take these messages ({error})",
@@ -81,6 +88,11 @@ class Tokenizer:
         if text is None:
             text = self._texts_of_one[key] = self.decode([token_id], skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_id(self, text: str) -> int | None:
+        """The token whose name this text is, if there is one."""
+        token_id: int | None = self.backend.backend_tokenizer.token_to_id(text)
+        return token_id
 
     def bytes_of_one(self, token_id: int) -> bytes | None:
         """A token's bytes, as far as its name tells them: for tokens that are no whole characters."""
@@ -107,9 +119,14 @@ class Tokenizer:
         added = self.backend.backend_tokenizer.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
-    def _render(self, messages: list[dict[str, str]], options: Mapping[str, bool]) -> list[int]:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        options: Mapping[str, bool],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         ids: list[int] = self.backend.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, **options
+            messages, tools=list(tools) or None, add_generation_prompt=True, return_dict=False, **options
         )
         return ids
 
@@ -127,9 +144,9 @@ def _bytes_by_letter() -> dict[str, int]:
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
-def _check_message(message: Mapping[str, str]) -> None:
-    is_message = isinstance(message, Mapping) and set(message) == {"role", "content"}
-    if not is_message or not all(isinstance(value, str) for value in message.values()):
+def _check_message(message: Mapping[str, Any]) -> None:
+    is_message = isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in PLAIN_KEYS)
+    if not is_message or not set(message) <= PLAIN_KEYS | MORE_KEYS.get(message["role"], set()):
         raise GenerationError(
             "a message is not a role and a content, both strings", fix='give {"role": "user", "content": "…"}'
         )

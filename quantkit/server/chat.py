@@ -1,9 +1,10 @@
 """`/v1/chat/completions`: the next message of a conversation."""
 
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 
@@ -20,6 +21,9 @@ from quantkit.server.generation import Generation
 from quantkit.server.messages import Choice, ChosenToken
 from quantkit.server.prompts import check_room
 from quantkit.server.sampling import sampling_params
+from quantkit.server.structure import RequestedTools, requested_tools, structure_of
+from quantkit.server.tool_calls import Call, Content, ToolCallParser
+from quantkit.server.tool_schema import AnswerCall, AnswerFunction
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", None: None}
 
@@ -27,11 +31,23 @@ FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", None:
 async def answer_chat(context: Context, body: ChatBody, request: Request) -> Answer:
     """Start to answer. Raises ApiError for what cannot be answered, or not now."""
     model = context.model_for(body.model)
-    prompt_ids = await context.prompts.conversation(model.tokenizer, body.messages, body.chat_template_kwargs)
+    tools = requested_tools(body, model.tools)
+    structure = structure_of(body, tools)
+    if structure is not None:
+        await context.grammars.check(structure, param="response_format" if tools is None else "tools")
+    listed = [] if tools is None else tools.listed()
+    prompt_ids = await context.prompts.conversation(model, body.messages, body.chat_template_kwargs, listed)
     max_tokens = check_room([prompt_ids], _max_tokens(body), model.engine.max_model_len, param="messages")
     num_likeliest = _num_likeliest(body)
-    params = sampling_params(body, model, max_tokens=max_tokens, logprobs=num_likeliest)
-    shape = ChatShape(model.name, num_likeliest or 0)
+    params = sampling_params(
+        body,
+        model,
+        max_tokens=max_tokens,
+        logprobs=num_likeliest,
+        structure=structure,
+        shows_special_tokens=tools is not None and tools.support.skips,
+    )
+    shape = ChatShape(model.name, num_likeliest or 0, tools)
     return context.answer(request, body, [prompt_ids], params, shape)
 
 
@@ -50,13 +66,21 @@ def _num_likeliest(body: ChatBody) -> int | None:
     return body.top_logprobs or 0
 
 
-class ChatShape:
-    """Choices as OpenAI's objects, of one request."""
+class NumberedCall(NamedTuple):
+    """A call, and which of its answer's it is."""
 
-    def __init__(self, model: str, num_likeliest: int) -> None:
+    number: int
+    call: Call
+
+
+class ChatShape:
+    """Choices as OpenAI's objects, of one request. tools: None: a text is a text."""
+
+    def __init__(self, model: str, num_likeliest: int, tools: RequestedTools | None) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._num_likeliest = num_likeliest
-        self._begun: set[int] = set()
+        self._tools = tools
+        self._parsers: dict[int, ToolCallParser | None] = {}  # of the choices that have begun
 
     def whole(self, choices: list[Choice], generation: Generation) -> dict[str, Any]:
         """The answer that is not streamed."""
@@ -71,17 +95,17 @@ class ChatShape:
         """Chunks of a stream: of each choice its role first, its finish reason last."""
         chunks = []
         for choice in choices:
-            if choice.number not in self._begun:
-                self._begun.add(choice.number)
-                chunks.append(
-                    self._piece(choice.number, {"role": "assistant", "content": "", "refusal": None})
-                )
-            if choice.text or choice.tokens:
-                logprobs = self._logprobs(choice.tokens)
-                chunks.append(self._piece(choice.number, {"content": choice.text}, logprobs=logprobs))
+            number = choice.number
+            if number not in self._parsers:
+                chunks.append(self._piece(number, {"role": "assistant", "content": "", "refusal": None}))
+            deltas: list[dict[str, Any]] = [_delta(event) for event in self._events(choice)]
+            if choice.tokens and not deltas:
+                deltas = [{}]
+            for place, delta in enumerate(deltas):
+                logprobs = None if place else self._logprobs(choice.tokens)
+                chunks.append(self._piece(number, delta, logprobs=logprobs))
             if choice.finish_reason is not None:
-                reason = FINISH_REASONS[choice.finish_reason]
-                chunks.append(self._piece(choice.number, {}, finish_reason=reason))
+                chunks.append(self._piece(number, {}, finish_reason=self._finish_reason(choice)))
         return chunks
 
     def usage(self, generation: Generation) -> dict[str, Any]:
@@ -89,12 +113,42 @@ class ChatShape:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(generation)}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
+        events = self._events(choice)
+        content = "".join(event.text for event in events if isinstance(event, Content))
+        calls = [_call(event) for event in events if isinstance(event, NumberedCall)]
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         return {
             "index": choice.number,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.tokens),
-            "finish_reason": FINISH_REASONS[choice.finish_reason],
+            "finish_reason": self._finish_reason(choice),
         }
+
+    def _events(self, choice: Choice) -> list[Content | NumberedCall]:
+        """A choice's new text, calls with their numbers; for a stream's pieces together as for a whole text."""
+        if choice.number not in self._parsers:
+            self._parsers[choice.number] = None if self._tools is None else self._tools.parser()
+        parser = self._parsers[choice.number]
+        if parser is None:
+            return [Content(choice.text)] if choice.text else []
+        before = parser.num_calls
+        events = parser.add(choice.text)
+        if choice.finish_reason is not None:
+            events += parser.flush()
+        numbers = itertools.count(before)
+        return [
+            event if isinstance(event, Content) else NumberedCall(next(numbers), event) for event in events
+        ]
+
+    def _finish_reason(self, choice: Choice) -> str | None:
+        """A call that the model has chosen to make is a reason of its own."""
+        reason = FINISH_REASONS[choice.finish_reason]
+        parser = self._parsers[choice.number]
+        if reason != "stop" or parser is None or self._tools is None or self._tools.is_named:
+            return reason
+        return "tool_calls" if parser.num_calls else reason
 
     def _piece(
         self,
@@ -118,6 +172,18 @@ class ChatShape:
             **_logprob(token.text, token.logprob),
             "top_logprobs": [_logprob(text, value) for text, value in likeliest],
         }
+
+
+def _delta(event: Content | NumberedCall) -> dict[str, Any]:
+    if isinstance(event, Content):
+        return {"content": event.text}
+    return {"tool_calls": [{"index": event.number, **_call(event)}]}
+
+
+def _call(numbered: NumberedCall) -> AnswerCall:
+    name, arguments = numbered.call
+    function: AnswerFunction = {"name": name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _logprob(text: str | bytes, value: float) -> TopLogprob:

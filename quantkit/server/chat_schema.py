@@ -1,12 +1,13 @@
 """`/v1/chat/completions`: its body and its answers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from quantkit.server.limits import MAX_MESSAGES
 from quantkit.server.schema import Body, FinishReason, SamplingBody, Usage
+from quantkit.server.tool_schema import AnswerCall, CallMade, DeltaCall, ToolChoice, Tools
 
 
 class TextPart(Body):
@@ -14,25 +15,59 @@ class TextPart(Body):
     text: str
 
 
+Text = str | list[TextPart]
+
+
 class Message(Body):
-    """refusal: null, as answers have it that clients send back."""
+    role: Literal["system", "developer", "user"]
+    content: Text
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+
+class AssistantMessage(Body):
+    """As answers have it that clients send back: refusal is null, and content may be if there are calls."""
+
+    role: Literal["assistant"]
+    content: Text | None = None
     refusal: None = None
-
-    def text(self) -> str:
-        """Its parts as one."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+    tool_calls: list[CallMade] | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+class ToolMessage(Body):
+    """What a call has brought. name: of the tool, which some templates ask for."""
+
+    role: Literal["tool"]
+    content: Text
+    tool_call_id: str
+    name: str | None = None
 
 
-class ResponseFormat(Body):
+AnyMessage = Annotated[Message | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Messages = Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class TextFormat(Body):
     type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """strict: what cannot be enforced is refused, instead of left out."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
 class TemplateOptions(Body):
@@ -47,6 +82,9 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
 
 
@@ -68,9 +106,12 @@ class ChatLogprobs(TypedDict):
 
 
 class AnswerMessage(TypedDict):
+    """content: null if there is nothing but calls."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[AnswerCall]]
 
 
 class ChatChoice(TypedDict):
@@ -91,8 +132,9 @@ class ChatCompletion(TypedDict):
 
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[DeltaCall]
 
 
 class ChatChunkChoice(TypedDict):

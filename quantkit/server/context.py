@@ -11,6 +11,7 @@ from quantkit.server.answers import Answer, StreamedAnswer, WholeAnswer
 from quantkit.server.engine_client import EngineClient
 from quantkit.server.errors import MAX_SHOWN_CHARS, ApiError, invalid
 from quantkit.server.generation import Generation
+from quantkit.server.grammar_client import GrammarClient
 from quantkit.server.lifecycle import Lifecycle, ServedModel
 from quantkit.server.messages import Choice
 from quantkit.server.metrics import Metrics
@@ -37,6 +38,7 @@ class Context:
     lifecycle: Lifecycle
     engine: EngineClient
     prompts: Prompts
+    grammars: GrammarClient
     metrics: Metrics
 
     def model_for(self, name: str | None) -> ServedModel:

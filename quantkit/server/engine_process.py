@@ -9,7 +9,11 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import NamedTuple
+
+from llguidance import LLMatcher
 
 from quantkit.env import keep_freed_memory
 from quantkit.errors import GenerationError, QuantkitError
@@ -53,25 +57,84 @@ class Connection:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._decoder = Decoder()
-        self._received: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._received: queue.SimpleQueue[bytes | Compiled] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def send(self, message: Message) -> None:
         """Waits while the other end is behind, which reads whatever its clients do."""
         self._socket.sendall(encode(message))
 
-    def receive(self, *, waits: bool) -> list[Message]:
-        """The messages that have come. waits: for at least one."""
-        messages: list[Message] = []
+    def receive(self, *, waits: bool) -> "list[Message | Compiled]":
+        """The messages that have come, and what was put among them. waits: for at least one."""
+        messages: list[Message | Compiled] = []
         while (waits and not messages) or not self._received.empty():
-            messages += self._decoder.feed(self._received.get())
+            received = self._received.get()
+            messages += self._decoder.feed(received) if isinstance(received, bytes) else [received]
         return messages
+
+    def put(self, compiled: "Compiled") -> None:
+        """Something of this process's own, as if it had come."""
+        self._received.put(compiled)
 
     def _read(self) -> None:
         with suppress(ConnectionError):
             while data := self._socket.recv(RECEIVE_BYTES):
                 self._received.put(data)
         os._exit(0)
+
+
+class Compiled(NamedTuple):
+    """A request, and its grammar or what is wrong with it."""
+
+    submit: Submit
+    found: LLMatcher | QuantkitError | None
+
+
+class Inbox:
+    """Messages to requests. A thread beside the loop compiles grammars: a request is added when its own is ready."""
+
+    def __init__(self, requests: Requests, connection: Connection) -> None:
+        self._requests = requests
+        self._connection = connection
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._compiling: set[str] = set()
+
+    def take(self, message: Message | Compiled) -> None:
+        """Do what a message says."""
+        match message:
+            case Submit(request_id, _, {"structured_outputs": wanted}) if wanted:
+                self._compiling.add(request_id)
+                self._compiler.submit(self._compile, message)
+            case Submit():
+                self._add(Compiled(message, None))
+            case Compiled(submit):
+                if submit.request_id in self._compiling:
+                    self._compiling.remove(submit.request_id)
+                    self._add(message)
+            case Abort(request_id):
+                self._compiling.discard(request_id)
+                self._requests.end(request_id)
+            case _:
+                raise AssertionError(f"{type(message).__name__} is not for the engine")
+
+    def _compile(self, submit: Submit) -> None:
+        found: LLMatcher | QuantkitError | None
+        try:
+            found = self._requests.matcher(SamplingParams(**submit.params))
+        except QuantkitError as error:
+            found = error
+        self._connection.put(Compiled(submit, found))
+
+    def _add(self, compiled: Compiled) -> None:
+        (request_id, prompt_ids, params), found = compiled
+        try:
+            if isinstance(found, QuantkitError):
+                raise found
+            self._requests.add(
+                request_id, None, prompt_ids, SamplingParams(**params), is_streamed=True, matcher=found
+            )
+        except QuantkitError as error:
+            self._connection.send(Refused(request_id, error.problem, error.fix))
 
 
 def main() -> None:
@@ -89,15 +152,16 @@ def main() -> None:
         connection.send(CannotStart(error.problem, error.fix))
         sys.exit(2)
     connection.send(_ready(llm, start))
+    inbox = Inbox(llm.requests, connection)
     while True:
-        serve_once(llm, connection)
+        serve_once(llm, connection, inbox)
 
 
-def serve_once(llm: LLM, connection: Connection) -> None:
+def serve_once(llm: LLM, connection: Connection, inbox: Inbox) -> None:
     """Take what has come, waiting for it if there is nothing to do, and compute a step."""
     requests = llm.requests
     for message in connection.receive(waits=not requests.has_work):
-        _take(message, requests, connection)
+        inbox.take(message)
     begun, outputs = _step(requests, connection) if requests.has_work else ([], [])
     stats = requests.stats
     connection.send(
@@ -126,19 +190,6 @@ def _step(requests: Requests, connection: Connection) -> tuple[list[str], list[R
         requests.end(newest)
         connection.send(Failed(newest, error.problem))
         return [], []
-
-
-def _take(message: Message, requests: Requests, connection: Connection) -> None:
-    match message:
-        case Submit(request_id, prompt_ids, params):
-            try:
-                requests.add(request_id, None, prompt_ids, SamplingParams(**params), is_streamed=True)
-            except QuantkitError as error:
-                connection.send(Refused(request_id, error.problem, error.fix))
-        case Abort(request_id):
-            requests.end(request_id)
-        case _:
-            raise AssertionError(f"{type(message).__name__} is not for the engine")
 
 
 def _ready(llm: LLM, start: Start) -> Ready:

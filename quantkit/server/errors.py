@@ -91,7 +91,11 @@ def of_validation(problem: Mapping[str, Any], body: object) -> ApiError:
     kind = str(problem["type"])
     if kind == "json_invalid":
         return invalid(f"the body is no JSON: {problem['msg']}", code="invalid_json")
-    param = _path(tuple(problem["loc"])[1:], body, keeps_last=kind in ("missing", "extra_forbidden"))
+    location = tuple(problem["loc"])[1:]
+    if kind.startswith("union_tag"):  # variants are told apart by a field
+        location = (*location, problem["ctx"]["discriminator"].strip("'"))
+        kind = "missing" if kind == "union_tag_not_found" else kind
+    param = _path(location, body, keeps_last=kind in ("missing", "extra_forbidden"))
     param = param[:MAX_SHOWN_CHARS]
     if not param:
         return invalid("the body is no JSON object, or has another Content-Type than application/json")

@@ -118,6 +118,8 @@ class Generation:
             self.finish_reasons.append(new.finish_reason)
         if new.finish_reason == "error":
             self.fail(failed("the model's logits were not numbers (NaN)", "model_error"))
+        if new.finish_reason == "grammar":
+            self.fail(invalid("the answer's grammar takes too long to follow; give a simpler one"))
         self._pending.setdefault(new.number, []).append(new)
         self._num_pending += new.num_tokens + sum(len(token.likeliest) for token in new.tokens or ())
         if self._num_pending > (MAX_BEHIND_TOKENS if self.is_streamed else MAX_WHOLE_TOKENS):

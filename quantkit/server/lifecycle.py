@@ -7,6 +7,7 @@ from quantkit.runtime.tokenizer import Tokenizer
 from quantkit.server.defaults import Defaults
 from quantkit.server.errors import unavailable
 from quantkit.server.messages import Ready
+from quantkit.server.tools import ToolSupport
 
 
 class State(StrEnum):
@@ -17,11 +18,12 @@ class State(StrEnum):
 
 
 class ServedModel(NamedTuple):
-    """What requests need to know of the model. created: Unix time when it was loaded."""
+    """What requests need to know of the model. tools: None: it has none. created: Unix time when it was loaded."""
 
     name: str
     tokenizer: Tokenizer
     defaults: Defaults
+    tools: ToolSupport | None
     engine: Ready
     created: int
 

@@ -1,15 +1,21 @@
 """Texts and conversations to tokens, in threads: the event loop answers others meanwhile."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.structured_outputs import is_deeper
 from quantkit.runtime.tokenizer import Tokenizer
-from quantkit.server.chat_schema import Message, TemplateOptions
+from quantkit.server.chat_schema import AnyMessage, AssistantMessage, TemplateOptions, Text, ToolMessage
 from quantkit.server.errors import ApiError, invalid
+from quantkit.server.lifecycle import ServedModel
 from quantkit.server.limits import MAX_PROMPTS, TOKENIZER_THREADS
+from quantkit.server.tool_calls import MAX_DEPTH
+from quantkit.server.tool_schema import CallMade
+from quantkit.server.tools import Conversation, ToolSupport, described
 
 Result = TypeVar("Result")
 
@@ -28,12 +34,20 @@ class Prompts:
             raise invalid(f"{error.problem}; {error.fix}", param=param) from error
 
     async def conversation(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], options: TemplateOptions | None
+        self,
+        model: ServedModel,
+        messages: Sequence[AnyMessage],
+        options: TemplateOptions | None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
-        """The messages in the checkpoint's chat template, up to where the answer begins."""
-        plain = [{"role": _role(message), "content": message.text()} for message in messages]
+        """The messages, and tools, in the checkpoint's chat template, up to where the answer begins."""
+        told = [_told(message, f"messages[{number}]") for number, message in enumerate(messages)]
+        told = _checked(told, model.tools)
+        if model.tools is not None and model.tools.describes:
+            told, tools = described(told, tools, model.tools.style), ()
         chosen = {} if options is None else options.model_dump(exclude_none=True)
-        return await self.run(lambda: tokenizer.encode_chat(plain, options=chosen), param="messages")
+        encode = model.tokenizer.encode_chat
+        return await self.run(lambda: encode(told, options=chosen, tools=tools), param="messages")
 
     async def texts(self, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
         """Each text as it stands."""
@@ -46,9 +60,46 @@ class Prompts:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _role(message: Message) -> str:
-    """`developer` is a newer name, which templates do not know."""
-    return "system" if message.role == "developer" else message.role
+def _told(message: AnyMessage, place: str) -> dict[str, Any]:
+    """A message as templates know it; `developer` is a newer name, which they do not know."""
+    told: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    told["content"] = _joined(message.content)
+    if isinstance(message, ToolMessage):
+        told["tool_call_id"] = message.tool_call_id
+        told |= {} if message.name is None else {"name": message.name}
+    elif isinstance(message, AssistantMessage) and message.tool_calls:
+        told["tool_calls"] = [
+            _call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(message.tool_calls)
+        ]
+    elif message.content is None:
+        raise invalid(f"{place}: neither content nor tool_calls", param=f"{place}.content")
+    return told
+
+
+def _joined(content: Text | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+def _call(call: CallMade, place: str) -> dict[str, Any]:
+    """With its arguments as an object, which templates write in their own way."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict) or is_deeper(arguments, MAX_DEPTH):
+        raise invalid(f"{place}: its arguments are no JSON object", param=f"{place}.function.arguments")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _checked(told: Conversation, tools: ToolSupport | None) -> Conversation:
+    """The messages. Raises ApiError if they hold calls, of which the template would say nothing."""
+    has_calls = any(message["role"] == "tool" or "tool_calls" in message for message in told)
+    if has_calls and tools is None:
+        raise invalid("this model's chat template does not know tools", param="messages")
+    return told
 
 
 def check_room(

@@ -2,6 +2,7 @@
 
 from quantkit.errors import GenerationError
 from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.structured_outputs import StructuredOutputsParams
 from quantkit.server.defaults import TOP_K_OFF
 from quantkit.server.errors import invalid
 from quantkit.server.lifecycle import ServedModel
@@ -15,15 +16,27 @@ FIELDS = (
 
 
 def sampling_params(
-    body: SamplingBody, model: ServedModel, *, max_tokens: int, logprobs: int | None
+    body: SamplingBody,
+    model: ServedModel,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    structure: StructuredOutputsParams | None = None,
+    shows_special_tokens: bool = False,
 ) -> SamplingParams:
-    """The body's settings. Raises ApiError, a 400 that names the field, for those that make no sense."""
+    """The body's settings. shows_special_tokens: unless the body says otherwise.
+
+    Raises ApiError, a 400 that names the field, for settings that make no sense.
+    """
     given = {name: value for name in FIELDS if (value := getattr(body, name)) is not None}
     if given.get("top_k") in TOP_K_OFF:
         given["top_k"] = None
     if body.logit_bias is not None:
         given["logit_bias"] = _token_ids(body.logit_bias)
-    settings = {**model.defaults.settings, **given, "max_tokens": max_tokens, "logprobs": logprobs}
+    if shows_special_tokens:
+        given.setdefault("skip_special_tokens", False)
+    asked = {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": structure}
+    settings = {**model.defaults.settings, **given, **asked}
     try:
         params = SamplingParams(**settings)
         params.check_token_ids(model.engine.vocab_size)

@@ -61,7 +61,7 @@ class Usage(TypedDict):
     prompt_tokens_details: CachedTokens
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ModelCard(TypedDict):

@@ -23,12 +23,15 @@ from quantkit.server.context import Context
 from quantkit.server.defaults import read_defaults
 from quantkit.server.engine_client import EngineClient
 from quantkit.server.errors import unavailable
+from quantkit.server.grammar_client import GrammarClient
 from quantkit.server.lifecycle import Lifecycle, ServedModel
 from quantkit.server.limits import MAX_HEADER_BYTES, SEND_SECONDS
 from quantkit.server.logs import log_as_json, logger
 from quantkit.server.metrics import Metrics
 from quantkit.server.prompts import Prompts
 from quantkit.server.settings import ServerSettings
+from quantkit.server.tool_calls import NONE
+from quantkit.server.tools import find_support
 
 LINGER_SECONDS = 2.0  # in which a dead server says that it is, before it is gone
 CLOSE_SECONDS = 5  # for clients to take the last bytes
@@ -93,11 +96,13 @@ class _Server:
         )
         engine = EngineClient(admission, metrics)
         prompts = Prompts()
+        grammars = GrammarClient()
         context = Context(
             settings=self._settings,
             lifecycle=self._lifecycle,
             engine=engine,
             prompts=prompts,
+            grammars=grammars,
             metrics=metrics,
         )
         http = uvicorn.Server(
@@ -125,6 +130,7 @@ class _Server:
             return await self._live(context)
         finally:
             prompts.close()
+            await grammars.close()
             http.should_exit = True
             await serving
             code = await engine.stop()
@@ -175,15 +181,17 @@ class _Server:
             asyncio.to_thread(load_tokenizer, self._folder),
         )
         defaults = read_defaults(self._folder)
+        tools = await asyncio.to_thread(find_support, tokenizer, self._settings.tool_call_parser)
         template = "the checkpoint's" if tokenizer.has_chat_template else "none: no chat, completions only"
         fields = {
             "model": self._name,
             "chat_template": template,
             "sampling_defaults": str(defaults),
+            "tool_calls": str(tools or NONE),
             **ready._asdict(),
         }
         logger.info("ready", extra={"fields": fields})
-        return ServedModel(self._name, tokenizer, defaults, ready, int(time.time()))
+        return ServedModel(self._name, tokenizer, defaults, tools, ready, int(time.time()))
 
 
 async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> bool:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from quantkit.errors import ServerError
+from quantkit.server.tool_calls import AUTO, NONE, style_named
 
 MAX_PORT = 65535
 
@@ -12,8 +13,10 @@ MAX_PORT = 65535
 class ServerSettings:
     """host, port: where to listen; port 0 takes a free one. api_keys: one of them is required; none: nobody is asked.
 
-    served_model_name: what clients call the model; None: as the operator does. max_waiting: sequences beyond those that
-    are computed at once. max_waiting_tokens: of prompts that nothing was computed of yet; one prompt may always wait.
+    served_model_name: what clients call the model; None: as the operator does. tool_call_parser: how it writes calls of
+    tools: hermes, llama3_json, auto: as its chat template does, none: it may not. max_waiting: sequences beyond those
+    that are computed at once.
+    max_waiting_tokens: of prompts that nothing was computed of yet; one prompt may always wait.
     request_timeout: seconds from a request's arrival to its last byte. drain_seconds: that running requests get when
     the server is told to stop.
     """
@@ -22,12 +25,15 @@ class ServerSettings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     served_model_name: str | None = None
+    tool_call_parser: str = AUTO
     max_waiting: int = 512
     max_waiting_tokens: int = 1 << 20
     request_timeout: float = 600.0
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
+        if self.tool_call_parser not in (AUTO, NONE):
+            style_named(self.tool_call_parser)
         _check("port", self.port, 0 <= self.port <= MAX_PORT, f"a number from 0 to {MAX_PORT}")
         _check("max_waiting", self.max_waiting, self.max_waiting >= 0, "a number from 0 on")
         _check(

@@ -43,7 +43,7 @@ async def tokenize(context: Context, body: TokenizeBody) -> Tokenized:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either a prompt or messages", param="prompt")
     if body.messages is not None:
-        ids = await context.prompts.conversation(model.tokenizer, body.messages, body.chat_template_kwargs)
+        ids = await context.prompts.conversation(model, body.messages, body.chat_template_kwargs)
     else:
         (ids,) = await context.prompts.texts(model.tokenizer, [body.prompt or ""])
     return {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}

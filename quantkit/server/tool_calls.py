@@ -1,10 +1,10 @@
 """Calls of tools in the text of an answer: found while it comes, in pieces of any size, with the same result for all.
 
-    text ─ an opening, or where a text may begin with a call ─► call ─ a JSON object that is one ─► closing ─► gap ─► text
-                                       ▲                          └─ it is none: content, after all ─────────────────┘
+    text ─ an opening, or where a text may begin with one ─► call ─ a JSON object that is one ─► closing ─► gap ─► text
+                                                                 └─ that is none: it is content ──────────────────► text
 
-What might be a call is held back until it is certain. A call is given as a whole, since one that turns out to be malformed
-is content; nothing but white space around calls is lost.
+What might be a call is held back until it is certain. A call is given as a whole, since one that turns out to be
+malformed is content; nothing but white space after calls is lost.
 """
 
 import json
@@ -45,6 +45,7 @@ LLAMA3 = ToolStyle(
     name="llama3_json", opening="<|python_tag|>", closing="", keys=("parameters", "arguments"), is_bare=True
 )
 STYLES = (HERMES, LLAMA3)
+AUTO, NONE = "auto", "none"  # instead of a style's name
 
 
 def style_named(name: str) -> ToolStyle:
