@@ -170,12 +170,6 @@ def test_a_schema_that_takes_forever_is_refused_and_others_are_answered(client):
     assert ask(client, response_format=json_schema(SCHEMA)).choices[0].finish_reason == "stop"
 
 
-def test_a_grammar_that_gets_lost_is_the_clients_mistake(client):
-    hard = {"type": "string", "pattern": "^(.*a.{20}){5}$"}
-    with pytest.raises(openai.BadRequestError, match="too long to follow"):
-        ask(client, response_format=json_schema(hard), logit_bias={str(IDS("a").input_ids[0]): 4})
-
-
 def test_tools_need_a_style(folder):
     """A template that does not know them, and an operator who has not chosen one."""
     with serving(folder, "--served-model-name", "tiny") as running:

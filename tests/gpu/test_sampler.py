@@ -64,6 +64,8 @@ def logits_of(kind, num_rows, num_logits, dtype):
         logits = (logits * 2).round()
     elif kind == "masked":
         logits[:, 1::2] = -torch.inf
+    elif kind == "two allowed":  # by a grammar
+        logits[:, 2:] = -torch.inf
     elif kind == "infinite":
         logits[:, 2:4] = torch.inf
     whole = torch.full((num_rows, num_logits + 8), torch.nan, dtype=dtype, device=DEVICE)
@@ -103,7 +105,9 @@ def kept_by_kernel(logits, settings, rows):
 
 
 @pytest.mark.parametrize(("num_logits", "dtype"), CASES)
-@pytest.mark.parametrize("kind", ["flat", "peaked", "equal", "few values", "masked", "infinite"])
+@pytest.mark.parametrize(
+    "kind", ["flat", "peaked", "equal", "few values", "masked", "two allowed", "infinite"]
+)
 def test_filters_keep_what_the_definition_says(kind, num_logits, dtype):
     logits, settings = logits_of(kind, len(FILTERS), num_logits, dtype), settings_of(FILTERS)
     rows = torch.randperm(len(FILTERS), generator=generator(1))

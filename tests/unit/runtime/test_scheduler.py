@@ -81,6 +81,23 @@ def test_a_long_prompt_moves_on_while_all_other_rows_generate():
     assert long.finish is FinishReason.LENGTH
 
 
+def test_a_sequence_with_a_grammar_has_one_token_in_flight_and_others_do_not_notice():
+    engine = FakeEngine()
+    guided, free = engine.add(range(2, 9), max_tokens=9), engine.add(range(12, 15), max_tokens=9)
+    guided.mask = object()
+    steps = {guided: [], free: []}
+    for number in range(40):
+        engine.step()
+        assert guided.num_in_flight <= 1
+        for plan, _ in list(engine.in_flight)[-1:]:
+            for sequence in plan.sampling():
+                steps[sequence].append(number)
+    for sequence in (guided, free):
+        engine.check_result(sequence)
+    assert len(steps[guided]) > 2
+    assert all(later - earlier == 2 for earlier, later in zip(steps[guided], steps[guided][1:], strict=False))
+
+
 def test_a_budget_that_generating_rows_could_use_up_is_refused():
     with pytest.raises(GenerationError, match=r"max_num_batched_tokens 11 .* 8 sequences") as error:
         FakeEngine(block_size=4, max_num_seqs=8, budget=11)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantkit import LLM, SamplingParams
-from quantkit.server.engine_process import serve_once
+from quantkit.server.engine_process import Inbox, serve_once
 from quantkit.server.messages import Abort, Failed, Refused, Stepped, Submit
 from tests.tiny_chat import save_tiny_chat
 
@@ -16,9 +16,10 @@ PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 class FakeConnection:
     """What the HTTP process sends, and what it is sent."""
 
-    def __init__(self):
+    def __init__(self, requests):
         self.incoming = []
         self.sent = []
+        self.inbox = Inbox(requests, self)
 
     def send(self, message):
         self.sent.append(message)
@@ -36,8 +37,8 @@ def llm(tmp_path_factory):
 
 
 @pytest.fixture
-def connection():
-    return FakeConnection()
+def connection(llm):
+    return FakeConnection(llm.requests)
 
 
 def submit(request_id, prompt_ids, params=PARAMS):
@@ -47,9 +48,9 @@ def submit(request_id, prompt_ids, params=PARAMS):
 def run(llm, connection, *messages):
     """Until there is nothing to do; all deltas."""
     connection.incoming += messages
-    serve_once(llm, connection)
+    serve_once(llm, connection, connection.inbox)
     while llm.requests.has_work:
-        serve_once(llm, connection)
+        serve_once(llm, connection, connection.inbox)
     return [delta for message in connection.sent if isinstance(message, Stepped) for delta in message.deltas]
 
 
@@ -76,7 +77,7 @@ def test_log_probabilities_of_tokens_that_are_no_characters_are_of_bytes(llm, co
 
 def test_what_is_aborted_says_no_more(llm, connection):
     connection.incoming = [submit("a", [5]), submit("b", [6])]
-    serve_once(llm, connection)
+    serve_once(llm, connection, connection.inbox)
     before = len(connection.sent)
     run(llm, connection, Abort("a"), Abort("never there"))
     after = [delta.request_id for message in connection.sent[before:] for delta in message.deltas]

@@ -41,6 +41,14 @@ def test_what_nobody_took_is_one_piece_for_each_choice():
     assert generation.finish_reasons == ["stop", "length"]
 
 
+def test_a_grammar_that_is_lost_is_the_clients_mistake():
+    generation = Generation(0, [1], arrival=0.0, num_answers=1, is_streamed=True)
+    generation.put(delta("0-0", piece(0, "a", "grammar"), is_finished=True))
+    with pytest.raises(ApiError, match="grammar") as caught:
+        taken(generation)
+    assert caught.value.status == 400
+
+
 def test_prompts_have_their_choices_in_their_order():
     generation = Generation(0, [1, 1], arrival=0.0, num_answers=2, is_streamed=False)
     generation.put(delta("0-1", piece(0, "c", "stop"), piece(1, "d", "stop"), is_finished=True))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.structured_outputs import StructuredOutputsParams
 from quantkit.server.messages import (
     Abort,
     CannotStart,
@@ -26,11 +27,13 @@ from quantkit.server.messages import (
     encode,
 )
 
+GUIDED = SamplingParams(structured_outputs=StructuredOutputsParams(choice=("a", "b")))
 PARAMS = SamplingParams(stop=("a", "b"), logit_bias={3: -1.5, 70000: 2}, seed=2**63 - 1, logprobs=2)
 TOKEN = ChosenToken("é", -0.5, [("é", -0.5), (b"\xc3", -1.25)])
 MESSAGES = [
     Start("/some/folder", dataclasses.asdict(EngineSettings())),
     Submit("7-0", list(range(1000)), dataclasses.asdict(PARAMS)),
+    Submit("8-0", [1], dataclasses.asdict(GUIDED)),
     Abort("7-0"),
     Progress("weights 3 GB"),
     Ready(9, 260, 4096, 8, 1 << 20, 16, "cuda:0", {"load": 0.5}),

@@ -11,7 +11,8 @@ from quantkit.server.tool_calls import HERMES, LLAMA3, STYLES, Call, Content, To
 NAMES = frozenset({"f", "weather"})
 GOOD = {style.name: style.written("f", '{"x": "a}\\" </tool_call> é"}') for style in STYLES}
 FRAGMENTS = [
-    "<tool_call>", "</tool_call>", "<|python_tag|>", "<tool", "_call>", "<|", "{", "}", '"', "\\", "[", "]", ";", " ", "\n",
+    "<tool_call>", "</tool_call>", "<|python_tag|>", "<tool", "_call>", "<|", "{", "}", '"', "\\", "[",
+    "]", ";", " ", "\n",
     '{"name": "f", "arguments": {}}', '{"name": "weather", "parameters": {"x": [1, {"y": null}]}}', '{"name": "g",',
     '"arguments": ', "text", "1e999", "é", *GOOD.values(),
 ]  # fmt: skip

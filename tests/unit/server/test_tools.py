@@ -17,9 +17,13 @@ from tests.byte_tokenizer import TEMPLATE, byte_tokenizer
 LISTED = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
 MESSAGES = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
-    "{% for call in message.tool_calls %}CALL{% endfor %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% for call in message.tool_calls %}CALL{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-HERMES_CALL = '<tool_call>\n{"arguments": {{ call.function.arguments | tojson }}, "name": "{{ call.function.name }}"}\n</tool_call>'
+HERMES_CALL = (
+    '<tool_call>\n{"arguments": {{ call.function.arguments | tojson }}, '
+    '"name": "{{ call.function.name }}"}\n</tool_call>'
+)
 LLAMA_CALL = '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}'
 XML_CALL = "<tool_call>\n<function={{ call.function.name }}></function>\n</tool_call>"
 FUNCTIONS = [
