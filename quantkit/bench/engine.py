@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from quantkit.bench.ceilings import measure_read
-from quantkit.bench.generation import Speed, random_prompts, run_requests, speed_of
+from quantkit.bench.generation import Speed, run_requests, speed_of
+from quantkit.bench.prompts import prompts_of_file, random_prompts
 from quantkit.bench.timeline import Timeline, profile_steps
-from quantkit.errors import BenchError
 from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.source import resolve_source
 from quantkit.runtime.memory_plan import weight_bytes
@@ -83,7 +83,9 @@ def bench_engine(
     spec = started.model.spec
     prompts = random_prompts(num_requests, num_prompt_tokens, spec.vocab_size)
     if prompts_file is not None:
-        prompts = _prompts_of(prompts_file, checkpoint, num_requests)
+        tokenizer = load_tokenizer(checkpoint.path)
+        texts = prompts_of_file(prompts_file, num_requests)
+        prompts = [tokenizer.encode_prompt(text, raw=True) for text in texts]
     speed = fastest_run(started, prompts, num_output_tokens, repeats, settings.max_num_seqs)
     is_gpu = device.type == "cuda"
     return EngineReport(
@@ -152,15 +154,3 @@ def decode_timeline(started: Started, prompts: Sequence[list[int]]) -> Timeline 
     while engine.has_work:
         engine.step()
     return timeline
-
-
-def _prompts_of(path: Path, checkpoint: Checkpoint, count: int) -> list[list[int]]:
-    """Token ids of the lines of a file, in turn."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path}: cannot be read ({error})", fix="give a text file in UTF-8") from None
-    if not lines:
-        raise BenchError(f"{path}: no prompts", fix="write a prompt on each line")
-    tokenizer = load_tokenizer(checkpoint.path)
-    return [tokenizer.encode_prompt(lines[number % len(lines)], raw=True) for number in range(count)]

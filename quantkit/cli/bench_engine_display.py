@@ -1,11 +1,8 @@
 """How the speed of an engine looks on a terminal."""
 
-from rich.table import Table
-
 from quantkit.bench.engine import EngineReport
-from quantkit.bench.generation import PERCENTILES
 from quantkit.bench.timeline import Timeline
-from quantkit.cli.output import table_console
+from quantkit.cli.output import table_console, times_table
 
 
 def show(report: EngineReport) -> None:
@@ -21,11 +18,7 @@ def show(report: EngineReport) -> None:
         f"{speed.num_requests} requests, {speed.num_prompt_tokens} tokens of prompts, "
         f"{speed.num_output_tokens} of answers in {speed.seconds:.3f} s"
     )
-    table = Table("ms", *(f"p{percent}" for percent in PERCENTILES), box=None, pad_edge=False)
-    for name, times in (("TTFT", speed.ttft_ms), ("TPOT", speed.tpot_ms), ("ITL", speed.itl_ms)):
-        if times is not None:
-            table.add_row(name, *(f"{times[percent]:.2f}" for percent in PERCENTILES))
-    console.print(table)
+    console.print(times_table({"TTFT": speed.ttft_ms, "TPOT": speed.tpot_ms, "ITL": speed.itl_ms}))
     decode = "" if speed.decode_rate is None else f"decode {speed.decode_rate:,.1f} tok/s, "
     share = "" if report.bandwidth is None else f"; decode reads {report.bandwidth:.0%} of what memory gives"
     console.print(f"{decode}answers {speed.output_rate:,.1f} tok/s, all {speed.total_rate:,.1f} tok/s{share}")

@@ -15,7 +15,8 @@ import torch
 
 from quantkit.bench.ceilings import measure_read
 from quantkit.bench.engine import decode_timeline, fastest_run, step_weight_bytes
-from quantkit.bench.generation import Speed, random_prompts
+from quantkit.bench.generation import Speed
+from quantkit.bench.prompts import random_prompts
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.start import Started, start_engine

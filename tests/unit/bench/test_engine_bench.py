@@ -5,15 +5,16 @@ import math
 
 import pytest
 
+from quantkit.bench.arrivals import Arrivals
 from quantkit.bench.cost import Prices, cost_of
-from quantkit.bench.generation import Arrivals, speed_of
+from quantkit.bench.generation import speed_of
 from quantkit.bench.timeline import OTHER, kind_of, summarize
 from quantkit.cli.main import run
 from tests.tiny_llama import write_tiny_llama
 
 
 def test_times_between_tokens_and_rates_by_hand():
-    requests = [Arrivals(10, (1.0, 2.0, 3.0)), Arrivals(20, (2.0, 4.0, 6.0))]
+    requests = [Arrivals(10, 3, (1.0, 2.0, 3.0)), Arrivals(20, 3, (2.0, 4.0, 6.0))]
     speed = speed_of(requests, max_num_seqs=2)
     assert (speed.num_prompt_tokens, speed.num_output_tokens, speed.seconds) == (30, 6, 6.0)
     assert speed.ttft_ms[50] == pytest.approx(1500)
@@ -27,9 +28,9 @@ def test_times_between_tokens_and_rates_by_hand():
 
 
 def test_one_token_has_no_time_between_and_waves_have_no_decode_rate():
-    speed = speed_of([Arrivals(5, (1.0,))], max_num_seqs=1)
+    speed = speed_of([Arrivals(5, 1, (1.0,))], max_num_seqs=1)
     assert (speed.tpot_ms, speed.itl_ms, speed.decode_rate) == (None, None, None)
-    waves = speed_of([Arrivals(5, (1.0, 2.0)), Arrivals(5, (3.0, 4.0))], max_num_seqs=1)
+    waves = speed_of([Arrivals(5, 2, (1.0, 2.0)), Arrivals(5, 2, (3.0, 4.0))], max_num_seqs=1)
     assert waves.decode_rate is None
     assert waves.output_rate == 1
 
