@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.bench_engine import cost, latency, throughput
+from quantkit.cli.bench_serve import serve
 from quantkit.errors import BenchError
 
 bench = typer.Typer(name="bench", help="Measure this machine.", no_args_is_help=True)
@@ -20,6 +21,7 @@ def root() -> None:
 bench.command("latency")(latency)
 bench.command("throughput")(throughput)
 bench.command("cost")(cost)
+bench.command("serve")(serve)
 
 
 @bench.command("kernels")
