@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 
 import pytest
 
@@ -16,7 +15,7 @@ from quantkit.cli.main import run
 from quantkit.errors import BenchError
 from tests.openai_stand_in import StandIn, chunk, error, serving, sse, usage
 
-FIRST, NEXT = 0.05, 0.01  # seconds until the stand-in sends
+FIRST, NEXT = 0.04, 0.005  # seconds until the stand-in sends
 
 
 async def steady(body):
@@ -134,7 +133,7 @@ def test_errors_are_counted_by_kind_and_not_timed(capsys):
 
         return sse(events())
 
-    report = bench(StandIn(answer), capsys, "--concurrency", "1", "--requests", "11", "--timeout", "1")
+    report = bench(StandIn(answer), capsys, "--concurrency", "1", "--requests", "11", "--timeout", "2")
     assert report["errors"] == {
         "HTTP 429": 3,
         "error in the stream": 2,
@@ -158,9 +157,25 @@ def test_goodput_counts_answers_that_keep_the_objective(capsys):
 def test_the_table_and_the_key(capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with serving(StandIn(steady).app) as url:
-        assert run(["bench", "serve", "--url", f"{url}/v1", "--rate", "50", "--requests", "3"]) == 0
+        assert (
+            run(
+                [
+                    "bench",
+                    "serve",
+                    "--url",
+                    f"{url}/v1",
+                    "--rate",
+                    "50",
+                    "--requests",
+                    "3",
+                    "--output-tokens",
+                    "4",
+                ]
+            )
+            == 0
+        )
     shown = capsys.readouterr()
-    assert "3 of 3 requests answered, 30 tokens of prompts, 384 of answers" in shown.out
+    assert "3 of 3 requests answered, 30 tokens of prompts, 12 of answers" in shown.out
     for word in ("TTFT", "TPOT", "ITL", "E2E", "p50", "p99", "requests/s"):
         assert word in shown.out
     assert "secret" not in shown.out + shown.err
@@ -281,7 +296,7 @@ def test_a_plot(capsys, tmp_path):
         "--plot",
         str(picture),
     )
-    assert "under way" in picture.read_text() or math.isfinite(picture.stat().st_size)
+    assert picture.read_text().count("<path") > 20
 
 
 def test_a_plot_that_cannot_be_made_is_said_before_anything_is_sent(capsys, tmp_path):
