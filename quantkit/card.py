@@ -2,9 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 EVALUATION_START = "<!-- quantkit:evaluation -->"
 EVALUATION_END = "<!-- /quantkit:evaluation -->"
+NOT_EVALUATED = (
+    "Not evaluated yet: `quantkit eval ORIGINAL THIS_FOLDER` measures the damage and fills this in."
+)
 
 _CARD = """\
 ---
@@ -28,7 +32,7 @@ choice is in `quantkit.json`.
 ## Evaluation
 
 {start}
-Not evaluated yet: `quantkit eval ORIGINAL THIS_FOLDER` measures the damage and fills this in.
+{evaluation}
 {end}
 """
 
@@ -52,5 +56,29 @@ def first_card(
         after=after_bytes / 1e9,
         version=version,
         start=EVALUATION_START,
+        evaluation=NOT_EVALUATED,
         end=EVALUATION_END,
+    )
+
+
+class Evaluation(NamedTuple):
+    """What the card says was measured. rows: what, the original's, this model's; remarks: how, and what else."""
+
+    rows: list[tuple[str, str, str]]
+    remarks: list[str]
+
+
+def read_evaluation(card: str) -> Evaluation | None:
+    """The evaluation section of a card; None where a card has none, or was not filled in."""
+    _, start, rest = card.partition(EVALUATION_START)
+    section, end, _ = rest.partition(EVALUATION_END)
+    if not start or not end or section.strip() == NOT_EVALUATED:
+        return None
+    lines = [line.strip() for line in section.splitlines() if line.strip()]
+    table = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    rows = [
+        (name.strip(), original.strip(), ours.strip()) for name, original, ours in table[2:]
+    ]  # under its head
+    return Evaluation(
+        rows, [line.replace("`", "").replace("**", "") for line in lines if not line.startswith("|")]
     )

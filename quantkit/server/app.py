@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from quantkit.server.answers import JsonResponse
@@ -15,8 +15,10 @@ from quantkit.server.completion_schema import Completion, CompletionBody
 from quantkit.server.completions import answer_completion
 from quantkit.server.context import Context
 from quantkit.server.errors import ApiError, ErrorBody, failed, invalid, of_validation
+from quantkit.server.facts import ServedFacts
 from quantkit.server.gate import Gate
 from quantkit.server.lifecycle import ServedModel, State
+from quantkit.server.page import page_response
 from quantkit.server.schema import ModelCard, ModelList
 from quantkit.server.tokens import DetokenizeBody, Detokenized, TokenizeBody, Tokenized, detokenize, tokenize
 from quantkit.version import __version__
@@ -32,6 +34,7 @@ def create_app(context: Context) -> ASGIApp:
     _add_models(app, context)
     _add_tokens(app, context)
     _add_state(app, context)
+    _add_page(app, context)
     _add_errors(app)
     paths = frozenset(route.path for route in app.routes if "{" not in route.path)  # type: ignore[attr-defined]
     return Gate(app, api_keys=context.settings.api_keys, metrics=context.metrics, paths=paths)
@@ -86,6 +89,25 @@ def _add_state(app: FastAPI, context: Context) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return PlainTextResponse(context.metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def _add_page(app: FastAPI, context: Context) -> None:
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> Response:
+        return page_response()
+
+    @app.get("/facts", responses={200: {"model": ServedFacts}})
+    async def facts() -> Response:
+        model = context.lifecycle.serving()
+        found: ServedFacts = {
+            "model": model.name,
+            "max_model_len": model.engine.max_model_len,
+            "num_kv_tokens": model.engine.num_kv_tokens,
+            "device": model.engine.device,
+            "sampling": model.defaults.settings,
+            "checkpoint": model.facts,
+        }
+        return JsonResponse(found)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from quantkit.runtime.tokenizer import Tokenizer
 from quantkit.server.defaults import Defaults
 from quantkit.server.errors import unavailable
+from quantkit.server.facts import Facts
 from quantkit.server.messages import Ready
 from quantkit.server.tools import ToolSupport
 
@@ -18,7 +19,7 @@ class State(StrEnum):
 
 
 class ServedModel(NamedTuple):
-    """What requests need to know of the model. tools: None: it has none. created: Unix time when it was loaded."""
+    """What requests need to know of the model. tools: None: it has none. created: Unix time of loading. facts: for the page."""
 
     name: str
     tokenizer: Tokenizer
@@ -26,6 +27,7 @@ class ServedModel(NamedTuple):
     tools: ToolSupport | None
     engine: Ready
     created: int
+    facts: Facts | None
 
 
 class Lifecycle:

@@ -23,6 +23,7 @@ from quantkit.server.context import Context
 from quantkit.server.defaults import read_defaults
 from quantkit.server.engine_client import EngineClient
 from quantkit.server.errors import unavailable
+from quantkit.server.facts import read_facts
 from quantkit.server.grammar_client import GrammarClient
 from quantkit.server.lifecycle import Lifecycle, ServedModel
 from quantkit.server.limits import MAX_HEADER_BYTES, SEND_SECONDS
@@ -191,7 +192,8 @@ class _Server:
             **ready._asdict(),
         }
         logger.info("ready", extra={"fields": fields})
-        return ServedModel(self._name, tokenizer, defaults, tools, ready, int(time.time()))
+        facts = read_facts(self._folder)
+        return ServedModel(self._name, tokenizer, defaults, tools, ready, int(time.time()), facts)
 
 
 async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> bool:
