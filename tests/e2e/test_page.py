@@ -243,7 +243,7 @@ def test_settings_are_sent(page, size):
 def test_errors_are_what_the_server_says_and_the_question_comes_back(page, size):
     page.find("#prompt").send_keys("refuse\n")
     page.wait(lambda: page.texts("#notice") != [""], "the error")
-    assert page.texts("#notice") == ["429: Too much waits already. Try again in 7 s."]
+    assert page.texts("#notice") == ["429: Too much waits already. Try again in 7\u00a0s."]
     assert page.texts(".turn") == []
     assert page.find("#prompt").get_attribute("value") == "refuse"
     page.shoot(f"{'phone' if size == PHONE else 'desk'}-error")
@@ -335,4 +335,4 @@ def test_everything_is_reached_by_keyboard(page):
             continue  # between the last and the first
         reached.add(page.script("document.activeElement.id || document.activeElement.parentElement.id"))
         assert page.script("getComputedStyle(document.activeElement).outlineStyle") != "none", reached
-    assert {"clear", "theme", "facts", "settings", "prompt", "send"} <= reached
+    assert {"clear", "theme", "facts-summary", "settings", "prompt", "send"} <= reached
