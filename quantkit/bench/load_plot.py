@@ -54,17 +54,15 @@ def _plot_latencies(axes: "Axes", outcomes: Sequence[Outcome], slo: Slo) -> None
         "E2E": ([outcome.answer.seconds for outcome, _ in answered], slo.e2e),
     }
     for name, (values, most) in seconds.items():
-        (line,) = axes.step(
-            [1e3 * value for value in sorted(values)],
-            [number / len(values) for number in range(1, len(values) + 1)],
-            where="post",
-            label=name,
-        )
+        if not values:
+            continue
+        line = axes.ecdf([1e3 * value for value in values], label=name)
         if most is not None:
             axes.axvline(1e3 * most, color=line.get_color(), linestyle="--", label=f"{name} objective")
     axes.set(xscale="log", xlabel="ms", ylabel="share of answers", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if answered:
+        axes.legend()
 
 
 def _plot_progress(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
@@ -86,3 +84,4 @@ def _plot_progress(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
     twin = axes.twinx()
     twin.step([moment for moment, _ in changes], running, where="post", color="black", linewidth=1)
     twin.set(ylabel="requests under way", ylim=(0, None))
+    twin.yaxis.get_major_locator().set_params(integer=True)

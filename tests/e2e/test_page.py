@@ -13,8 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from quantkit.server.page import page_response
+from tests import serving as real
 from tests.browser import DESK, PHONE, chromium, emulate
 from tests.openai_stand_in import StandIn, chunk, error, serving, sse, usage
+from tests.tiny_chat import save_tiny_chat
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
 
@@ -336,3 +338,28 @@ def test_everything_is_reached_by_keyboard(page):
         reached.add(page.script("document.activeElement.id || document.activeElement.parentElement.id"))
         assert page.script("getComputedStyle(document.activeElement).outlineStyle") != "none", reached
     assert {"clear", "theme", "facts-summary", "settings", "prompt", "send"} <= reached
+
+
+def test_a_real_server_answers_and_notices_that_it_was_stopped(tmp_path):
+    model = save_tiny_chat(tmp_path / "tiny")
+    with real.serving(model, "--served-model-name", "tiny") as server, chromium() as window:
+        page = Page(window, None, server.url).ready()
+        assert page.find("#facts summary").text == "Model"
+        page.find("#settings summary").click()
+        page.find("#max_tokens").send_keys("5")
+        page.ask("Hi")
+        page.ended()
+        assert "5 tokens, cut off at the limit of tokens" in page.texts(".meta")[-1]
+        page.find("#max_tokens").clear()
+        page.find("#max_tokens").send_keys("3000")
+        page.find("#temperature").send_keys("9")
+        page.find("#prompt").send_keys("Hi\n")
+        page.wait(lambda: page.texts("#notice")[0].startswith("400: temperature"), "the server's refusal")
+        page.find("#temperature").clear()
+        page.ask("")
+        page.find("#stop").click()
+        page.ended()
+        assert (
+            server.line("request", path="/v1/chat/completions", finish="client_gone")["completion_tokens"]
+            < 3000
+        )

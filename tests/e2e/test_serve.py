@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from quantkit import LLM, SamplingParams
+from quantkit.cli.main import run
 from quantkit.server.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from tests.command_line import QUANTKIT, finish
 from tests.serving import Server, serving
@@ -449,3 +450,28 @@ def test_what_cannot_be_served_is_said_in_two_lines(tmp_path, model):
     assert (missing.returncode, "no such file" in missing.stderr) == (2, True)
     too_small = finish([*QUANTKIT, "serve", str(model), "--port", "0", "--max-num-batched-tokens", "4"])
     assert (too_small.returncode, "max_num_batched_tokens" in too_small.stderr) == (2, True)
+
+
+# under load
+
+
+def test_the_load_generator_counts_what_the_server_served(server, http, capsys):
+    before = metric(http, "vllm:generation_tokens_total")
+    options = ("--api-key", KEY, "--requests", "6", "--prompt-tokens", "9", "--output-tokens", "5", "--json")
+    for endpoint in ("completions", "chat"):
+        load = ("--concurrency", "3", "--endpoint", endpoint, "--vocab-size", "250")
+        assert run(["bench", "serve", "--url", server.url, *load, *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["num_answered"], report["errors"], report["has_usage"]) == (6, {}, True)
+        assert report["num_output_tokens"] == 30
+    assert (
+        metric(http, "vllm:generation_tokens_total") == before + 2 * 7 * 5
+    )  # one more goes ahead of each load
+
+
+def test_the_load_generator_counts_what_the_server_refuses(server, capsys):
+    load = ("--concurrency", "30", "--requests", "30", "--output-tokens", "100", "--vocab-size", "250")
+    assert run(["bench", "serve", "--url", server.url, "--api-key", KEY, *load, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["errors"]) == {"HTTP 429"}
+    assert report["num_answered"] + report["errors"]["HTTP 429"] == 30

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from quantkit.card import EVALUATION_END, EVALUATION_START, first_card
+from quantkit.card import EVALUATION_END, EVALUATION_START, first_card, read_evaluation
 from quantkit.evaluation.card import fill_card
 from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
 
@@ -132,3 +132,21 @@ def test_a_card_that_is_a_link_is_left_alone(folder):
 def test_what_is_no_folder_has_no_card(tmp_path):
     assert not fill_card(*report_on(tmp_path / "absent"))
     assert not fill_card(*report_on("org/model"))
+
+
+def test_what_is_filled_in_is_read_back(folder):
+    card = folder / "README.md"
+    assert read_evaluation(card.read_text()) is None
+    fill_card(*report_on(folder))
+    found = read_evaluation(card.read_text())
+    assert found.rows[:2] == [
+        ("perplexity", "46.470", "62.900 (+35.50 %)"),
+        ("KL divergence, mean", "0", "0.3851 (95 %: 0.3700 to 0.4000)"),
+    ]
+    assert len(found.rows) == 7
+    assert found.remarks[0].startswith("Measured against org/model on 24 windows of 512 tokens of docs")
+    assert "0.00099" in found.remarks[1]
+    fill_card(*report_on(folder, damage=None, failure="its logits are no numbers"))
+    assert read_evaluation(card.read_text()).rows == []
+    assert read_evaluation(card.read_text()).remarks[1] == "Broken: its logits are no numbers."
+    assert read_evaluation("# A card of somebody else") is None
