@@ -352,10 +352,10 @@ def test_a_real_server_answers_and_notices_that_it_was_stopped(tmp_path):
         assert "5 tokens, cut off at the limit of tokens" in page.texts(".meta")[-1]
         page.find("#max_tokens").clear()
         page.find("#max_tokens").send_keys("3000")
-        page.find("#temperature").send_keys("9")
+        page.find("#top_p").send_keys("9")
         page.find("#prompt").send_keys("Hi\n")
-        page.wait(lambda: page.texts("#notice")[0].startswith("400: temperature"), "the server's refusal")
-        page.find("#temperature").clear()
+        page.wait(lambda: page.texts("#notice")[0].startswith("400: top_p"), "the server's refusal")
+        page.find("#top_p").clear()
         page.ask("")
         page.find("#stop").click()
         page.ended()
