@@ -37,6 +37,8 @@ def main() -> None:
         assert "int4-all" in run(quantkit, "recipes", cwd=folder), "the wheel does not find its recipes"
         tables = "import quantkit_kernels.dispatch as d; print(*d.SHIPPED.glob('*.json'))"
         assert run(python, "-c", tables, cwd=folder).strip(), "the wheel has no table of routes"
+        page = "from quantkit.server.page import HTML; print(HTML.decode())"
+        assert "<title>quantkit</title>" in run(python, "-c", page, cwd=folder), "the wheel has no chat page"
         run(quantkit, "--help", cwd=folder)
         started = time.perf_counter()
         run(quantkit, "--help", cwd=folder)

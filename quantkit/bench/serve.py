@@ -45,8 +45,9 @@ class LoadSettings:
                 "the load needs either a rate or a concurrency",
                 fix="give --rate 4 (requests a second) or --concurrency 16 (always so many under way)",
             )
-        if self.rate is not None and not 0 < self.rate < float("inf"):
-            raise BenchError(f"--rate {self.rate} makes no sense", fix="give requests a second, above 0")
+        for name, value in (("rate", self.rate), ("timeout", self.timeout)):
+            if value is not None and not 0 < value < float("inf"):
+                raise BenchError(f"--{name} {value} makes no sense", fix="give a number above 0")
 
 
 def bench_server(

@@ -54,7 +54,8 @@ def parse_server(url: str, api_key: str | None) -> Server:
         port = parts.port
     except ValueError:
         port = 0
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query:
+    is_plain = url.isascii() and url.isprintable() and " " not in url and not parts.query
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not is_plain:
         raise BenchError(f"--url {url}: not the URL of a server", fix="give one like http://127.0.0.1:8000")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise BenchError("the API key has characters that no header can hold", fix="give it as it was made")
@@ -130,7 +131,7 @@ class _Exchange(asyncio.Protocol):
                 return await self._ended
         except TimeoutError:
             return Problem("timeout", f"no end after {timeout:g} s")
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name that cannot be one of a host
             return Problem("no connection", str(error))
         finally:
             self.seconds = self.seconds or self._now()

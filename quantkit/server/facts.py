@@ -104,7 +104,6 @@ def _least_sqnr(linears: list[dict[str, Any]], scheme: str | None) -> float | No
 
 def _bits_per_weight(linears: list[dict[str, Any]]) -> float:
     """Over all weights of all linears, as `eval` counts them."""
-    sizes = [linear["shape"][0] * linear["shape"][1] for linear in linears]
-    bits = [linear.get("bits_per_weight", 16) for linear in linears]
-    total: float = sum(size * each for size, each in zip(sizes, bits, strict=True))
-    return total / sum(sizes)
+    sizes: list[int] = [linear["shape"][0] * linear["shape"][1] for linear in linears]
+    bits: list[float] = [linear.get("bits_per_weight", 16) for linear in linears]
+    return sum(size * each for size, each in zip(sizes, bits, strict=True)) / sum(sizes)

@@ -73,7 +73,7 @@ class Page:
     def wait(self, condition, what):
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.window, 15, poll_frequency=0.05).until(lambda _: condition(), what)
+        return WebDriverWait(self.window, 30, poll_frequency=0.05).until(lambda _: condition(), what)
 
     def ready(self):
         self.wait(lambda: self.find("#send").is_enabled(), "the page knows its server")
