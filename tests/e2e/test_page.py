@@ -235,7 +235,10 @@ def test_settings_are_sent(page, size):
     page.shoot(f"{'phone' if size == PHONE else 'desk'}-settings")
     page.ask("What is water made of?")
     page.ended()
-    sent = page.stand_in.bodies[-1]
+    page.find("#seed").send_keys("-")
+    page.find("#prompt").send_keys("Hi\n")
+    assert page.texts("#notice") == ["seed is not a number."]
+    (sent,) = page.stand_in.bodies
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
     assert {name: sent.get(name) for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")} == {
         "temperature": 0.3, "top_p": None, "top_k": 40, "min_p": 0.05, "max_tokens": 99, "seed": 7,
