@@ -345,7 +345,7 @@ def test_everything_is_reached_by_keyboard(page):
 
 def test_a_real_server_answers_and_notices_that_it_was_stopped(tmp_path):
     model = save_tiny_chat(tmp_path / "tiny")
-    with real.serving(model, "--served-model-name", "tiny") as server, chromium() as window:
+    with chromium() as window, real.serving(model, "--served-model-name", "tiny") as server:
         page = Page(window, None, server.url).ready()
         assert page.find("#facts summary").text == "Model"
         page.find("#settings summary").click()
