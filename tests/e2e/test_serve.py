@@ -257,8 +257,8 @@ def test_a_key_is_needed_but_for_health(server):
         headers = {} if key is None else {"Authorization": f"{scheme} {key}"}
         return httpx2.get(server.url + path, headers=headers).status_code
 
-    assert status("/health") == 200
-    for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+    assert status("/health") == status("/") == 200
+    for path in ("/v1/models", "/metrics", "/facts", "/openapi.json", "/nowhere"):
         assert status(path) == status(path, "sk-wrong") == status(path, KEY, "Basic") == 401
     assert status("/v1/models", KEY) == status("/v1/models", "sk-second") == 200
 
