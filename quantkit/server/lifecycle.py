@@ -19,7 +19,7 @@ class State(StrEnum):
 
 
 class ServedModel(NamedTuple):
-    """What requests need to know of the model. tools: None: it has none. created: Unix time of loading. facts: for the page."""
+    """What requests need to know of the model. tools: None: it has none. created: Unix time. facts: for the page."""
 
     name: str
     tokenizer: Tokenizer
