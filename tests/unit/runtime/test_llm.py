@@ -234,6 +234,7 @@ def test_every_option_changes_an_answer_streamed_or_whole(saved):
             {"stop": free.text[4:6], "include_stop_str_in_output": True},
         ),
         "skip_special_tokens": (speaks, speaks | {"skip_special_tokens": False}),
+        "structured_outputs": ({}, {"structured_outputs": {"choice": ["yes", "no"]}}),
     }
     assert cases.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
     for name, (without, given) in cases.items():
