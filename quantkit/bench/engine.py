@@ -148,7 +148,7 @@ def decode_timeline(started: Started, prompts: Sequence[list[int]]) -> Timeline 
     while any(sequence.num_generated < 2 and sequence.finish is None for sequence in sequences):
         engine.step()
     is_whole = all(sequence.finish is None for sequence in sequences)
-    timeline = profile_steps(engine, PROFILED_STEPS) if is_whole else None
+    timeline = profile_steps(engine, PROFILED_STEPS, started.model.target.device) if is_whole else None
     for sequence in sequences:
         engine.end(sequence)
     while engine.has_work:

@@ -40,13 +40,13 @@ class Timeline(NamedTuple):
         return self.idle_us / self.step_us
 
 
-def profile_steps(engine: Engine, num_steps: int) -> Timeline:
+def profile_steps(engine: Engine, num_steps: int, device: torch.device) -> Timeline:
     """The next steps of an engine on a GPU."""
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(num_steps):
             engine.step()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events() or ()

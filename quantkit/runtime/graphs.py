@@ -56,14 +56,19 @@ class ChunkInputs(NamedTuple):
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Graphs that share one pool of memory."""
+    """Graphs that share one pool of memory.
+
+    Captured on a stream of this device: torch's own is of whichever device captured first. What other threads do
+    meanwhile, loading another model say, does not end a capture.
+    """
     pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
 
     def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         function()  # compiles whatever these sizes need
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             output = function()
         return graph.replay, output
 

@@ -59,6 +59,36 @@ def test_a_batch_equals_one_by_one_and_graphs_equal_eager(scheme, folder):  # no
     assert answers(eager, prompts(), max_tokens=20) == alone
 
 
+def test_200_sequences_at_once_equal_each_alone(folder):  # noqa: F811
+    """Every size of graphs that decodes, 256 rows included."""
+    lengths = [1 + 7 * number % 61 for number in range(200)]
+    many = [tokens(length, seed=number).tolist() for number, length in enumerate(lengths)]
+    settings = {
+        "batch_invariant": True,
+        "prefix_caching": False,
+        "max_num_seqs": 200,
+        "kv_cache_bytes": 1 << 26,
+    }
+    engine = engine_of(folder("gpu-llama", "int4"), **settings)
+    together = answers(engine, many, max_tokens=16)
+    for some in (1, 20, 40, 70, 130):  # of other sizes, in other company
+        assert answers(engine, many[:some], max_tokens=16) == together[:some]
+    eager = engine_of(folder("gpu-llama", "int4"), **settings, eager=True)
+    assert answers(eager, many, max_tokens=16) == together
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_second_gpu_computes_what_the_first_does(scheme, folder):  # noqa: F811
+    path = folder("gpu-llama", scheme)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        engine = engine_of(path, device=device)
+        params = {"max_tokens": 20, "temperature": 1.0, "seed": 3}
+        found.append((answers(engine, prompts(), max_tokens=20), answers(engine, prompts(), **params)))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8"])
 def test_cached_chunked_and_preempted_equal_whole(kv_cache_dtype, folder):  # noqa: F811
     path = folder("gpu-llama", "int4")
