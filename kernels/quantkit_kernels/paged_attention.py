@@ -1,7 +1,7 @@
 """Attention over pages behind two functions: the GPU's kernels for 16-bit queries, plain torch for all others.
 
     paged_decode     few new tokens in each sequence     attention_decode     | torch: keys and values gathered,
-    paged_prefill    any number                          attention_prefill    | of single tokens all at once
+    paged_prefill    any number                          attention_prefill    | of short contexts all at once
 
 In torch keys and values are dequantized to the dtype of the queries, each product rounded. Where scores are capped,
 which torch's attention cannot do, the definition in `paged_kv` computes.
@@ -18,6 +18,8 @@ from quantkit_kernels import paged_kv
 from quantkit_kernels.float8 import REBIAS, decode_shifted
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages
 
+TOGETHER_TOKENS = 96  # of the longest context: to gather more costs more than the calls that it saves
+
 
 def paged_decode(
     q_TQD: Tensor, pool: KVPool, pages: Pages, masking: Masking, *, split_tokens: int = 0
@@ -31,7 +33,8 @@ def paged_decode(
         from quantkit_kernels import attention_decode
 
         return attention_decode.launch(q_TQD, pool, pages, masking, split_tokens)
-    if len(q_TQD) == len(pages.lengths_B) > 1 and not (masking.soft_cap or split_tokens):
+    is_single = len(q_TQD) == len(pages.lengths_B) and not (masking.soft_cap or split_tokens)
+    if is_single and _gains_together(pages.lengths_B.tolist()):
         return attend_together(q_TQD, pool, pages, masking)
     return attend(q_TQD, pool, pages, masking)
 
@@ -89,6 +92,12 @@ def attend_together(q_BQD: Tensor, pool: KVPool, pages: Pages, masking: Masking)
         scale=masking.softmax_scale,
     )
     return out_BHGD.reshape(q_BQD.shape)
+
+
+def _gains_together(lengths: list[int]) -> bool:
+    """Whether contexts are short, and so alike that at most half of what is gathered only fills them up."""
+    longest = max(lengths)
+    return len(lengths) > 1 and longest <= TOGETHER_TOKENS and len(lengths) * longest <= 2 * sum(lengths)
 
 
 def _has_kernels(q_TQD: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quantkit_kernels import paged_attention
 from quantkit_kernels.paged_attention import attend, attend_together, paged_decode
 from quantkit_kernels.paged_kv import KVPool, Masking, Pages, create_pool
 
@@ -13,6 +14,47 @@ STORED = {
     "int8 per head": (torch.int8, "head"),
     "fp8 per token": (torch.float8_e4m3fn, "token"),
 }
+
+
+def pages_of(lengths):
+    """Queries, a pool, and pages of sequences of these lengths, one behind the other."""
+    generator = torch.Generator().manual_seed(0)
+    counts = [-(-length // 16) for length in lengths]
+    table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    for row, count in enumerate(counts):
+        first = 1 + sum(counts[:row])
+        table[row, :count] = torch.arange(first, first + count)
+    pool = create_pool(1 + sum(counts), 2, 32, torch.float32)
+    for codes in (pool.k_PHSD, pool.v_PHSD):
+        codes.copy_(torch.randn(codes.shape, generator=generator))
+    q = torch.randn(len(lengths), 6, 32, generator=generator)
+    bounds = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    return q, pool, Pages(table, torch.tensor(lengths, dtype=torch.int32), bounds, 1, max(lengths))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_together"),
+    [
+        ([32] * 32, True),
+        ([96, 40, 60], True),
+        ([97] * 4, False),
+        ([300] * 8, False),
+        ([96] + [8] * 15, False),
+        ([1500] + [32] * 31, False),
+        ([32], False),
+    ],
+)
+def test_short_contexts_of_like_lengths_go_together_with_the_same_result(lengths, is_together, monkeypatch):
+    ways = []
+    for name in ("attend", "attend_together"):
+        way = getattr(paged_attention, name)
+        monkeypatch.setattr(
+            paged_attention, name, lambda *given, way=way: ways.append(way.__name__) or way(*given)
+        )
+    q, pool, pages = pages_of(lengths)
+    out = paged_decode(q, pool, pages, Masking(0.2))
+    assert ways == ["attend_together" if is_together else "attend"]
+    torch.testing.assert_close(out, attend(q, pool, pages, Masking(0.2)))
 
 
 def build(stored, poison=0.0):
