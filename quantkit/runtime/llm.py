@@ -1,6 +1,7 @@
 """`LLM`: a checkpoint that answers, from Python. Names are those that users of other engines know."""
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ class LLM:
 
     model: a folder, hub id, .gguf file or "demo", quantized or not. revision: of a hub id. announce: told, in a line
     each, of downloads and of the plan of a GPU's memory. settings: fields of `EngineSettings`, such as dtype, device,
-    kv_cache_dtype, max_model_len. One thread at a time may use it. Raises QuantkitError.
+    kv_cache_dtype, max_model_len. Any thread may use it; steps, one at a time, compute the requests of all.
+    Raises QuantkitError.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LLM:
         )
         self._ready: dict[str, deque[RequestOutput]] = {}  # outputs that nobody has taken, by request
         self._numbers = itertools.count()
+        self._lock = threading.RLock()  # a stream that is collected ends itself wherever its thread is
 
     def generate(
         self,
@@ -87,10 +90,10 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Continue one text; each output has what is new. To leave early ends the request."""
         text = prompt if isinstance(prompt, str) else None
-        request_id = self._submit(
-            text, self._encode(prompt), sampling_params or SamplingParams(), priority, is_streamed=True
-        )
+        params = sampling_params or SamplingParams()
+        request_id = str(next(self._numbers))
         try:
+            self._submit(request_id, text, self._encode(prompt), params, priority, is_streamed=True)
             while True:
                 output = self._next(request_id)
                 yield output
@@ -109,38 +112,40 @@ class LLM:
             "sampling_params", SamplingParams() if params is None else params, len(prompts)
         )
         each_priority = _for_each("priority", priority, len(prompts))
-        request_ids: list[str] = []
+        request_ids = [str(next(self._numbers)) for _ in prompts]
         try:
-            for (prompt, prompt_ids), its_params, its_priority in zip(
-                prompts, each_params, each_priority, strict=True
+            for request_id, (prompt, prompt_ids), its_params, its_priority in zip(
+                request_ids, prompts, each_params, each_priority, strict=True
             ):
                 text = prompt if isinstance(prompt, str) else None
-                request_ids.append(
-                    self._submit(text, prompt_ids, its_params, its_priority, is_streamed=False)
-                )
+                self._submit(request_id, text, prompt_ids, its_params, its_priority, is_streamed=False)
             return [self._next(request_id) for request_id in request_ids]
         finally:
             self._end(request_ids)
 
     def _submit(
         self,
+        request_id: str,
         text: str | None,
         prompt_ids: list[int],
         params: SamplingParams,
         priority: int,
         *,
         is_streamed: bool,
-    ) -> str:
-        request_id = str(next(self._numbers))
-        self.requests.add(request_id, text, prompt_ids, params, priority=priority, is_streamed=is_streamed)
-        self._ready[request_id] = deque()
-        return request_id
+    ) -> None:
+        with self._lock:
+            self._ready[request_id] = deque()
+            self.requests.add(
+                request_id, text, prompt_ids, params, priority=priority, is_streamed=is_streamed
+            )
 
     def _next(self, request_id: str) -> RequestOutput:
         """What comes next of a request, whoever else has requests in the engine."""
-        while not self._ready[request_id]:
-            self._step()
-        return self._ready[request_id].popleft()
+        while True:
+            with self._lock:
+                if self._ready[request_id]:
+                    return self._ready[request_id].popleft()
+                self._step()
 
     def _step(self) -> None:
         for output in self.requests.step().outputs:
@@ -148,9 +153,10 @@ class LLM:
 
     def _end(self, request_ids: Sequence[str]) -> None:
         """Forget requests; those that go on, after an error or an interrupt, or since nobody listens, are ended."""
-        for request_id in request_ids:
-            self._ready.pop(request_id, None)
-            self.requests.end(request_id)
+        with self._lock:
+            for request_id in request_ids:
+                self._ready.pop(request_id, None)
+                self.requests.end(request_id)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode_prompt(prompt, raw=True) if isinstance(prompt, str) else list(prompt)

@@ -1,6 +1,6 @@
 """Requests in, outputs out: an engine, its sequences and their text together.
 
-One thread owns it. Whoever asks decides when to `step`; nothing happens in between.
+One thread at a time may use it. Whoever asks decides when to `step`; nothing happens in between.
 """
 
 import itertools

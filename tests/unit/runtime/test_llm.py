@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,6 +93,21 @@ def test_streams_and_answers_do_not_mix(saved):
     for stream, into in ((second, pieces[1]), (first, pieces[0])):
         into += stream
     assert ["".join(piece.outputs[0].text for piece in each) for each in pieces] == alone[:2]
+
+
+def test_threads_get_the_answers_that_one_alone_gets(saved):
+    llm = load(saved)
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)
+    prompts = [f"{number} {text}" for number in range(4) for text in PROMPTS]
+    alone = texts(llm.generate(prompts, params))
+
+    def streamed(prompt):
+        return ["".join(piece.outputs[0].text for piece in llm.stream(prompt, params))]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda prompt: texts(llm.generate(prompt, params))[0], prompts)) == alone
+        assert list(threads.map(streamed, prompts)) == alone
+    assert not llm._ready and not llm.requests.has_work
 
 
 def test_logprobs_are_as_many_as_were_asked_for_in_any_company(saved):
