@@ -35,10 +35,14 @@ class BlockManager:
         self._prefix_caching = prefix_caching
         self._hasher = blake2b(digest_size=16, key=secrets.token_bytes(32) if key is None else key)
         self._root = self._digest(salt)
-        self._num_users = [0] * num_blocks
-        self._hashes: list[bytes | None] = [None] * num_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """Nobody uses any block, and nothing is cached."""
+        self._num_users = [0] * self.num_blocks
+        self._hashes: list[bytes | None] = [None] * self.num_blocks
         self._published: dict[bytes, int] = {}
-        self._free = list(range(num_blocks - 1, 0, -1))
+        self._free = list(range(self.num_blocks - 1, 0, -1))
         self._cached: OrderedDict[int, None] = (
             OrderedDict()
         )  # a linked list: any end or middle leaves at once

@@ -53,6 +53,11 @@ class Engine:
         """End a sequence in whatever state it is; no event follows. Nothing happens to one that has ended."""
         self.scheduler.finish_early(sequence, reason)
 
+    def reset(self) -> None:
+        """Forget every sequence, and what is in flight: the device computes in order, so new steps may follow it."""
+        self._launched = None
+        self.scheduler.reset()
+
     def step(self) -> list[Event]:
         """Launch the next step; returns what the one before brought (this one, where launching is computing).
 

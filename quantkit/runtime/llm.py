@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from quantkit.errors import GenerationError
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.formats.source import resolve_source
 from quantkit.runtime.models.families import read_spec
@@ -148,8 +149,11 @@ class LLM:
                 self._step()
 
     def _step(self) -> None:
+        if not self.requests.has_work:
+            raise GenerationError("an interrupt of another request ended this one", fix="send it again")
         for output in self.requests.step().outputs:
-            self._ready[output.request_id].append(output)
+            if output.request_id in self._ready:  # not where ending it was interrupted
+                self._ready[output.request_id].append(output)
 
     def _end(self, request_ids: Sequence[str]) -> None:
         """Forget requests; those that go on, after an error or an interrupt, or since nobody listens, are ended."""

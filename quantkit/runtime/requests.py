@@ -5,12 +5,13 @@ One thread at a time may use it. Whoever asks decides when to `step`; nothing ha
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from llguidance import LLMatcher
 
-from quantkit.errors import GenerationError
+from quantkit.errors import GenerationError, QuantkitError
 from quantkit.runtime.engine import Engine, Event
 from quantkit.runtime.grammar import GrammarCompiler
 from quantkit.runtime.matchers import Matchers
@@ -36,15 +37,32 @@ class Requests:
         self, engine: Engine, tokenizer: Tokenizer, *, eos_ids: frozenset[int], vocab_size: int
     ) -> None:
         self._engine = engine
-        self._outputs = OutputProcessor(tokenizer)
+        self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
         self._grammars = GrammarCompiler(tokenizer.backend, vocab_size=vocab_size, eos_ids=eos_ids)
+        self._numbers = itertools.count()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget every request."""
+        self._engine.reset()
+        self._outputs = OutputProcessor(self._tokenizer)
         self._matchers = Matchers(self._grammars.num_tokens)
         self._sequences: dict[int, EngineSequence] = {}
         self._first: dict[str, EngineSequence] = {}  # sequence of each request, the oldest request first
         self._waiting: set[str] = set()  # requests that have not begun
-        self._numbers = itertools.count()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What an interrupt leaves half done cannot be continued: every request is forgotten."""
+        try:
+            yield
+        except QuantkitError:  # raised where all is well
+            raise
+        except BaseException:
+            self._reset()
+            raise
 
     @property
     def has_work(self) -> bool:
@@ -96,22 +114,28 @@ class Requests:
             )
             for index, number in zip(range(params.n), self._numbers, strict=False)
         ]
-        self._engine.add(*sequences)
-        self._sequences |= {sequence.sequence_id: sequence for sequence in sequences}
-        if matcher is not None:
-            self._matchers.add(sequences, matcher)
-        self._first[request_id] = sequences[0]
-        self._waiting.add(request_id)
         numbers = [sequence.sequence_id for sequence in sequences]
-        self._outputs.add(
-            request_id, text, prompt_ids, params, numbers, now=time.monotonic(), is_streamed=is_streamed
-        )
+        with self._all_or_nothing():
+            self._engine.add(*sequences)
+            self._sequences |= dict(zip(numbers, sequences, strict=True))
+            if matcher is not None:
+                self._matchers.add(sequences, matcher)
+            self._first[request_id] = sequences[0]
+            self._waiting.add(request_id)
+            self._outputs.add(
+                request_id, text, prompt_ids, params, numbers, now=time.monotonic(), is_streamed=is_streamed
+            )
 
     def step(self) -> Stepped:
         """One step of the engine, as outputs of its requests; the last one of each is `finished`.
 
-        Raises GenerationError if the device's memory does not do; end `newest_running`, and go on.
+        Raises GenerationError if the device's memory does not do; end `newest_running`, and go on. Whatever else goes
+        wrong, an interrupt too, ends every request.
         """
+        with self._all_or_nothing():
+            return self._step()
+
+    def _step(self) -> Stepped:
         tokens = self._followed([_new_token(event) for event in self._engine.step()])
         processed = self._outputs.process(tokens, now=time.monotonic())
         for number in processed.stopped:
@@ -132,11 +156,12 @@ class Requests:
 
     def end(self, request_id: str) -> None:
         """Forget a request, wherever it is; nothing happens to one that has ended."""
-        self._first.pop(request_id, None)
-        self._waiting.discard(request_id)
-        for number in self._outputs.abort(request_id):
-            self._engine.end(self._sequences.pop(number))
-            self._matchers.remove(number)
+        with self._all_or_nothing():
+            self._first.pop(request_id, None)
+            self._waiting.discard(request_id)
+            for number in self._outputs.abort(request_id):
+                self._engine.end(self._sequences.pop(number))
+                self._matchers.remove(number)
 
     def _followed(self, tokens: list[NewToken]) -> list[NewToken]:
         """The tokens, after what their grammars make of them: some end their sequences."""

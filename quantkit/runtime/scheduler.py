@@ -64,13 +64,18 @@ class Scheduler:
         self._limits = limits
         self._blocks = blocks
         self._prefixes = PrefixCache(blocks)
-        self._waiting: list[Sequence] = []  # both lists: the most important first
-        self._running: list[Sequence] = []
-        self._free_rows = list(reversed(range(limits.max_num_seqs)))
-        self._num_waiting_tokens = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
         self._num_preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sequence and what is cached, whatever was half done."""
+        self._waiting: list[Sequence] = []  # both lists: the most important first
+        self._running: list[Sequence] = []
+        self._free_rows = list(reversed(range(self._limits.max_num_seqs)))
+        self._num_waiting_tokens = 0
+        self._blocks.reset()
 
     @property
     def has_unfinished(self) -> bool:

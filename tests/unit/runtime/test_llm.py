@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import io
+import itertools
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -144,6 +146,57 @@ def test_an_interrupt_ends_every_request(saved, monkeypatch):
     assert not llm.started.engine.scheduler.has_unfinished
     monkeypatch.setattr(llm.started.engine, "step", step)
     assert llm.generate("Hi", SamplingParams(max_tokens=2))[0].finished
+
+
+def interrupt_at(num_lines):
+    """A trace function that raises KeyboardInterrupt once, at this line that is executed inside the runtime."""
+    lines = itertools.count(1)
+
+    def trace(frame, event, argument):
+        if f"quantkit{os.sep}runtime" not in frame.f_code.co_filename or frame.f_code.co_name == "_reset":
+            return None
+        if event == "line" and next(lines) == num_lines:
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+def test_an_interrupt_at_any_line_leaves_nothing(saved):
+    llm = load(saved)
+    params = SamplingParams(max_tokens=12, frequency_penalty=0.1, stop="zzz")
+    expected = texts(llm.generate(PROMPTS * 2, params))
+    scheduler = llm.started.engine.scheduler
+    num_interrupted = 0
+    for num_lines in range(50, 2500, 20):
+        sys.settrace(interrupt_at(num_lines))
+        try:
+            llm.generate(PROMPTS * 2, params)
+        except KeyboardInterrupt:
+            num_interrupted += 1
+        finally:
+            sys.settrace(None)
+        assert not llm.requests.has_work and not llm.requests._sequences, num_lines
+        assert scheduler.stats.kv_usage == 0 and len(scheduler._free_rows) == 4, num_lines
+    assert num_interrupted > 100
+    assert texts(llm.generate(PROMPTS * 2, params)) == expected
+
+
+def test_who_waits_for_what_an_interrupt_ended_is_told(saved, monkeypatch):
+    llm = load(saved)
+    stream = llm.stream("Hi", SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.started.engine.scheduler, "launched", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("What", SamplingParams(max_tokens=4))
+    with pytest.raises(GenerationError, match="an interrupt of another request"):
+        list(stream)
+    assert llm.generate("What", SamplingParams(max_tokens=4))[0].finished
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_n_answers_have_seeds_of_their_own_and_one_prompt(saved):
