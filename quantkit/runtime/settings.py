@@ -45,9 +45,12 @@ class EngineSettings:
         _at_least("max_num_waiting_seqs", self.max_num_waiting_seqs, 1)
         _at_least("max_num_waiting_tokens", self.max_num_waiting_tokens, 1)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 1)
-        if not 0 < self.gpu_memory_fraction <= 1:
+        _is_bool("prefix_caching", self.prefix_caching)
+        _is_bool("batch_invariant", self.batch_invariant)
+        _is_bool("eager", self.eager)
+        if type(self.gpu_memory_fraction) not in (int, float) or not 0 < self.gpu_memory_fraction <= 1:
             raise GenerationError(
-                f"gpu_memory_fraction {self.gpu_memory_fraction} makes no sense",
+                f"gpu_memory_fraction {self.gpu_memory_fraction!r} makes no sense",
                 fix="give a number above 0, up to 1",
             )
 
@@ -56,6 +59,11 @@ def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         names = ", ".join(str(choice) for choice in choices if choice is not None)
         raise GenerationError(f"{name} {value!r} is not one of {names}", fix="give one of these")
+
+
+def _is_bool(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise GenerationError(f"{name} {value!r} makes no sense", fix="give True or False")
 
 
 def _at_least(name: str, value: int | None, least: int, *, optional: bool = True) -> None:
