@@ -42,17 +42,17 @@ class LLM:
     ) -> None:
         chosen = EngineSettings(**settings)
         checkpoint = open_checkpoint(resolve_source(str(model), revision=revision, announce=announce))
-        read_spec(
+        spec = read_spec(
             checkpoint
-        )  # a config.json that is wrong is said to be, before the tokenizer stumbles over it
+        )  # a wrong config.json is said to be, before the tokenizer stumbles over it
         self.tokenizer = load_tokenizer(checkpoint.path)
-        eos_ids = stop_tokens(checkpoint, self.tokenizer)
+        eos_ids = stop_tokens(checkpoint, self.tokenizer, vocab_size=spec.vocab_size)
         self.started = start_engine(checkpoint, chosen, announce=announce)
         self.requests = Requests(
             self.started.engine,
             self.tokenizer,
             eos_ids=eos_ids,
-            vocab_size=self.started.model.spec.vocab_size,
+            vocab_size=spec.vocab_size,
         )
         self._ready: dict[str, deque[RequestOutput]] = {}  # outputs that nobody has taken, by request
         self._numbers = itertools.count()

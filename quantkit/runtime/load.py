@@ -24,6 +24,7 @@ from quantkit.runtime.weights import Weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CPU = torch.device("cpu")
+MOST_POSITIONS = 1 << 24  # that float32, in which their angles are computed, tells apart
 
 
 def load_model(
@@ -64,13 +65,21 @@ def load_model(
 
 
 def limited(spec: DecoderSpec, max_model_len: int | None) -> DecoderSpec:
-    """A model that is never run with longer contexts. Raises GenerationError if it was not made for these."""
+    """A model that is never run with longer contexts; None: than it was made for.
+
+    Raises GenerationError if it was not made for these, or nothing could be.
+    """
     if max_model_len is None:
-        return spec
+        max_model_len = spec.max_positions
     if not 1 <= max_model_len <= spec.max_positions:
         raise GenerationError(
             f"a context of {max_model_len} tokens for a model that was made for at most {spec.max_positions}",
             fix=f"ask for 1 to {spec.max_positions}",
+        )
+    if max_model_len > MOST_POSITIONS:
+        raise GenerationError(
+            f"a context of {max_model_len} tokens, and positions are told apart up to {MOST_POSITIONS}",
+            fix=f"give max_model_len {MOST_POSITIONS} or less, or correct max_position_embeddings in config.json",
         )
     return replace(spec, max_positions=max_model_len)
 

@@ -163,10 +163,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path, tokens.load_tokenizer(path).backend)
 
 
-def stop_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
+def stop_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer, *, vocab_size: int) -> frozenset[int]:
     """The tokens that end an answer: of generation_config.json (else config.json), and the tokenizer's own.
 
-    Raises SourceError if a file names something that is no token: the answer would never end.
+    Raises SourceError if a file names something that is no token of the model's: the answer would never end.
     """
     file = checkpoint.path / "generation_config.json"
     settings = read_json(file) if file.is_file() else {}
@@ -177,8 +177,11 @@ def stop_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
         file = checkpoint.path / "config.json"
         declared = checkpoint.text_config.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     ids = [] if declared is None else declared if isinstance(declared, list) else [declared]
-    wrong = next((token for token in ids if type(token) is not int), None)
+    wrong = next((each for each in ids if type(each) is not int or not 0 <= each < vocab_size), None)
     if wrong is not None:
-        raise SourceError(f"{file}: eos_token_id {wrong!r} is no token's number", fix="fetch this file again")
+        raise SourceError(
+            f"{file}: eos_token_id {wrong!r} is no token of the model, which has {vocab_size}",
+            fix="fetch this file again",
+        )
     own = tokenizer.backend.eos_token_id
     return frozenset(ids if own is None else [*ids, own])

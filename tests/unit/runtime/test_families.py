@@ -172,3 +172,12 @@ def test_a_shorter_context_has_the_short_factors(tmp_path):
 def test_a_context_that_the_model_was_not_made_for(length, tmp_path):
     with pytest.raises(GenerationError, match=f"a context of {length} tokens .* at most 64"):
         load_model(save_tiny("llama", tmp_path), max_model_len=length)
+
+
+def test_more_positions_than_are_told_apart_need_a_limit(tmp_path):
+    config = json.loads((save_tiny("llama", tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**12}))
+    with pytest.raises(GenerationError, match=r"10{12} tokens") as error:
+        load_model(tmp_path)
+    assert "max_model_len" in error.value.fix
+    assert load_model(tmp_path, max_model_len=8).logits(tokens(8)).isfinite().all()

@@ -109,7 +109,13 @@ def test_an_empty_prompt_is_refused(tokenizer):
 def test_stop_tokens(generation, config, expected, tokenizer, tmp_path):
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert stop_tokens(Checkpoint(tmp_path, config, {}), tokenizer) == expected
+    assert stop_tokens(Checkpoint(tmp_path, config, {}), tokenizer, vocab_size=10) == expected
+
+
+@pytest.mark.parametrize("eos", [10, -1, [5, 10], "5", True])
+def test_what_is_no_token_ends_nothing(eos, tokenizer, tmp_path):
+    with pytest.raises(SourceError, match=r"eos_token_id .* which has 10"):
+        stop_tokens(Checkpoint(tmp_path, {"eos_token_id": eos}, {}), tokenizer, vocab_size=10)
 
 
 def test_a_folder_without_tokenizer(tmp_path):
