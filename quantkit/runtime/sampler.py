@@ -3,8 +3,7 @@
     logits ─► adjustments, grammars, if a row asks ─► temperature, top k, top p, min p ─► noise ─► argmax
 
 A row's token depends on its logits, its parameters, and the seed and position that its noise is made of; not on other
-rows. The host knows what a row may ask for, and so what the kernels of a step have to do: `work` says it, and a CUDA
-graph is captured for each kind of work that can be.
+rows. The host knows what a row may ask for, and so what the kernels of a step have to do: `work` says it.
 
 Shape suffixes: B rows of a step, R rows of the device's state, V vocab.
 """
@@ -41,11 +40,6 @@ class Work(NamedTuple):
     choice: Choice
     adjusts: bool = False
     num_logprobs: int | None = None
-
-    @property
-    def is_capturable(self) -> bool:
-        """Whether it runs the same kernels each time."""
-        return not self.adjusts and self.num_logprobs is None
 
 
 class NewRow(NamedTuple):
