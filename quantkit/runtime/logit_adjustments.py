@@ -19,6 +19,7 @@ from quantkit.runtime.sampling_params import SamplingParams
 from quantkit.runtime.upload import upload
 
 ALWAYS = 2**62
+SLOT_BYTES = 5  # of a token: its count, and whether the prompt has it
 ROWS_AT_ONCE = 32  # of float32 intermediates, [rows, V]
 NO_PENALTIES = (0.0, 0.0, 1.0)
 
@@ -94,8 +95,9 @@ class LogitAdjustments:
             self._slots[row] = slot
             self._slot_R[row].fill_(slot)  # to assign a number waits for the device
         if slot >= len(self._counts_SV):
-            self._counts_SV = _with_rows(self._counts_SV, 2 * slot)
-            self._is_in_prompt_SV = _with_rows(self._is_in_prompt_SV, 2 * slot)
+            num_slots = min(2 * slot, len(self._slot_R) + 1)
+            self._counts_SV = _with_rows(self._counts_SV, num_slots)
+            self._is_in_prompt_SV = _with_rows(self._is_in_prompt_SV, num_slots)
         return slot
 
     def _start_counting(self, slot: int, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> None:

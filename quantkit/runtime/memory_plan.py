@@ -18,6 +18,7 @@ from quantkit.formats.safetensors_file import TensorInfo
 from quantkit.runtime.kv_pool import KVFormat
 from quantkit.runtime.layers.gpu_linear import kept_bits
 from quantkit.runtime.layers.rotary import NoRope
+from quantkit.runtime.logit_adjustments import SLOT_BYTES
 from quantkit.runtime.models.spec import DecoderSpec, LayerSpec
 from quantkit.runtime.target import Target
 from quantkit.runtime.weights import UNUSED_SUFFIXES, find_place
@@ -139,12 +140,12 @@ def _kept_bytes(info: TensorInfo, quantized: QuantizedModules, target: Target) -
 
 
 def workspace_bytes(spec: DecoderSpec, dtype: torch.dtype, num_tokens: int, num_rows: int) -> int:
-    """Of the largest layer in a step over `num_tokens`, and of the logits of `num_rows`, in float32 too."""
+    """Of the largest layer in a step over `num_tokens`; of the logits of `num_rows`, in float32 too, and penalties."""
     heads = spec.num_heads + 2 * spec.num_kv_heads
     attention = (heads + 2 * spec.num_heads) * spec.head_dim
     mlp = max(_mlp_features(spec, layer) for layer in spec.layers)
     activations = num_tokens * (3 * spec.hidden_size + max(attention, mlp)) * dtype.itemsize
-    return activations + num_rows * spec.vocab_size * (dtype.itemsize + 4) + KERNEL_BYTES
+    return activations + num_rows * spec.vocab_size * (dtype.itemsize + 4 + SLOT_BYTES) + KERNEL_BYTES
 
 
 def _mlp_features(spec: DecoderSpec, layer: LayerSpec) -> int:

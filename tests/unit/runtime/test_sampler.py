@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from quantkit.runtime.logit_adjustments import SLOT_BYTES
 from quantkit.runtime.sampler import Choice, NewRow, Sampler, Work
 from quantkit.runtime.sampling_params import SamplingParams
 
@@ -191,6 +192,8 @@ def test_slots_for_penalties_are_made_when_asked_for_and_used_again():
     slots = sampler._adjustments._slots
     assert sorted(slots.values()) == list(range(1, 65))
     counts = sampler._adjustments._counts_SV
+    assert len(counts) == 65
+    assert counts.nbytes + sampler._adjustments._is_in_prompt_SV.nbytes == 65 * 5 * SLOT_BYTES
     assert all(
         counts[slots[row]].tolist() == [int(token == row % 5) for token in range(5)] for row in range(64)
     )
