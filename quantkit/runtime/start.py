@@ -25,7 +25,7 @@ from quantkit.runtime.models.spec import DecoderSpec
 from quantkit.runtime.out_of_memory import out_of_memory
 from quantkit.runtime.runner import Runner
 from quantkit.runtime.scheduler import Scheduler
-from quantkit.runtime.settings import EngineSettings
+from quantkit.runtime.settings import EngineSettings, KVCacheDtypeName
 from quantkit.runtime.target import Target
 from quantkit_kernels.paged_kv import BLOCK_SIZE
 
@@ -87,7 +87,10 @@ def _start(checkpoint: Checkpoint, settings: EngineSettings, announce: Callable[
     )
     clock.lap("load")
     blocks = BlockManager(
-        sizes.num_blocks, BLOCK_SIZE, salt=_salt(checkpoint, settings), prefix_caching=settings.prefix_caching
+        sizes.num_blocks,
+        BLOCK_SIZE,
+        salt=_salt(checkpoint, target, settings.kv_cache_dtype, spec.max_positions),
+        prefix_caching=settings.prefix_caching,
     )
     runner = Runner(
         model,
@@ -193,9 +196,12 @@ def reserved_bytes(
     return reserved
 
 
-def _salt(checkpoint: Checkpoint, settings: EngineSettings) -> bytes:
-    """What cached keys and values depend on besides tokens."""
-    return repr((str(checkpoint.path), settings.dtype, settings.kv_cache_dtype)).encode()
+def _salt(
+    checkpoint: Checkpoint, target: Target, kv_cache_dtype: KVCacheDtypeName, max_positions: int
+) -> bytes:
+    """What cached keys and values depend on besides tokens; LongRoPE's factors on how long a context may be."""
+    kind = (target.device.type, target.dtype, target.batch_invariant)
+    return repr((str(checkpoint.path), kind, kv_cache_dtype, max_positions)).encode()
 
 
 class _Clock:

@@ -206,6 +206,24 @@ def test_rotations_follow_the_context_that_was_asked_for_and_not_the_memory(tmp_
         assert torch.equal(started.model.logits(ids), expected)
 
 
+def test_what_computes_otherwise_shares_no_cached_blocks(tmp_path, monkeypatch):
+    salts = []
+    manager = start.BlockManager
+    monkeypatch.setattr(
+        start,
+        "BlockManager",
+        lambda *sizes, salt, **how: salts.append(salt) or manager(*sizes, salt=salt, **how),
+    )
+    checkpoint = open_checkpoint(save_tiny("llama", tmp_path))
+    same = {"device": "cpu", "dtype": "float32"}
+    for changed in ({}, {"dtype": "bfloat16"}, {"batch_invariant": True}, {"max_model_len": 32}):
+        start_engine(checkpoint, EngineSettings(**same | changed))
+    start_engine(checkpoint, EngineSettings(**same, kv_cache_dtype="int8"))
+    assert len(set(salts)) == len(salts) == 5
+    start_engine(checkpoint, EngineSettings(device="cpu"))  # the dtype that config.json names
+    assert salts[-1] in salts[:2]
+
+
 def test_rows_change_hands(llama, captured):
     """One engine, many sequences in few rows, longer ones after shorter ones and the other way round."""
     engine = engine_of(llama, max_num_seqs=2, prefix_caching=False)
