@@ -1,6 +1,6 @@
 """The loop: schedule a step, launch it, process the one before while it runs.
 
-One thread owns an engine. Text is none of its business: sequences come in as tokens, tokens go out.
+One thread at a time uses an engine. Text is none of its business: sequences come in as tokens, tokens go out.
 """
 
 from typing import NamedTuple
