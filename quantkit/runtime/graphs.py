@@ -62,7 +62,7 @@ def cuda_capture(device: torch.device) -> Capture:
     meanwhile, loading another model say, does not end a capture.
     """
     pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         function()  # compiles whatever these sizes need
