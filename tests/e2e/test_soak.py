@@ -118,10 +118,12 @@ class Soak:
         number = self.random.randrange(len(self.requests))
         prompt_ids, params = self.requests[number]
         priority, is_streamed = self.random.choice([-1, 0, 0, 0, 1]), self.random.random() < 0.5
+        request_id = str(next(self.llm._numbers))
         try:
-            request_id = self.llm._submit(None, prompt_ids, params, priority, is_streamed=is_streamed)
+            self.llm._submit(request_id, None, prompt_ids, params, priority, is_streamed=is_streamed)
         except QueueFullError:
             self.counts["refused"] += 1
+            self.llm._end([request_id])
         else:
             self.open[request_id] = number, defaultdict(lambda: ["", [], None])
             answers = self.llm.requests._outputs._requests[request_id].answers
