@@ -147,7 +147,8 @@ def test_completions_of_many_prompts(client, llm):
 
 
 def test_logprobs_of_completions_are_probabilities(http):
-    logprobs = complete(http, max_tokens=6, temperature=0, logprobs=20).json()["choices"][0]["logprobs"]
+    answer = complete(http, max_tokens=6, temperature=0, logprobs=20, ignore_eos=True).json()
+    logprobs = answer["choices"][0]["logprobs"]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == 6
     for chosen, likeliest in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         assert chosen == max(likeliest.values())  # greedy
@@ -157,9 +158,13 @@ def test_logprobs_of_completions_are_probabilities(http):
 
 def test_stop_strings_bias_and_minimum(client, llm):
     settings = {"model": "tiny", "prompt": "Hi", "max_tokens": 40, "temperature": 0}
-    text = client.completions.create(**settings).choices[0].text
+    letters = {
+        str(llm.tokenizer.encode_prompt(each, raw=True)[0]): 50 for each in "abcde"
+    }  # which ones, is its own
+    text = client.completions.create(**settings, logit_bias=letters).choices[0].text
+    assert len(text) == 40
     stop = text[10:12]
-    stopped = client.completions.create(**settings, stop=stop).choices[0]
+    stopped = client.completions.create(**settings, logit_bias=letters, stop=stop).choices[0]
     assert stopped.text == text[: text.index(stop)]
     assert stopped.finish_reason == "stop"
     (letter,) = llm.tokenizer.encode_prompt("b", raw=True)
