@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-HEADERS = ("common.cuh", "weights.cuh", "wgmma.cuh", "wide.cuh")  # that a source may include
+HEADERS = ("common.cuh", "weights.cuh", "wgmma.cuh", "wgmma_order.cuh", "wide.cuh")  # that a source may include
 Defines = tuple[tuple[str, int | str], ...]
 ELF = b"\x7fELF"  # what machine code begins with
 INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
@@ -144,9 +144,7 @@ def cached_cubin(file: str, entry: str, defines: Defines, capability: tuple[int,
     cubin = _kept(path)
     if cubin is None:
         cubin = compile_cubin(file, entry, defines, capability)
-        with contextlib.suppress(
-            OSError
-        ):  # no room, or no right to write: the next process compiles it again
+        with contextlib.suppress(OSError):  # no room, or no right to write: the next process compiles again
             _keep(cubin, path)
     return cubin
 

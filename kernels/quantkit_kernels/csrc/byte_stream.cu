@@ -21,6 +21,7 @@
 // X_BOXES (a multiple of it: of a slot of x), BOXES (a multiple of that: of a slot of w), W_STAGES, X_STAGES.
 
 #include "common.cuh"
+#include "wgmma_order.cuh"
 
 #define HAS_CODES (X_KIND != BF16 && X_KIND != F16)
 #if IS_INT8 && HAS_CODES
@@ -145,19 +146,6 @@ inline void multiply(Sum (&d)[PRODUCTS], const u32 (&w)[4], u64 x) {
                : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));
 }
 #endif
-
-inline void registers_are_written() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int IN_FLIGHT>
-inline void wait_but() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
-}
-
-// [rows][128 bytes] in shared memory, the eight 16-byte chunks of row r in the order c ^ (r % 8).
-inline u64 descriptor(u32 address) {
-  constexpr u64 SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 64ull << 32, UNUSED = 1ull << 16;
-  return SWIZZLE_128 | EIGHT_ROWS | UNUSED | (address & 0x3FFFF) >> 4;
-}
 
 // ---- what a block goes over ----
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "weights.cuh"
+#include "wgmma_order.cuh"
 
 static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
 // Scales of groups that need not be numbers of x's dtype: weights are multiplied in float32.
@@ -59,19 +60,6 @@ inline void multiply(float (&d)[M_TILE / 2], const u32 (&a)[4], u64 x) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
 }
 #endif
-
-inline void registers_are_written() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int IN_FLIGHT>
-inline void wait_but() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
-}
-
-// [rows][64] in shared memory, rows of 128 bytes, the eight 16-byte chunks of row r in the order c ^ (r % 8).
-inline u64 descriptor(u32 address) {
-  constexpr u64 SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 64ull << 32, UNUSED = 1ull << 16;
-  return SWIZZLE_128 | EIGHT_ROWS | UNUSED | (address & 0x3FFFF) >> 4;
-}
 
 // ---- weights ----
 
