@@ -23,7 +23,13 @@ from typing import Any
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-HEADERS = ("common.cuh", "weights.cuh", "wgmma.cuh", "wgmma_order.cuh", "wide.cuh")  # that a source may include
+HEADERS = (
+    "common.cuh",
+    "weights.cuh",
+    "wgmma.cuh",
+    "wgmma_order.cuh",
+    "wide.cuh",
+)  # that a source may include
 Defines = tuple[tuple[str, int | str], ...]
 ELF = b"\x7fELF"  # what machine code begins with
 INSTALL = "pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"

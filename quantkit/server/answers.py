@@ -5,6 +5,7 @@ Whatever ends it, the engine is told. Headers leave with the first token: what f
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ class JsonResponse(Response):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
-class Answer(Response):
+class Answer(Response, ABC):
     """Runs a generation to its end. timeout: seconds from the request's arrival."""
 
     def __init__(self, generation: Generation, engine: EngineClient, *, timeout: float) -> None:
@@ -54,8 +55,9 @@ class Answer(Response):
             timer.cancel()
             self._engine.end(generation)
 
+    @abstractmethod
     async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+        """Send what comes of the generation, until its end."""
 
 
 class WholeAnswer(Answer):

@@ -83,9 +83,7 @@ class ToolCallParser:
         self._max_calls = max_calls
         self._text = ""  # from `_start` on, what has not been given out
         self._start = 0
-        self._body = self._at = (
-            0  # of what may be a call: where its JSON begins, how far it has been looked at
-        )
+        self._body = self._at = 0  # of what may be a call: where its JSON begins, how far it was looked at
         self._object = _ObjectEnd()
         self._may_be_bare = style.is_bare
         self._state: Callable[[bool], bool] = self._in_text

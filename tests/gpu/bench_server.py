@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels python tests/gpu/bench_server.py CHECKPOINT       made by make_8b.py, or any
 
 256 requests of 512 random tokens in and 128 out, 64 at a time: offline, then through HTTP. Then 1024 tokens in, 128
-out, at rising rates. A checkpoint without a tokenizer gets one whose tokens are words of their own.
+out, at rising rates. The server logs to server.log. A checkpoint without a tokenizer gets one whose tokens are words
+of their own.
 """
 
 import json
@@ -84,7 +85,7 @@ def main() -> None:
     print(f"offline: {offline['speed']['output_rate']:.0f} tok/s out", flush=True)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with Path("/tmp/server.log").open("w") as log:
+    with Path("server.log").open("w") as log:
         server = subprocess.Popen(
             [*QUANTKIT, "serve", str(folder), "--port", str(port), *limits], stdout=log, stderr=log
         )
