@@ -73,6 +73,8 @@ struct Codes {
 
 // ---- memory, clusters ----
 
+inline void warpgroups_sync() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
+
 inline u64 evict_last() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
@@ -94,8 +96,13 @@ inline u32 cluster_rank() {
   return r;
 }
 
-inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+// The warps of all blocks that multiply; the others have left or will not wait. Where a block has no cluster the instruction
+// is a barrier of all of its warps, which these would reach from another place.
+inline void cluster_sync(int split) {
+  if (split == 1)
+    warpgroups_sync();
+  else
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // 16 bytes into shared memory, past L1, or nothing. No branch: it would end the overlap of products.
@@ -214,8 +221,8 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
 #pragma unroll 1
   for (int i = 0; i < work.num_stages; ++i) {
     wait_for_groups_but<W_STAGES - 2>();
-    __syncwarp();
     barrier_wait(shared + BARRIERS_AT + slot * 16, parity);
+    __syncwarp();
     const int at = w_slot * STRIPS + strip;
     const u64 x = descriptor(shared + X_AT + slot * X_BYTES);
     Grid grid[HALVES];
@@ -248,7 +255,7 @@ inline void consume(const Params& p, const Work& work, u8* memory, u32 shared) {
     if (++w_slot == W_STAGES) w_slot = 0;
   }
   wait_but<0>();
-  asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");  // nobody reads the ring any more
+  warpgroups_sync();  // nobody reads the ring any more
 #pragma unroll
   for (int h = 0; h < HALVES; ++h) {
     float* sums = reinterpret_cast<float*>(memory) + 16 * (strip + 4 * h) + g;
@@ -304,13 +311,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tile(const __gri
   if (threadIdx.x / 128 == WARPGROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
     if (threadIdx.x == 32 * WARPS) produce(p, work, shared);
-    cluster_sync();
-    cluster_sync();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     consume(p, work, memory, shared);
-    cluster_sync();
+    cluster_sync(split);
     store(p, work, shared, split, rank);
-    cluster_sync();  // the others may still read these sums
+    if (split > 1) cluster_sync(split);  // the others may still read these sums
   }
 }
