@@ -273,7 +273,7 @@ inline void store(const Params& p, const Work& work, u32 shared, int split, int 
   const int num_rows = min(M_TILE, p.m - first_m), here = min(4, p.n - n);
   float scale[4] = {SUM_SCALE, SUM_SCALE, SUM_SCALE, SUM_SCALE}, bias[4] = {0, 0, 0, 0};
   for (int c = 0; c < here; ++c) {
-    if (GROUP_ROWS == 0) scale[c] = reinterpret_cast<const float*>(p.scale)[n + c];
+    if (GROUP_ROWS == 0) scale[c] = SUM_SCALE * reinterpret_cast<const float*>(p.scale)[n + c];
     if (p.bias != nullptr) bias[c] = widen<KIND>(p.bias[n + c]);
   }
   for (int row = rank + threadIdx.x / PER_ROW * split; row < num_rows; row += STEP * split) {

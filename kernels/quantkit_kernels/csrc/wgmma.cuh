@@ -11,7 +11,8 @@ static_assert(!ZERO || GROUP_ROWS, "zero points come in groups");
 // Scales of groups that need not be numbers of x's dtype: weights are multiplied in float32.
 constexpr bool IS_WIDE = GROUP_ROWS && !IS_DIRECT;
 constexpr bool IS_FUSED = W_BITS == 4 && IS_BF16 && GROUP_ROWS && !ZERO && !IS_WIDE;
-constexpr float SUM_SCALE = IS_FUSED ? 8192 : 1;  // that the sums still need
+constexpr bool IS_SHIFTED = W_BITS == 8 && !IS_E4M3 && IS_BF16;
+constexpr float SUM_SCALE = IS_FUSED || IS_SHIFTED ? 8192 : 1;  // that the sums still need
 
 // ---- tensor cores ----
 
@@ -74,7 +75,9 @@ inline Grid grid_of(const u8* scale, const u8* zero, int g) {
   Grid grid;
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
-    grid.offset[below] = offset_of(ZERO ? reinterpret_cast<const signed char*>(zero)[g + 8 * below] : 0);
+    const int zero_here = ZERO ? reinterpret_cast<const signed char*>(zero)[g + 8 * below] : 0;
+    const float shifted = (128 + zero_here) * -0x1p-13f;
+    grid.offset[below] = IS_SHIFTED ? narrow2<KIND>(shifted, shifted) : offset_of(zero_here);
     if constexpr (GROUP_ROWS > 0) grid.scale[below] = scale_bits(scale, g + 8 * below);
     if constexpr (IS_FUSED) {
       grid.offset[below] = mul2<KIND>(grid.scale[below], MINUS_TWO_MINUS_10);
@@ -105,8 +108,13 @@ inline void fragment(u32 (&a)[4], u32 word, const Grid& grid) {
   }
 }
 
-// e4m3: the power is in a scale of 16 bits already.
+// e4m3: the power is in a scale of 16 bits already. IS_SHIFTED: u = code + 128 in the lowest bits of a bf16 is u · 2^-133,
+// also where it reaches into the exponent: one fma makes (code − zero) · 2^-13, exactly.
 inline u32 of_bytes(u32 codes, int second, u32 offset, u32 scale) {
+  if constexpr (IS_SHIFTED) {
+    const u32 u = (spread(codes, second ? SECOND_TWO : FIRST_TWO) & 0x00FF00FF) ^ 0x00800080;
+    return in_scale(fma2(u, TWO_120, offset), scale);
+  }
   if constexpr (IS_E4M3 && GROUP_ROWS && !IS_WIDE) return two_of_bytes(codes, second, offset, scale);
   return in_scale(two_of_bytes(codes, second, offset, E4M3_POWER<KIND>), scale);
 }
