@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     """How a product is cut.
 
     rows: of w in a tile. k_groups: of warps that share its columns. x_boxes, boxes: of 128 columns in a slot of x, and
-    of w. w_stages, x_stages: slots of the rings.
+    of w. w_stages, x_stages: slots of the rings. split: blocks that share a tile's columns, a cluster.
     """
 
     rows: int
@@ -52,6 +52,7 @@ class Shape(NamedTuple):
     boxes: int
     w_stages: int
     x_stages: int
+    split: int = 1
 
 
 class Plan(NamedTuple):
@@ -116,14 +117,24 @@ def stream(
         -(-num_cols // BOX_COLUMNS),
         0 if x_scale is None or x_scale.numel() == 1 else 1,
     )
-    blocks = min(-(-num_outputs // plan.shape.rows), multiprocessors)
-    plan.kernel.launch((blocks,), plan.threads, args, shared_bytes=plan.shared_bytes, dependent=True)
+    split, tiles = plan.shape.split, -(-num_outputs // plan.shape.rows)
+    blocks = min(tiles, multiprocessors // split) * split
+    plan.kernel.launch(
+        (blocks,), plan.threads, args, shared_bytes=plan.shared_bytes, cluster=split, dependent=True
+    )
     return y_MN
 
 
 def m_tile_of(num_rows: int) -> int:
     """Rows of x that a tensor core multiplies."""
     return next(tile for tile in (8, 16, 32, 64) if num_rows <= tile)
+
+
+IN_PAIRS = {  # by rows of w that a block has else, and rows of x: 16 bits, as measured on an H100
+    (32, 32): Shape(64, 2, 4, 4, 0, 3, split=2),
+    (32, 64): Shape(64, 2, 2, 2, 0, 4, split=2),
+    (48, 64): Shape(96, 2, 2, 2, 0, 3, split=2),
+}
 
 
 @functools.cache
@@ -147,7 +158,12 @@ def shape_of(kind: Kind, n: int, multiprocessors: int) -> Shape:
 
 
 def _wide_shape(kind: Kind, rows: int) -> Shape:
-    """Where w becomes 16 bits. Of w there are three slots, or there is one less of x."""
+    """Where w becomes 16 bits. Of w there are three slots, or there is one less of x.
+
+    With few rows of w and many of x two blocks share the columns of twice the rows: each reads half of x.
+    """
+    if (rows, kind.m_tile) in IN_PAIRS:
+        return with_stages(kind, IN_PAIRS[rows, kind.m_tile])
     k_groups = 1 if rows == SPLIT_ROWS else 2
     if rows > SPLIT_ROWS:
         x_boxes, boxes, x_stages = (4, 4, 3 if rows < 112 else 2) if kind.m_tile < 32 else (2, 2, 3)
@@ -181,15 +197,16 @@ def threads_of(kind: Kind, shape: Shape) -> int:
 
 
 def shared_bytes_of(kind: Kind, shape: Shape) -> int:
-    """The rings, sums of groups, barriers, facts of the rows of x; what the last box's missing rows are read from."""
+    """Rings, sums of groups and clusters, barriers, facts of x's rows; what a last box's missing rows are read from."""
     w_slot = shape.rows * BOX_COLUMNS * shape.boxes
     x_slot = kind.m_tile * BOX_COLUMNS * shape.x_boxes * kind.inputs.itemsize
     parts = shape.k_groups * team_of(kind, shape)[1]
     scales = 4 * shape.x_boxes * kind.m_tile if kind.in_blocks else 0
     rings = shape.w_stages * (w_slot + 16) + shape.x_stages * (x_slot + 16 + scales)
     sums = (parts - 1) * shape.rows * kind.m_tile * 4
+    inbox = 2 * (shape.split - 1) * shape.rows * kind.m_tile * 4 // shape.split + 16
     missing = (64 * _row_groups(shape) - shape.rows) * BOX_COLUMNS
-    return max(rings + sums + 8 * kind.m_tile, shape.w_stages * w_slot + missing)
+    return max(rings + sums + inbox + 8 * kind.m_tile, shape.w_stages * w_slot + missing)
 
 
 def defines_of(kind: Kind, shape: Shape) -> nvrtc.Defines:
@@ -206,4 +223,5 @@ def defines_of(kind: Kind, shape: Shape) -> nvrtc.Defines:
         ("BOXES", shape.boxes),
         ("W_STAGES", shape.w_stages),
         ("X_STAGES", shape.x_stages),
+        ("SPLIT", shape.split),
     )

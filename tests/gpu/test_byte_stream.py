@@ -119,6 +119,25 @@ CUTS = [
 ]
 
 
+CLUSTERS = [
+    Shape(16, 1, 1, 1, 4, 2, split=2),
+    Shape(64, 2, 2, 4, 3, 2, split=2),
+    Shape(96, 1, 1, 2, 3, 2, split=4),
+    Shape(32, 1, 1, 2, 6, 4, split=2),
+]
+
+
+@pytest.mark.parametrize("shape", CLUSTERS)
+@pytest.mark.parametrize("kind", WIDE)
+def test_blocks_of_a_cluster_share_columns(kind, shape):
+    """Several tiles for each, and fewer columns than blocks."""
+    for m, n, k in ((17, 20000, 400), (33, 1000, 4160), (60, 28000, 2000), (64, 40, 16)):
+        args, _, expected, magnitude = random_product(m, n, k, kind)
+        results = [multiply(args, n, shape=shape) for _ in range(10)]
+        check(results[0], expected, magnitude, kind)
+        assert all(torch.equal(y, results[0]) for y in results)
+
+
 @pytest.mark.parametrize("shape", CUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_add_up_in_order(kind, shape):

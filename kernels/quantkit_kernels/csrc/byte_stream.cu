@@ -4,11 +4,12 @@
 //   a block      tile after tile: TILE_ROWS rows of w, all columns, all of x
 //   two threads  stream w and x through rings of their own (tensor maps); w starts before x is there (dependent launch)
 //   warpgroups   64 rows each (those past the tile's are multiplied and forgotten), every K_GROUPS-th box of 128 columns
+//   a cluster    of SPLIT blocks (16 bits) has a tile's columns in as many runs: of x, too, each reads its columns alone
 //
 //   w ring  W_STAGES × BOXES × [TILE_ROWS][128]     x ring  X_STAGES × X_BOXES × (16 bits: 2 ×) [M_TILE][128 bytes]
 //
 // All with the 128-byte swizzle. A tensor core's own sum of FP8 products keeps 14 bits: every 128 columns it goes to float32.
-// Sums of warpgroups are added in their order.
+// Sums of warpgroups are added in their order, then those of a cluster's blocks.
 //
 // Where x has 16 bits and a tile has two or three strips of 16 rows, no warp makes weights of rows past it. The warps of a
 // team share out strips and half boxes of 64 columns; a warpgroup with two halves multiplies by both of x, and each warp keeps
@@ -18,7 +19,7 @@
 //
 // Definitions: IS_INT8 (else e4m3), X_KIND (common.cuh; INT and E4M3: codes like w's), IN_BLOCKS (scales of 128 × 128 of w and
 // of 128 columns of x), Y_KIND (BF16, F16, F32), M_TILE (8, 16, 32, 64), TILE_ROWS (a multiple of 16, at most 256), K_GROUPS,
-// X_BOXES (a multiple of it: of a slot of x), BOXES (a multiple of that: of a slot of w), W_STAGES, X_STAGES.
+// X_BOXES (a multiple of it: of a slot of x), BOXES (a multiple of that: of a slot of w), W_STAGES, X_STAGES, SPLIT.
 
 #include "common.cuh"
 #include "wgmma_order.cuh"
@@ -58,9 +59,13 @@ constexpr int CONSUMERS = 128 * TEAM * K_GROUPS, THREADS = CONSUMERS + 64;
 constexpr int HALVES = HAS_CODES ? 1 : 2, X_HALF = M_TILE * 128, X_BOX = HALVES * X_HALF, W_BOX = TILE_ROWS * 128;
 constexpr int W_BYTES = BOXES * W_BOX, X_BYTES = X_BOXES * X_BOX;
 constexpr int X_AT = W_STAGES * W_BYTES, PARTS_AT = X_AT + X_STAGES * X_BYTES;
-constexpr int W_BARRIERS_AT = PARTS_AT + (PARTS - 1) * TILE_ROWS * M_TILE * 4;
-constexpr int X_BARRIERS_AT = W_BARRIERS_AT + 16 * W_STAGES, FACTS_AT = X_BARRIERS_AT + 16 * X_STAGES;
+// What other blocks of a cluster have of a block's share of the sums, for a tile and the next: [2][SPLIT - 1][SHARE][lanes].
+constexpr int SHARE = PIECES / SPLIT, INBOX_BYTES = (SPLIT - 1) * SHARE * ROW_WARPS * 512;
+constexpr int INBOX_AT = PARTS_AT + (PARTS - 1) * TILE_ROWS * M_TILE * 4, W_BARRIERS_AT = INBOX_AT + 2 * INBOX_BYTES;
+constexpr int X_BARRIERS_AT = W_BARRIERS_AT + 16 * W_STAGES, INBOX_BARRIER_AT = X_BARRIERS_AT + 16 * X_STAGES;
+constexpr int FACTS_AT = INBOX_BARRIER_AT + 16;
 static_assert(X_BOXES % (K_GROUPS * TEAM_BOXES) == 0 && BOXES % X_BOXES == 0, "every group has its boxes");
+static_assert(SPLIT == 1 || (!HAS_CODES && PIECES % SPLIT == 0), "every block has a share");
 
 // ---- tensor maps ----
 
@@ -161,13 +166,16 @@ struct Ring {
   }
 };
 
-// Tiles first, first + stride, …, each in steps of BOXES boxes.
+// Tiles first, first + stride, …, each in steps of BOXES boxes from first_box on. rank: in the cluster.
 struct Run {
-  int first, stride, end, steps;
+  int rank, first, stride, end, first_box, steps;
 
   inline Run(const Params& p)
-      : first(blockIdx.x), stride(gridDim.x), end((p.n + TILE_ROWS - 1) / TILE_ROWS),
-        steps((p.num_blocks + BOXES - 1) / BOXES) {}
+      : rank(blockIdx.x % SPLIT), first(blockIdx.x / SPLIT), stride(gridDim.x / SPLIT),
+        end((p.n + TILE_ROWS - 1) / TILE_ROWS) {
+    const int all = (p.num_blocks + BOXES - 1) / BOXES, from = all * rank / SPLIT;
+    first_box = from * BOXES, steps = all * (rank + 1) / SPLIT - from;
+  }
 };
 
 inline void produce_w(const Params& p, const Run& run, u32 shared) {
@@ -179,7 +187,7 @@ inline void produce_w(const Params& p, const Run& run, u32 shared) {
       barrier_expect(ring.full(), W_BYTES);
       const u32 to = shared + ring.slot * W_BYTES;
       for (int box = 0; box < BOXES; ++box)
-        copy_box(to + box * W_BOX, p.w, (i * BOXES + box) * 128, tile * TILE_ROWS, ring.full(), once);
+        copy_box(to + box * W_BOX, p.w, (run.first_box + i * BOXES + box) * 128, tile * TILE_ROWS, ring.full(), once);
     }
 }
 
@@ -223,8 +231,9 @@ inline void produce_x(const Params& p, const Run& run, u32 shared, float* scales
         if (threadIdx.x % 32 != 0) continue;
         barrier_expect(ring.full(), X_BYTES);
         const u32 to = shared + X_AT + ring.slot * X_BYTES;
+        const int first = (run.first_box + i * BOXES + part) * HALVES;
         for (int half = 0; half < X_BOXES * HALVES; ++half)
-          copy_box(to + half * X_HALF, p.x, ((i * BOXES + part) * HALVES + half) * 128, 0, ring.full(), often);
+          copy_box(to + half * X_HALF, p.x, (first + half) * 128, 0, ring.full(), often);
       }
 }
 
@@ -266,10 +275,11 @@ struct Rows {
   }
 };
 
-// total[4 i + 2 b + c] is row n[b] of w, row 8 i + 2 t + c of x.
-inline void write(const Params& p, const Fact* facts, const Rows& rows, const Sum (&total)[SUMS], int t) {
+// total[4 i + 2 b + c] is row n[b] of w, row 8 i + 2 t + c of x. rank: whose share of them.
+inline void write(const Params& p, const Fact* facts, const Rows& rows, const Sum (&total)[SUMS], int t, int rank) {
 #pragma unroll
   for (int j = 0; j < SUMS; ++j) {
+    if (j / 4 / SHARE != rank) continue;
     const int m = j / 4 * 8 + 2 * t + j % 2, below = j / 2 % 2, n = rows.n[below];
     if (m >= p.m || n >= p.n) continue;
     const Sum sum = SUMS_INTEGERS ? total[j] - facts[m].zero * rows.sum[below] : total[j];
@@ -294,6 +304,67 @@ inline void add_up(Sum4* parts, Sum (&total)[SUMS], int part, bool is_real) {
       total[4 * j] += sum.x, total[4 * j + 1] += sum.y, total[4 * j + 2] += sum.z, total[4 * j + 3] += sum.w;
     }
 }
+
+inline void wait_for_cluster(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+// Every block of a cluster sends the others their shares, and adds up its own in the order of the blocks. Room and barriers
+// for two tiles, in turn: who sends a share of the tile after the next has got all of the next, which a block sends when it
+// has read those of this one.
+struct Inbox {
+  u8* memory;
+  u32 barriers, tile = 0;
+
+  u32 full() const { return barriers + tile % 2 * 8; }
+  // By one thread: what is to come for a tile.
+  void expect() const {
+    if (SPLIT > 1) barrier_expect(full(), INBOX_BYTES);
+  }
+
+  void exchange(Sum (&total)[SUMS], int rank, int row_warp, int lane) {
+    if constexpr (SPLIT == 1) return;
+    Sum4* from = reinterpret_cast<Sum4*>(memory + tile % 2 * INBOX_BYTES) + row_warp * 32 + lane;
+    auto place = [&](int sender, int receiver, int j) {
+      return from + ((sender - (sender > receiver)) * SHARE + j % SHARE) * ROW_WARPS * 32;
+    };
+#pragma unroll
+    for (int j = 0; j < PIECES; ++j)
+      if (j / SHARE != rank) send(shared_address(place(rank, j / SHARE, j)), j / SHARE, &total[4 * j]);
+    wait_for_cluster(full(), tile / 2 % 2);
+#pragma unroll
+    for (int j = 0; j < PIECES; ++j) {
+      if (j / SHARE != rank) continue;
+      Sum4 sum = {};
+#pragma unroll
+      for (int sender = 0; sender < SPLIT; ++sender) {
+        Sum4 part = {total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]};
+        if (sender != rank) part = *place(sender, rank, j);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      }
+      total[4 * j] = sum.x, total[4 * j + 1] = sum.y, total[4 * j + 2] = sum.z, total[4 * j + 3] = sum.w;
+    }
+    if (row_warp == 0 && lane == 0) expect();  // of the tile after the next
+    ++tile;
+  }
+
+  // To the same place of another block.
+  void send(u32 to, int receiver, const Sum* sums) const {
+    const u32* bits = reinterpret_cast<const u32*>(sums);
+    asm volatile(
+        "{ .reg .b32 there, full; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 full, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [full]; }" ::"r"(to),
+        "r"(full()), "r"(receiver), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
+        : "memory");
+  }
+};
 
 // ---- multiplying ----
 
@@ -381,6 +452,7 @@ inline void consume(const Params& p, const Run& run, u8* memory, u32 shared) {
   Fact* facts = reinterpret_cast<Fact*>(memory + FACTS_AT);
   const float* x_scales = reinterpret_cast<const float*>(facts + M_TILE) + k_group * M_TILE + 2 * t;
   Ring w{shared + W_BARRIERS_AT, W_STAGES}, x{shared + X_BARRIERS_AT, X_STAGES};
+  Inbox inbox{memory + INBOX_AT, shared + INBOX_BARRIER_AT};
   wait_for_previous();
   const Fact fact(p);
   for (int tile = run.first; tile < run.end; tile += run.stride) {
@@ -424,8 +496,11 @@ inline void consume(const Params& p, const Run& run, u8* memory, u32 shared) {
       for (int j = 0; j < SUMS; ++j) total[j] = half > of_team ? d[PRODUCTS - SUMS + j] : d[j];
     if (tile == run.first && threadIdx.x < M_TILE) facts[threadIdx.x] = fact;  // a store waits for what it stores
     add_up(parts, total, part, is_real);
-    if (part == 0 && is_real) write(p, facts, rows, total, t);
-    if (PARTS > 1 && tile + run.stride < run.end)  // the next may be left
+    if (part == 0 && is_real) {
+      inbox.exchange(total, run.rank, row_warp, lane);
+      write(p, facts, rows, total, t, run.rank);
+    }
+    if ((PARTS > 1 || SPLIT > 1) && tile + run.stride < run.end)  // the next may be left, and sent
       asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
   }
 }
@@ -438,10 +513,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) byte_stream(const __gri
       barrier_init(shared + W_BARRIERS_AT + slot * 16, 1);                   // full
       barrier_init(shared + W_BARRIERS_AT + slot * 16 + 8, CONSUMERS / 32);  // empty
     }
+    barrier_init(shared + INBOX_BARRIER_AT, 1), barrier_init(shared + INBOX_BARRIER_AT + 8, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (u32 tile = 0; tile < 2; ++tile) Inbox{memory, shared + INBOX_BARRIER_AT, tile}.expect();
     launch_dependents();
   }
-  __syncthreads();
+  if constexpr (SPLIT > 1)
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  else
+    __syncthreads();
   const Run run(p);
   if (threadIdx.x == CONSUMERS) produce_w(p, run, shared);
   __syncwarp();

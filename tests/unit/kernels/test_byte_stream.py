@@ -15,6 +15,7 @@ from quantkit_kernels import nvrtc
 from quantkit_kernels.byte_stream import (
     CAPABILITY,
     SHARED_BYTES,
+    SPLIT_ROWS,
     Kind,
     defines_of,
     shape_of,
@@ -58,15 +59,16 @@ def test_tensor_cores_read_what_tensor_maps_bring(kind, n, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "n"), [(WIDE[3], 4096), (WIDE[8], 6144), (WIDE[11], 28672), (WIDE[12], 4096)]
+    ("kind", "n"), [(WIDE[3], 4096), (WIDE[8], 6144), (WIDE[11], 28672), (WIDE[12], 4096), (WIDE[14], 6144)]
 )
 def test_weights_become_16_bits_in_registers(kind, n, tmp_path):
     """From shared memory to a product in registers: four words each, whose conversion no product waits for."""
-    sass = machine_code(tmp_path, defines_of(kind, shape_of(kind, n, 132)))
+    shape = shape_of(kind, n, 132)
+    sass = machine_code(tmp_path, defines_of(kind, shape))
     products = re.findall(r"HGMMA\.64x(\d+)x16\.F32(\S*) R\d+, (R\d+), gdesc\[UR\d+\], R\d+(, gsb0)? ;", sass)
     assert products and len(products) == len(re.findall(r"\w*MMA\.\d", sass))
     assert {dtype for _, dtype, *_ in products} == {".BF16" if kind.inputs == BF16 else ""}
-    assert {int(width) for width, *_ in products} == {kind.m_tile * (2 if n < 28672 else 1)}
+    assert {int(width) for width, *_ in products} == {kind.m_tile * (2 if shape.rows <= SPLIT_ROWS else 1)}
     assert sum(bool(ends) for *_, ends in products) <= len(products) / 2, "products wait for each other"
     between = sass[sass.index("HGMMA") : sass.rindex("HGMMA")]
     assert not re.search(r"\bST[SG]\b", between)
