@@ -84,4 +84,4 @@ def _plot_progress(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
     twin = axes.twinx()
     twin.step([moment for moment, _ in changes], running, where="post", color="black", linewidth=1)
     twin.set(ylabel="requests under way", ylim=(0, None))
-    twin.yaxis.get_major_locator().set_params(integer=True)
+    twin.locator_params(axis="y", integer=True)
