@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import NamedTuple
 
+from typing_extensions import TypedDict
+
 from quantkit.runtime.tokenizer import Tokenizer
 from quantkit.server.defaults import Defaults
 from quantkit.server.errors import unavailable
@@ -16,6 +18,12 @@ class State(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     DEAD = "dead"
+
+
+class Health(TypedDict):
+    """What `/health` says; its status is 200 while it is ready."""
+
+    status: State
 
 
 class ServedModel(NamedTuple):

@@ -18,7 +18,7 @@ from quantkit import LLM, SamplingParams
 from quantkit.cli.main import run
 from quantkit.server.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from tests.command_line import QUANTKIT, finish
-from tests.serving import Server, serving
+from tests.serving import Server, is_idle, metric, serving, wait_until
 from tests.tiny_chat import save_tiny_chat
 
 KEY = "sk-first"
@@ -67,23 +67,6 @@ def llm(model):
 
 def complete(http, **body):
     return http.post("/v1/completions", json={"model": "tiny", "prompt": "Hi", **body})
-
-
-def metric(http, name):
-    """The sum over all labels."""
-    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(f"{name}{{")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-
-def wait_until(condition, seconds=100):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to that"
-        time.sleep(0.05)
-
-
-def is_idle(http):
-    return metric(http, "vllm:num_requests_running") == metric(http, "vllm:kv_cache_usage_perc") == 0
 
 
 # answers
