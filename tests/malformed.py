@@ -5,12 +5,16 @@ import json
 import random
 from typing import Any, NamedTuple
 
+# token 1 ends an answer: short ones, whatever becomes of max_tokens
 HI = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Rome", "Köln"]}, "n": {"type": "integer"}}}
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": SCHEMA}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Of a city.", "parameters": SCHEMA},
+}
 SAMPLING = {
     "model": "tiny", "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["ab", "c"], "n": 1,
-    "logit_bias": {"9": 1.5}, "presence_penalty": 0.5, "min_p": 0.1, "top_k": 5, "user": "u", "stream": False,
+    "logit_bias": {"1": 6}, "presence_penalty": 0.5, "min_p": 0.1, "top_k": 5, "user": "u", "stream": False,
 }  # fmt: skip
 ANSWER_FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 VALID = (
@@ -100,6 +104,8 @@ def _damaged(written: bytes, numbers: random.Random) -> bytes:
         case 2:
             return written[:place] + written[place + 1 :]
         case 3:
-            return numbers.choice((b"[", b'{"a":', b'"', b"\xff\xfe", b"\xef\xbb\xbf{}", b"nul")) * (1 << place % 17)
+            return numbers.choice((b"[", b'{"a":', b'"', b"\xff\xfe", b"\xef\xbb\xbf{}", b"nul")) * (
+                1 << place % 17
+            )
         case _:
             return written.decode(errors="surrogatepass").encode("utf-16", errors="surrogatepass")

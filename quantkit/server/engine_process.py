@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from quantkit.server.messages import (
     Delta,
     Failed,
     Message,
+    Ping,
     Progress,
     Ready,
     Refused,
@@ -114,6 +116,8 @@ class Inbox:
             case Abort(request_id):
                 self._compiling.discard(request_id)
                 self._requests.end(request_id)
+            case Ping():
+                pass
             case _:
                 raise AssertionError(f"{type(message).__name__} is not for the engine")
 
@@ -194,6 +198,8 @@ def _step(requests: Requests, connection: Connection) -> tuple[list[str], list[R
 
 def _ready(llm: LLM, start: Start) -> Ready:
     started = llm.started
+    began = time.perf_counter()
+    llm.requests.prepare_grammars()  # streams would stand still for it
     return Ready(
         pid=os.getpid(),
         vocab_size=started.model.spec.vocab_size,
@@ -202,7 +208,7 @@ def _ready(llm: LLM, start: Start) -> Ready:
         num_kv_tokens=started.num_kv_tokens,
         block_size=BLOCK_SIZE,
         device=str(started.model.target.device),
-        seconds=started.seconds,
+        seconds={**started.seconds, "grammars": time.perf_counter() - began},
     )
 
 

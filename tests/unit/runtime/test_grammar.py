@@ -261,3 +261,11 @@ def test_masks_leave_the_other_rows_as_they_are():
     expected_BV = before_BV[1::2].masked_fill(~is_allowed[:, :77], -torch.inf)
     assert torch.equal(result_BV[1::2], expected_BV)
     assert Masks.of([None] * 3, torch.device("cpu")) is None
+
+
+def test_what_all_grammars_share_is_made_before_the_first(monkeypatch):
+    compiler = GrammarCompiler(byte_tokenizer(), vocab_size=VOCAB_SIZE, eos_ids=[1])
+    compiler.prepare()
+    monkeypatch.setattr(llguidance.hf, "from_tokenizer", None)
+    assert not compiler.compile(StructuredOutputsParams(json_object=True)).is_error()
+    GrammarCompiler(byte_tokenizer(), vocab_size=VOCAB_SIZE, eos_ids=[]).prepare()  # no grammar could end

@@ -17,6 +17,7 @@ from quantkit.server.messages import (
     Decoder,
     Delta,
     Failed,
+    Ping,
     Refused,
     Stats,
     Stepped,
@@ -56,13 +57,13 @@ class FakeEngine:
 @asynccontextmanager
 async def connected(**bounds):
     admission = Admission(**{"max_sequences": 8, "max_waiting_tokens": 100, **bounds})
-    client = EngineClient(admission, Metrics("m"))
     ours, theirs = socket.socketpair()
+    client = EngineClient(admission, Metrics("m"), ours)
     theirs.setblocking(False)
     with theirs:
-        await client.connect(ours)
+        await client.connect()
         yield client, FakeEngine(theirs), admission
-        await client.stop()
+        client.close()
         await asyncio.sleep(0)
 
 
@@ -143,6 +144,19 @@ def test_the_engine_may_refuse_and_die():
             with pytest.raises(ApiError, match="died"):
                 submit(client, [3])
             client.end(dead)
+
+    asyncio.run(story())
+
+
+def test_silence_is_told_from_an_answer():
+    async def story():
+        async with connected() as (client, engine, _):
+            assert not await client.answers(0.01)
+            waiting = asyncio.create_task(client.answers(None))
+            await asyncio.sleep(0)
+            await engine.say(stepped())
+            assert await waiting
+            assert await engine.read(1) == [Ping()]
 
     asyncio.run(story())
 
