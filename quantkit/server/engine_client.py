@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -157,8 +158,9 @@ class EngineClient(asyncio.Protocol):
                 for part in begun:
                     if (generation := self._generations.get(part)) is not None:
                         self._admission.begun(generation.begin(part))
+                now = time.monotonic()
                 for delta in deltas:
-                    self._put(delta)
+                    self._put(delta, now)
             case Refused(part, problem, fix):
                 if (generation := self._generations.get(part)) is not None:
                     generation.fail(invalid(f"{problem}; {fix}"))
@@ -174,12 +176,14 @@ class EngineClient(asyncio.Protocol):
             case _:
                 raise AssertionError(f"{type(message).__name__} is not from the engine")
 
-    def _put(self, delta: Delta) -> None:
+    def _put(self, delta: Delta, now: float) -> None:
         generation = self._generations.get(delta.request_id)
         if generation is None:  # aborted, and the engine did not know yet
             return
-        before = generation.times
-        generation.put(delta)
-        self._metrics.got_token(before, generation.times)
+        seconds = generation.put(delta, now)
+        if seconds is None:
+            self._metrics.got_first_token(generation.times)
+        else:
+            self._metrics.got_token(seconds)
         if generation.has_ended:  # what was counted is given back now, however long the client takes to read
             self.end(generation)

@@ -19,6 +19,7 @@ from llguidance import LLMatcher
 from quantkit.env import keep_freed_memory
 from quantkit.errors import GenerationError, QuantkitError
 from quantkit.runtime.detokenizer import UNFINISHED
+from quantkit.runtime.heap import keep_what_lives_on
 from quantkit.runtime.llm import LLM
 from quantkit.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from quantkit.runtime.requests import Requests
@@ -155,7 +156,9 @@ def main() -> None:
     except QuantkitError as error:
         connection.send(CannotStart(error.problem, error.fix))
         sys.exit(2)
-    connection.send(_ready(llm, start))
+    ready = _ready(llm, start)
+    keep_what_lives_on()
+    connection.send(ready)
     inbox = Inbox(llm.requests, connection)
     while True:
         serve_once(llm, connection, inbox)

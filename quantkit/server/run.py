@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from quantkit.runtime.heap import keep_what_lives_on
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.server.admission import Admission
@@ -174,6 +175,7 @@ class Server:
         }
         logger.info("ready", extra={"fields": fields})
         facts = read_facts(self._folder)
+        keep_what_lives_on()
         return ServedModel(self._name, tokenizer, defaults, tools, ready, int(time.time()), facts)
 
 
