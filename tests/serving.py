@@ -115,3 +115,8 @@ def held(pid: int) -> Held:
     num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     num_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return Held(num_pages * os.sysconf("SC_PAGE_SIZE"), num_files)
+
+
+def waited(pid: int) -> float:
+    """Seconds in which a process's first thread was ready to run, and had no core."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9

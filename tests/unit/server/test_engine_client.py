@@ -101,6 +101,16 @@ def test_what_was_counted_is_given_back_with_the_last_token():
     asyncio.run(story())
 
 
+def test_what_cannot_be_sent_is_not_counted():
+    async def story():
+        async with connected() as (client, _, admission):
+            with pytest.raises(UnicodeEncodeError):
+                submit(client, [1], params=SamplingParams(stop=("\ud800",)))
+            assert (admission.num_sequences, client.idle.is_set()) == (0, True)
+
+    asyncio.run(story())
+
+
 def test_who_leaves_takes_everything_along():
     async def story():
         async with connected() as (client, engine, admission):
