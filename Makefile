@@ -20,7 +20,7 @@ demo: $(READY)  ## quantize, evaluate and generate with a real small model, on t
 test: check  ## what CI runs: check, then the end-to-end tests
 	$(BIN)/python -m pytest tests/e2e -m "not long"
 
-test-long: $(READY)  ## kills, full disks, a 3B model, a soak of the engine: more than an hour
+test-long: $(READY)  ## kills, full disks, a 3B model, a soak of the engine, load on a server: more than an hour
 	$(BIN)/python -m pytest tests -m long -s
 
 check: lint wheel  ## style, types, layering, unit tests, and the wheel in a clean environment

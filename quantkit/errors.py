@@ -69,10 +69,6 @@ class GenerationError(QuantkitError):
     """A prompt that the model cannot take, or sampling settings that make no sense."""
 
 
-class QueueFullError(GenerationError):
-    """Too many requests wait for their turn: this one may be sent again, when fewer do."""
-
-
 class BenchError(QuantkitError):
     """A benchmark that cannot be run as asked, or a dispatch table that it cannot update."""
 

@@ -6,6 +6,7 @@ so memory does not grow with the text.
 """
 
 import hashlib
+import json
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -60,7 +61,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{path}: no tokenizer", fix="copy the tokenizer files of the original into this folder"
         )
     try:
-        backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        backend = AutoTokenizer.from_pretrained(
+            path, config=_config_of(path), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # of a damaged file, tokenizers raises nothing narrower
         raise SourceError(
             f"{path}: its tokenizer cannot be loaded ({first_line(error)})",
@@ -71,6 +74,30 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{path}: its tokenizer has no tokenizer.json form", fix="add a tokenizer.json to the folder"
         )
     return Tokenizer(path, backend)
+
+
+def _config_of(path: Path) -> Any:
+    """What transformers chooses the tokenizer's class by; None: it needs the model's whole configuration.
+
+    That of a model's family imports half of transformers and torch's compiler: two to three seconds.
+    """
+    from transformers import PreTrainedConfig
+
+    declared = _object_in(path / "tokenizer_config.json")
+    if "tokenizer_class" not in declared or "auto_map" in declared:
+        return None
+    own = _object_in(path / "config.json")
+    known = {name: own[name] for name in ("model_type", "model_name", "tokenizer_class") if name in own}
+    return PreTrainedConfig(name_or_path=str(path), **known)
+
+
+def _object_in(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; nothing where there is none, which transformers has to say."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class TokenStream:

@@ -1,13 +1,16 @@
-"""A real server: `quantkit serve` in a process of its own, and what it logs."""
+"""A real server: `quantkit serve` in a process of its own, what it logs, and what it holds."""
 
 import json
+import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import httpx2
 
 from tests.command_line import ENVIRONMENT, QUANTKIT, ROOT
 
@@ -78,3 +81,42 @@ def serving(model: Path | str, *options: str, environment: dict[str, str] | None
         yield server
     finally:
         server.kill()
+
+
+def metric(http: httpx2.Client, name: str) -> float:
+    """The sum over all labels."""
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(f"{name}{{")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def is_idle(http: httpx2.Client) -> bool:
+    """Whether nothing runs, waits, or holds a block of the KV cache."""
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    return all(metric(http, f"vllm:{name}") == 0 for name in names)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 100) -> None:
+    """Look again and again."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.05)
+
+
+class Held(NamedTuple):
+    """What a process holds."""
+
+    num_bytes: int
+    num_files: int
+
+
+def held(pid: int) -> Held:
+    """Resident memory and open files, sockets among them."""
+    num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    num_files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return Held(num_pages * os.sysconf("SC_PAGE_SIZE"), num_files)
+
+
+def waited(pid: int) -> float:
+    """Seconds in which a process's first thread was ready to run, and had no core."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9

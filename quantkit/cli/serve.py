@@ -34,7 +34,8 @@ def serve(
         ),
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model; default: MODEL.")
+        str | None,
+        typer.Option(help="What clients call the model; default: the hub id, or the folder's name."),
     ] = SERVER.served_model_name,
     tool_call_parser: Annotated[
         str,
@@ -52,6 +53,9 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="For running requests to end after SIGTERM.")
     ] = SERVER.drain_seconds,
+    engine_timeout: Annotated[
+        float, typer.Option(help="Without the end of a step, after which /health says that the engine hangs.")
+    ] = SERVER.engine_timeout,
     dtype: Dtype = DEFAULTS.dtype,
     device: Device = DEFAULTS.device,
     kv_cache_dtype: KVCacheDtype = DEFAULTS.kv_cache_dtype,
@@ -85,6 +89,7 @@ def serve(
         max_waiting_tokens=max_waiting_tokens,
         request_timeout=request_timeout,
         drain_seconds=drain_seconds,
+        engine_timeout=engine_timeout,
     )
     from quantkit.server.serve import serve
 

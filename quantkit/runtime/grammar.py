@@ -67,6 +67,12 @@ class GrammarCompiler:
         self._tokens: LLTokenizer | None = None  # a second to make
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
 
+    def prepare(self) -> None:
+        """Make the tokens' trie, a second's work, unless no grammar could ever end."""
+        with self._lock:
+            if self._eos_ids and self._tokens is None:
+                self._tokens = self._make_tokens()
+
     def compile(self, wanted: StructuredOutputsParams) -> LLMatcher:
         """A matcher at the beginning of an answer. Raises GenerationError for what cannot be compiled."""
         grammar = grammar_text(wanted)

@@ -1,25 +1,19 @@
-"""What an engine takes, said before anything waits: nothing is let in whose turn could never come, or not soon."""
+"""What an engine takes, said before anything waits: nothing is let in whose turn could never come."""
 
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-from quantkit.errors import GenerationError, QueueFullError
+from quantkit.errors import GenerationError
 from quantkit.runtime.block_manager import BlockManager
 from quantkit.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Sequences that run at once, tokens of one step, tokens of one sequence; what may wait.
-
-    max_num_waiting_seqs, max_num_waiting_tokens: sequences that wait, and tokens of their prompts; None: any number.
-    """
+    """Sequences that run at once, tokens of one step, tokens of one sequence. How many may wait, a server decides."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    max_num_waiting_seqs: int | None = None
-    max_num_waiting_tokens: int | None = None
 
     def check_budget(self, block_size: int) -> None:
         """Raises GenerationError if sequences that generate could use up a step, and prompts wait for ever."""
@@ -49,21 +43,3 @@ class Limits:
                 fix="raise kv_cache_bytes or gpu_memory_fraction, or take prompt and max_tokens together down to "
                 f"{num_blocks * blocks.block_size + 1}",
             )
-
-    def check_queue(self, new: Many[Sequence], num_waiting: int, num_waiting_tokens: int) -> None:
-        """Raises QueueFullError if a request's sequences would wait behind too many others.
-
-        What finds nobody waiting is let in, however large it is: there is no better moment to come back at.
-        """
-        if num_waiting == 0:
-            return
-        num_tokens = sum(len(sequence.prompt_ids) for sequence in new)
-        for name, most, num_before, num_new in (
-            ("max_num_waiting_seqs", self.max_num_waiting_seqs, num_waiting, len(new)),
-            ("max_num_waiting_tokens", self.max_num_waiting_tokens, num_waiting_tokens, num_tokens),
-        ):
-            if most is not None and num_before + num_new > most:
-                raise QueueFullError(
-                    f"the queue is full: {num_before} wait, {num_new} would come, {name} is {most}",
-                    fix=f"send it again later, or raise {name}",
-                )

@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -42,12 +43,13 @@ class LLM:
     ) -> None:
         chosen = EngineSettings(**settings)
         checkpoint = open_checkpoint(resolve_source(str(model), revision=revision, announce=announce))
-        spec = read_spec(
-            checkpoint
-        )  # a wrong config.json is said to be, before the tokenizer stumbles over it
-        self.tokenizer = load_tokenizer(checkpoint.path)
+        # a wrong config.json is said to be, before the tokenizer stumbles over it
+        spec = read_spec(checkpoint)
+        with ThreadPoolExecutor(1) as beside:  # to import transformers takes as long as to load weights
+            tokenizer = beside.submit(load_tokenizer, checkpoint.path)
+            self.started = start_engine(checkpoint, chosen, announce=announce)
+            self.tokenizer = tokenizer.result()
         eos_ids = stop_tokens(checkpoint, self.tokenizer, vocab_size=spec.vocab_size)
-        self.started = start_engine(checkpoint, chosen, announce=announce)
         self.requests = Requests(
             self.started.engine,
             self.tokenizer,

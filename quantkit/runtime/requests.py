@@ -73,6 +73,10 @@ class Requests:
     def stats(self) -> Stats:
         return self._engine.scheduler.stats
 
+    def prepare_grammars(self) -> None:
+        """Do now what the first grammar would wait for, and requests that run with it."""
+        self._grammars.prepare()
+
     def matcher(self, params: SamplingParams) -> LLMatcher | None:
         """The grammar of what params ask for, compiled, for `add`; None: they do not ask. Any thread may call this.
 

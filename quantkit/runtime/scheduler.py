@@ -44,7 +44,6 @@ class Stats(NamedTuple):
     """Prefix queries and hits count tokens of prompts, once for each prompt."""
 
     num_waiting: int
-    num_waiting_tokens: int
     num_running: int
     kv_usage: float
     num_prefix_queries: int
@@ -74,7 +73,6 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both lists: the most important first
         self._running: list[Sequence] = []
         self._free_rows = list(reversed(range(self._limits.max_num_seqs)))
-        self._num_waiting_tokens = 0
         self._blocks.reset()
 
     @property
@@ -86,11 +84,6 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def num_waiting_tokens(self) -> int:
-        """Tokens of the prompts that wait."""
-        return self._num_waiting_tokens
-
-    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -98,7 +91,6 @@ class Scheduler:
     def stats(self) -> Stats:
         return Stats(
             num_waiting=len(self._waiting),
-            num_waiting_tokens=self._num_waiting_tokens,
             num_running=len(self._running),
             kv_usage=self._blocks.num_used / (self._blocks.num_blocks - 1),
             num_prefix_queries=self._num_prefix_queries,
@@ -109,11 +101,10 @@ class Scheduler:
     def add(self, *sequences: Sequence) -> None:
         """Let all sequences of a request wait for their turn, or none.
 
-        Raises GenerationError if their turn could never come; QueueFullError if too many wait.
+        Raises GenerationError if their turn could never come.
         """
         for sequence in sequences:
             self._limits.check(sequence, self._blocks)
-        self._limits.check_queue(sequences, self.num_waiting, self.num_waiting_tokens)
         for sequence in sequences:
             sequence.limit = min(sequence.limit, self._limits.max_model_len)
             self._prefixes.hash_known(sequence)
@@ -269,11 +260,9 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=_order)
-        self._num_waiting_tokens += len(sequence.prompt_ids)
 
     def _dequeue(self, sequence: Sequence) -> None:
         _remove(self._waiting, sequence)
-        self._num_waiting_tokens -= len(sequence.prompt_ids)
 
 
 def _remove(queue: list[Sequence], sequence: Sequence) -> None:

@@ -18,8 +18,7 @@ class EngineSettings:
     KV cache holds fewer. max_num_seqs: sequences computed at once. max_num_batched_tokens: of one step; None: 8192 on
     a GPU, 512 on a CPU. gpu_memory_fraction: of the device, weights and cache together. kv_cache_bytes: for the KV
     cache, instead of what the fraction leaves. batch_invariant: a sequence's tokens do not depend, not even in their
-    last bits, on what else is computed; slower. eager: no CUDA graphs. max_num_waiting_seqs, max_num_waiting_tokens: of
-    prompts; who would wait behind more is refused with QueueFullError; None: any number waits.
+    last bits, on what else is computed; slower. eager: no CUDA graphs.
     """
 
     dtype: DtypeName | None = None
@@ -33,8 +32,6 @@ class EngineSettings:
     prefix_caching: bool = True
     batch_invariant: bool = False
     eager: bool = False
-    max_num_waiting_seqs: int | None = None
-    max_num_waiting_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, (None, *get_args(DtypeName)))
@@ -42,8 +39,6 @@ class EngineSettings:
         _at_least("max_model_len", self.max_model_len, 2)
         _at_least("max_num_seqs", self.max_num_seqs, 1, optional=False)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
-        _at_least("max_num_waiting_seqs", self.max_num_waiting_seqs, 1)
-        _at_least("max_num_waiting_tokens", self.max_num_waiting_tokens, 1)
         _at_least("kv_cache_bytes", self.kv_cache_bytes, 1)
         _is_bool("prefix_caching", self.prefix_caching)
         _is_bool("batch_invariant", self.batch_invariant)

@@ -148,8 +148,6 @@ def _plan(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=step_tokens,
         max_model_len=longest,
-        max_num_waiting_seqs=settings.max_num_waiting_seqs,
-        max_num_waiting_tokens=settings.max_num_waiting_tokens,
     )
     limits.check_budget(BLOCK_SIZE)
     if target.device.type == "cuda":

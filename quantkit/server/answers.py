@@ -23,6 +23,9 @@ EVENT_HEADERS = [
     (b"x-accel-buffering", b"no"),  # proxies that would collect events
 ]
 DONE = b"data: [DONE]\n\n"
+encode = json.JSONEncoder(
+    allow_nan=False, separators=(",", ":")
+).encode  # ASCII; json.dumps makes an encoder each time
 
 
 class JsonResponse(Response):
@@ -31,7 +34,7 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        return encode(content).encode()
 
 
 class Answer(Response, ABC):
@@ -112,8 +115,7 @@ class StreamedAnswer(Answer):
 
 
 def _events(objects: list[Any]) -> bytes:
-    encoded = (json.dumps(each, allow_nan=False, separators=(",", ":")) for each in objects)
-    return "".join(f"data: {each}\n\n" for each in encoded).encode()
+    return "".join([f"data: {encode(each)}\n\n" for each in objects]).encode()
 
 
 async def _send(send: Send, body: bytes, *, more: bool) -> None:

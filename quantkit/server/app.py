@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from quantkit.server.answers import JsonResponse
@@ -17,13 +17,15 @@ from quantkit.server.context import Context
 from quantkit.server.errors import ApiError, ErrorBody, failed, invalid, of_validation
 from quantkit.server.facts import ServedFacts
 from quantkit.server.gate import Gate
-from quantkit.server.lifecycle import ServedModel, State
+from quantkit.server.lifecycle import Health, ServedModel, State
 from quantkit.server.page import page_response
 from quantkit.server.schema import ModelCard, ModelList
 from quantkit.server.tokens import DetokenizeBody, Detokenized, TokenizeBody, Tokenized, detokenize, tokenize
 from quantkit.version import __version__
 
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}  # where a body says `stream`
+TEXT = {"schema": {"type": "string"}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENTS = {"text/event-stream": {"schema": EVENT}}  # of each of them, where a body says `stream`
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
@@ -81,18 +83,18 @@ def _add_tokens(app: FastAPI, context: Context) -> None:
 
 
 def _add_state(app: FastAPI, context: Context) -> None:
-    @app.get("/health", responses={503: {"description": "Loading, draining, or dead."}})
+    @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> Response:
         state = context.lifecycle.state
         return JsonResponse({"status": state}, 200 if state is State.READY else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": TEXT}}})
     async def metrics() -> Response:
         return PlainTextResponse(context.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
 def _add_page(app: FastAPI, context: Context) -> None:
-    @app.get("/", response_class=HTMLResponse)
+    @app.get("/", response_class=Response, responses={200: {"content": {"text/html": TEXT}}})
     async def page() -> Response:
         return page_response()
 

@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from quantkit.server.limits import MAX_MESSAGES
 from quantkit.server.schema import Body, FinishReason, SamplingBody, Usage
-from quantkit.server.tool_schema import AnswerCall, CallMade, DeltaCall, ToolChoice, Tools
+from quantkit.server.tool_schema import AnswerCall, CallMade, ToolChoice, Tools
 
 
 class TextPart(Body):
@@ -128,17 +128,3 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-
-
-class ChatDelta(TypedDict, total=False):
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    tool_calls: list[DeltaCall]
-
-
-class ChatChunkChoice(TypedDict):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None

@@ -1,11 +1,10 @@
-"""The engine process, seen from the HTTP process: started, given requests, listened to, and missed when it dies."""
+"""The engine process, seen from the HTTP process: given a model and requests, listened to, missed when it dies."""
 
 import asyncio
 import dataclasses
 import itertools
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from quantkit.server.messages import (
     Delta,
     Failed,
     Message,
+    Ping,
     Progress,
     Ready,
     Refused,
@@ -33,8 +33,6 @@ from quantkit.server.messages import (
 )
 from quantkit.server.metrics import Metrics
 
-EXIT_SECONDS = 5.0  # for the engine process to notice that nobody is left
-
 
 class EngineClient(asyncio.Protocol):
     """Messages to the engine process, and its messages to the generations that they are about.
@@ -42,7 +40,7 @@ class EngineClient(asyncio.Protocol):
     idle: set while it works on nothing. died: set at the end of the engine's socket; every generation has ended then.
     """
 
-    def __init__(self, admission: Admission, metrics: Metrics) -> None:
+    def __init__(self, admission: Admission, metrics: Metrics, end: socket.socket) -> None:
         self.died = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
@@ -53,22 +51,29 @@ class EngineClient(asyncio.Protocol):
         self._generations: dict[str, Generation] = {}  # by the parts that the engine works on
         self._open: set[Generation] = set()
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._heard = asyncio.Event()
         self._transport: asyncio.Transport | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._end = end
 
     async def start(self, model: Path, settings: EngineSettings) -> Ready:
-        """Run the process and wait until it has loaded. Raises ServerError for what the engine cannot start with."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "quantkit.server.engine_process", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
-        await self.connect(ours)
+        """Have it load a model and wait until it has. Raises ServerError for what the engine cannot start with."""
+        await self.connect()
         self._send(Start(str(model), dataclasses.asdict(settings)))
         return await self._ready
 
-    async def connect(self, end: socket.socket) -> None:
-        """Talk over this socket with whoever holds its other end."""
-        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=end)
+    async def connect(self) -> None:
+        """Talk over the socket with whoever holds its other end."""
+        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=self._end)
+
+    async def answers(self, seconds: float | None) -> bool:
+        """Whether the engine's loop says anything within so long; None: however long it takes."""
+        self._heard.clear()
+        if seconds is not None:
+            self._send(Ping())
+        try:
+            return await asyncio.wait_for(self._heard.wait(), seconds)
+        except TimeoutError:
+            return False
 
     def submit(
         self,
@@ -91,13 +96,14 @@ class EngineClient(asyncio.Protocol):
             num_answers=params.n,
             is_streamed=is_streamed,
         )
+        fields = dataclasses.asdict(params)
+        pairs = zip(generation.parts, prompts, strict=True)
+        messages = [encode(Submit(part, prompt, fields)) for part, prompt in pairs]
         self._admission.admit(generation.num_choices, generation.num_prompt_tokens)
         self._open.add(generation)
         self.idle.clear()
-        fields = dataclasses.asdict(params)
-        for part, prompt in zip(generation.parts, prompts, strict=True):
-            self._generations[part] = generation
-            self._send(Submit(part, prompt, fields))
+        self._generations |= dict.fromkeys(generation.parts, generation)
+        self._write(b"".join(messages))
         return generation
 
     def end(self, generation: Generation) -> None:
@@ -117,19 +123,13 @@ class EngineClient(asyncio.Protocol):
         for generation in self._open:
             generation.fail(error)
 
-    async def stop(self) -> int | None:
-        """Close the socket, by which the process ends; its exit code."""
+    def close(self) -> None:
+        """Close the socket, by which the process ends."""
         if self._transport is not None:
             self._transport.close()
-        if self._process is None:
-            return None
-        try:
-            return await asyncio.to_thread(self._process.wait, EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # it hangs in the device's driver
-            return await asyncio.to_thread(self._process.wait)
 
     def data_received(self, data: bytes) -> None:
+        self._heard.set()
         for message in self._decoder.feed(data):
             self._take(message)
 
@@ -144,9 +144,12 @@ class EngineClient(asyncio.Protocol):
         self.died.set()
 
     def _send(self, message: Message) -> None:
+        self._write(encode(message))
+
+    def _write(self, encoded: bytes) -> None:
         assert self._transport is not None, "it is started first"
         if not self._transport.is_closing():
-            self._transport.write(encode(message))
+            self._transport.write(encoded)
 
     def _take(self, message: Message) -> None:
         match message:
@@ -155,8 +158,9 @@ class EngineClient(asyncio.Protocol):
                 for part in begun:
                     if (generation := self._generations.get(part)) is not None:
                         self._admission.begun(generation.begin(part))
+                now = time.monotonic()
                 for delta in deltas:
-                    self._put(delta)
+                    self._put(delta, now)
             case Refused(part, problem, fix):
                 if (generation := self._generations.get(part)) is not None:
                     generation.fail(invalid(f"{problem}; {fix}"))
@@ -172,12 +176,14 @@ class EngineClient(asyncio.Protocol):
             case _:
                 raise AssertionError(f"{type(message).__name__} is not from the engine")
 
-    def _put(self, delta: Delta) -> None:
+    def _put(self, delta: Delta, now: float) -> None:
         generation = self._generations.get(delta.request_id)
         if generation is None:  # aborted, and the engine did not know yet
             return
-        before = generation.times
-        generation.put(delta)
-        self._metrics.got_token(before, generation.times)
+        seconds = generation.put(delta, now)
+        if seconds is None:
+            self._metrics.got_first_token(generation.times)
+        else:
+            self._metrics.got_token(seconds)
         if generation.has_ended:  # what was counted is given back now, however long the client takes to read
             self.end(generation)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from llguidance import LLMatcher
 from quantkit.env import keep_freed_memory
 from quantkit.errors import GenerationError, QuantkitError
 from quantkit.runtime.detokenizer import UNFINISHED
+from quantkit.runtime.heap import keep_what_lives_on
 from quantkit.runtime.llm import LLM
 from quantkit.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from quantkit.runtime.requests import Requests
@@ -33,6 +35,7 @@ from quantkit.server.messages import (
     Delta,
     Failed,
     Message,
+    Ping,
     Progress,
     Ready,
     Refused,
@@ -114,6 +117,8 @@ class Inbox:
             case Abort(request_id):
                 self._compiling.discard(request_id)
                 self._requests.end(request_id)
+            case Ping():
+                pass
             case _:
                 raise AssertionError(f"{type(message).__name__} is not for the engine")
 
@@ -151,7 +156,9 @@ def main() -> None:
     except QuantkitError as error:
         connection.send(CannotStart(error.problem, error.fix))
         sys.exit(2)
-    connection.send(_ready(llm, start))
+    ready = _ready(llm, start)
+    keep_what_lives_on()
+    connection.send(ready)
     inbox = Inbox(llm.requests, connection)
     while True:
         serve_once(llm, connection, inbox)
@@ -194,6 +201,8 @@ def _step(requests: Requests, connection: Connection) -> tuple[list[str], list[R
 
 def _ready(llm: LLM, start: Start) -> Ready:
     started = llm.started
+    began = time.perf_counter()
+    llm.requests.prepare_grammars()  # streams would stand still for it
     return Ready(
         pid=os.getpid(),
         vocab_size=started.model.spec.vocab_size,
@@ -202,7 +211,7 @@ def _ready(llm: LLM, start: Start) -> Ready:
         num_kv_tokens=started.num_kv_tokens,
         block_size=BLOCK_SIZE,
         device=str(started.model.target.device),
-        seconds=started.seconds,
+        seconds={**started.seconds, "grammars": time.perf_counter() - began},
     )
 
 

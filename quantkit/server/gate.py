@@ -21,7 +21,7 @@ from quantkit.server.logs import logger
 from quantkit.server.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/", "/health"})  # no key is asked for
-QUIET_PATHS = frozenset({"/health", "/metrics"})  # probes: their lines would hide the others
+QUIET_PATHS = frozenset({"/health", "/metrics", "/facts"})  # probes: their lines would hide the others
 REQUEST_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 

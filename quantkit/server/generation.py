@@ -76,19 +76,20 @@ class Generation:
         self._begun = self._begun or time.monotonic()
         return self.waiting.pop(part)
 
-    def put(self, delta: Delta) -> None:
-        """What the engine has made of one of its prompts."""
-        now = time.monotonic()
-        if self._first_token is None:
+    def put(self, delta: Delta, now: float) -> float | None:
+        """What the engine has made of one of its prompts; returns the seconds since what came before, None: nothing."""
+        before, self._last_token = self._last_token, now
+        if before is None:
             self._first_token = now
-        self._last_token = now
+        first_choice = self._first_choice[delta.request_id]
         for choice in delta.choices:
-            self._add(choice._replace(number=self._first_choice[delta.request_id] + choice.number))
+            self._add(choice._replace(number=first_choice + choice.number) if first_choice else choice)
         if delta.is_finished:
             self.unfinished.discard(delta.request_id)
             self.num_cached_tokens += delta.num_cached_tokens
         if self.is_streamed or self.has_ended:
             self._news.set()
+        return None if before is None else now - before
 
     def fail(self, error: ApiError) -> None:
         """End it with an error, unless it has ended."""

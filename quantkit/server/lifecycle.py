@@ -1,7 +1,9 @@
-"""The states of the server: loading ─► ready ─► draining ─► the end; from any of them, dead."""
+"""The states of the server: loading ─► ready ─► draining ─► the end; ready ◄─► hung; from any of them, dead."""
 
 from enum import StrEnum
 from typing import NamedTuple
+
+from typing_extensions import TypedDict
 
 from quantkit.runtime.tokenizer import Tokenizer
 from quantkit.server.defaults import Defaults
@@ -14,8 +16,15 @@ from quantkit.server.tools import ToolSupport
 class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
+    HUNG = "hung"
     DRAINING = "draining"
     DEAD = "dead"
+
+
+class Health(TypedDict):
+    """What `/health` says; its status is 200 while it is ready."""
+
+    status: State
 
 
 class ServedModel(NamedTuple):
@@ -39,6 +48,13 @@ class Lifecycle:
 
     def become_ready(self, model: ServedModel) -> None:
         self._model = model
+        self.state = State.READY
+
+    def become_hung(self) -> None:
+        self.state = State.HUNG
+
+    def go_on(self) -> None:
+        """From having hung."""
         self.state = State.READY
 
     def become_draining(self) -> None:

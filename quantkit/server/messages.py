@@ -31,6 +31,10 @@ class Abort(NamedTuple):
     request_id: str
 
 
+class Ping(NamedTuple):
+    """Take a step, be there nothing to do: what it brings is a sign of life."""
+
+
 class Progress(NamedTuple):
     """A line of what loading has found out."""
 
@@ -123,9 +127,10 @@ class Stepped(NamedTuple):
     stats: Stats
 
 
-Message = Start | Submit | Abort | Progress | Ready | CannotStart | Refused | Failed | Stepped
+Message = Start | Submit | Abort | Ping | Progress | Ready | CannotStart | Refused | Failed | Stepped
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Start, Submit, Abort, Progress, Ready, CannotStart, Refused, Failed)
+    kind.__name__: kind
+    for kind in (Start, Submit, Abort, Ping, Progress, Ready, CannotStart, Refused, Failed)
 }
 
 

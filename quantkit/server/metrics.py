@@ -85,13 +85,14 @@ class Metrics:
         """The engine after a step."""
         self._engine.stats = stats
 
-    def got_token(self, before: Times, now: Times) -> None:
-        """A request got tokens; its times before that and since."""
-        assert now.last_token is not None, "that is when"
-        if before.last_token is None:
-            self._first_token.observe(now.last_token - now.arrival)
-        else:
-            self._between_tokens.observe(now.last_token - before.last_token)
+    def got_first_token(self, times: Times) -> None:
+        """A request got its first token, at a time of its own."""
+        assert times.first_token is not None, "that is when"
+        self._first_token.observe(times.first_token - times.arrival)
+
+    def got_token(self, seconds: float) -> None:
+        """A request got more tokens, so long after the ones before."""
+        self._between_tokens.observe(seconds)
 
     def ended(self, generation: Generation, now: float) -> None:
         """A request has ended, in whatever way."""

@@ -8,13 +8,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from quantkit.server.limits import MAX_USER_CHARS
+from quantkit.server.limits import MAX_BODY_BYTES, MAX_USER_CHARS
 
 
 class Body(BaseModel):
-    """JSON as it stands: no strings for numbers, no unknown fields, no NaN."""
+    """JSON as it stands: no strings for numbers, no unknown fields, no NaN, no halves of surrogate pairs.
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    These are refused wherever a string has a bound, whatever it is: only then does pydantic look at all of it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_max_length=MAX_BODY_BYTES)
 
 
 class StreamOptions(Body):

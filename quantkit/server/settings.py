@@ -18,7 +18,8 @@ class ServerSettings:
     that are computed at once.
     max_waiting_tokens: of prompts that nothing was computed of yet; one prompt may always wait.
     request_timeout: seconds from a request's arrival to its last byte. drain_seconds: that running requests get when
-    the server is told to stop.
+    the server is told to stop. engine_timeout: seconds in which no step of the engine ends, after which it is said to
+    hang.
     """
 
     host: str = "127.0.0.1"
@@ -30,6 +31,7 @@ class ServerSettings:
     max_waiting_tokens: int = 1 << 20
     request_timeout: float = 600.0
     drain_seconds: float = 30.0
+    engine_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         if self.tool_call_parser not in (AUTO, NONE):
@@ -39,18 +41,15 @@ class ServerSettings:
         _check(
             "max_waiting_tokens", self.max_waiting_tokens, self.max_waiting_tokens >= 0, "a number from 0 on"
         )
-        _check("request_timeout", self.request_timeout, _is_seconds(self.request_timeout), "seconds above 0")
-        _check("drain_seconds", self.drain_seconds, _is_seconds(self.drain_seconds), "seconds above 0")
+        for name in ("request_timeout", "drain_seconds", "engine_timeout"):
+            seconds = getattr(self, name)
+            _check(name, seconds, math.isfinite(seconds) and seconds > 0, "seconds above 0")
         are_sane = all(key.isascii() and key.isprintable() and key.strip() == key for key in self.api_keys)
         if not are_sane or "" in self.api_keys:
             raise ServerError(
                 "an API key is empty, or not of printable ASCII characters",
                 fix="give one that a client can send in a header",
             )
-
-
-def _is_seconds(value: float) -> bool:
-    return math.isfinite(value) and value > 0
 
 
 def _check(name: str, value: object, is_fine: bool, expected: str) -> None:

@@ -62,7 +62,3 @@ class AnswerCall(TypedDict):
     id: str
     type: Literal["function"]
     function: AnswerFunction
-
-
-class DeltaCall(AnswerCall):
-    index: int

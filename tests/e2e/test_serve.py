@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -18,7 +17,7 @@ from quantkit import LLM, SamplingParams
 from quantkit.cli.main import run
 from quantkit.server.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
 from tests.command_line import QUANTKIT, finish
-from tests.serving import Server, serving
+from tests.serving import Server, is_idle, metric, serving, wait_until
 from tests.tiny_chat import save_tiny_chat
 
 KEY = "sk-first"
@@ -67,23 +66,6 @@ def llm(model):
 
 def complete(http, **body):
     return http.post("/v1/completions", json={"model": "tiny", "prompt": "Hi", **body})
-
-
-def metric(http, name):
-    """The sum over all labels."""
-    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(f"{name}{{")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
-
-
-def wait_until(condition, seconds=100):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to that"
-        time.sleep(0.05)
-
-
-def is_idle(http):
-    return metric(http, "vllm:num_requests_running") == metric(http, "vllm:kv_cache_usage_perc") == 0
 
 
 # answers
@@ -378,12 +360,21 @@ def start_stream(server, **change):
     return events, thread
 
 
-def test_the_engines_death_ends_every_stream_and_the_server(model):
-    with serving(model, "--served-model-name", "tiny") as server:
+def test_an_engine_that_hangs_is_told_of_and_its_death_ends_every_stream_and_the_server(model):
+    def is_health(status):
+        return lambda: httpx2.get(f"{server.url}/health").json() == {"status": status}
+
+    with serving(model, "--served-model-name", "tiny", "--engine-timeout", "3") as server:
         pid = server.line("ready")["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(is_health("hung"), seconds=30)
+        refused = httpx2.get(f"{server.url}/v1/models")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "hung")
+        os.kill(pid, signal.SIGCONT)
+        wait_until(is_health("ready"), seconds=30)
         events, thread = start_stream(server)
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: httpx2.get(f"{server.url}/health").json() == {"status": "dead"}, seconds=10)
+        wait_until(is_health("dead"), seconds=10)
         thread.join(10)
         assert json.loads(events[-1])["error"]["code"] == "engine_dead"
         assert server.exit_code() == 1
@@ -440,8 +431,8 @@ def test_it_says_that_it_loads_and_can_be_stopped_then(model):
 
 
 def test_a_base_model_has_no_conversations(tmp_path):
-    with serving(save_tiny_chat(tmp_path / "base", template=None), "--served-model-name", "tiny") as server:
-        response = httpx2.post(f"{server.url}/v1/chat/completions", json={"model": "tiny", "messages": HI})
+    with serving(save_tiny_chat(tmp_path / "base", template=None)) as server:
+        response = httpx2.post(f"{server.url}/v1/chat/completions", json={"model": "base", "messages": HI})
         assert response.status_code == 400
         assert "no chat template" in response.json()["error"]["message"]
 

@@ -1,8 +1,9 @@
 """A model that makes sense, served: what people see who try it first."""
 
 import json
+import shutil
+import subprocess
 
-import httpx2
 import openai
 import pytest
 
@@ -48,12 +49,26 @@ def test_it_answers_streams_and_continues(client):
     assert completion.choices[0].text.startswith(" four")
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl_gets_the_same(server, client):
     body = {"model": "demo", "messages": QUESTION, "max_tokens": 8, "temperature": 0}
-    raw = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
     answer = client.chat.completions.create(**body)
+    raw = json.loads(curl(server, body))
     assert raw["choices"] == [choice.model_dump(exclude_unset=True) for choice in answer.choices]
     assert set(raw) == {"id", "object", "created", "model", "choices", "usage"}
+    *events, done = curl(server, {**body, "stream": True}).split("\n\n")[:-1]
+    assert done == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert text == answer.choices[0].message.content
+
+
+def curl(server, body):
+    """What it prints, for a body."""
+    command = ["curl", "-sSN", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    result = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_it_answers_in_json(client):

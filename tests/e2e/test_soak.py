@@ -18,7 +18,6 @@ from typing import NamedTuple
 import pytest
 
 from quantkit import LLM, SamplingParams
-from quantkit.errors import QueueFullError
 from quantkit.runtime.heap import release_freed_memory
 from tests.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from tests.tiny_models import CONFIGS, save_tiny
@@ -29,9 +28,8 @@ TINY = {"max_model_len": CONTEXT, "dtype": "float32", "device": "cpu", "batch_in
 SMALL = {
     "max_num_seqs": 6,
     "max_num_batched_tokens": 24,
-    "max_num_waiting_seqs": 12,
-    "max_num_waiting_tokens": 400,
 }
+MOST_OPEN = 16
 MOST_STEPS = 3000  # to finish what is there when nothing comes any more: usually a few hundred
 MOST_NEW_BYTES, MOST_NEW_OBJECTS = 4 << 20, 200  # from the second third to the last
 STATES = {"waiting", "preempted", "prompt", "decode", "ended"}
@@ -103,7 +101,8 @@ class Soak:
         """Requests come and go, then all that are left are answered."""
         for _ in range(num_steps):
             for _ in range(self.random.choice([0, 0, 0, 1, 1, 3])):
-                self.arrive()
+                if len(self.open) < MOST_OPEN:
+                    self.arrive()
             if self.random.random() < 0.15 and self.open:
                 self.abort(self.random.choice(self.preempted() or list(self.open)))
             self.step()
@@ -119,15 +118,10 @@ class Soak:
         prompt_ids, params = self.requests[number]
         priority, is_streamed = self.random.choice([-1, 0, 0, 0, 1]), self.random.random() < 0.5
         request_id = str(next(self.llm._numbers))
-        try:
-            self.llm._submit(request_id, None, prompt_ids, params, priority, is_streamed=is_streamed)
-        except QueueFullError:
-            self.counts["refused"] += 1
-            self.llm._end([request_id])
-        else:
-            self.open[request_id] = number, defaultdict(lambda: ["", [], None])
-            answers = self.llm.requests._outputs._requests[request_id].answers
-            self.sequence_ids[request_id] = [answer.sequence_id for answer in answers]
+        self.llm._submit(request_id, None, prompt_ids, params, priority, is_streamed=is_streamed)
+        self.open[request_id] = number, defaultdict(lambda: ["", [], None])
+        answers = self.llm.requests._outputs._requests[request_id].answers
+        self.sequence_ids[request_id] = [answer.sequence_id for answer in answers]
 
     def step(self):
         if self.llm.requests._engine.has_work:
@@ -182,7 +176,6 @@ class Soak:
     def check_idle(self):
         scheduler = self.llm.requests._engine.scheduler
         assert scheduler._blocks.num_used == scheduler.num_waiting == scheduler.num_running == 0
-        assert scheduler.num_waiting_tokens == 0
         kept = self.open, self.llm.requests._sequences, self.llm._ready
         assert (
             not any(kept)
@@ -234,7 +227,7 @@ def check_variety(soaks):
     """Everything that was to happen has happened to each engine."""
     for soak in soaks:
         stats = soak.llm.requests._engine.scheduler.stats
-        assert stats.num_preemptions and stats.num_prefix_hits and soak.counts["refused"]
+        assert stats.num_preemptions and stats.num_prefix_hits
         assert soak.counts.keys() >= STATES, soak.counts
 
 

@@ -1,13 +1,18 @@
 """Token ids do not depend on how text is cut into pieces, and windows lie where they are said to."""
 
 import itertools
+import json
 import random
+import sys
 import tracemalloc
 
 import pytest
+from transformers import AutoTokenizer
 
 from quantkit.errors import SourceError, TextError
+from quantkit.formats.demo import demo_checkpoint
 from quantkit.tokens import Encoded, TokenStream, load_tokenizer, read_windows, tokenize, window_starts
+from tests.command_line import finish
 from tests.tiny_llama import byte_level_tokenizer, write_tokenizer
 
 
@@ -156,3 +161,28 @@ def test_damaged_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(SourceError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("family", [None, "llama", "qwen2", "qwen3_moe", "gemma3_text", "mistral", "phi3"])
+@pytest.mark.parametrize("name", [None, "PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_the_tokenizer_is_the_one_that_transformers_chooses_by_the_whole_configuration(
+    tmp_path, family, name
+):
+    write_tokenizer(tmp_path)
+    settings = {"bos_token": "<s>", "eos_token": "</s>"} | ({} if name is None else {"tokenizer_class": name})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if family is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    found = load_tokenizer(tmp_path).backend
+    expected = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert (found.eos_token_id, found.bos_token_id) == (expected.eos_token_id, expected.bos_token_id)
+    assert found.chat_template == expected.chat_template
+
+
+def test_a_tokenizer_brings_neither_models_nor_a_compiler():
+    code = "import sys; from pathlib import Path; from quantkit.tokens import load_tokenizer; "
+    code += "load_tokenizer(Path(sys.argv[1])); sys.exit('torch._dynamo' in sys.modules)"
+    finished = finish([sys.executable, "-c", code, str(demo_checkpoint())])
+    assert finished.returncode == 0, finished.stderr

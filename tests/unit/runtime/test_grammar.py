@@ -10,10 +10,11 @@ from llguidance import LLParserLimits
 from quantkit import LLM, SamplingParams, StructuredOutputsParams
 from quantkit.errors import GenerationError
 from quantkit.runtime import grammar
-from quantkit.runtime.grammar import problem_of
+from quantkit.runtime.grammar import GrammarCompiler, problem_of
 from quantkit.runtime.masks import Masks, masked
 from quantkit.runtime.structured_outputs import MAX_GRAMMAR_CHARS, MAX_SCHEMA_DEPTH, json_rule
 from quantkit_kernels.paged_kv import BLOCK_SIZE
+from tests.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from tests.tiny_chat import save_tiny_chat
 
 KINDS = ("string", "integer", "number", "boolean", "null", "enum", "array", "object")
@@ -261,3 +262,11 @@ def test_masks_leave_the_other_rows_as_they_are():
     expected_BV = before_BV[1::2].masked_fill(~is_allowed[:, :77], -torch.inf)
     assert torch.equal(result_BV[1::2], expected_BV)
     assert Masks.of([None] * 3, torch.device("cpu")) is None
+
+
+def test_what_all_grammars_share_is_made_before_the_first(monkeypatch):
+    compiler = GrammarCompiler(byte_tokenizer(), vocab_size=VOCAB_SIZE, eos_ids=[1])
+    compiler.prepare()
+    monkeypatch.setattr("llguidance.hf.from_tokenizer", None)
+    assert not compiler.compile(StructuredOutputsParams(json_object=True)).is_error()
+    GrammarCompiler(byte_tokenizer(), vocab_size=VOCAB_SIZE, eos_ids=[]).prepare()  # no grammar could end

@@ -18,7 +18,7 @@ from quantkit import LLM, SamplingParams
 from quantkit.cli.chat import chat as chat_verb
 from quantkit.cli.generate import generate as generate_verb
 from quantkit.cli.main import INTERRUPTED, run
-from quantkit.errors import GenerationError, QueueFullError
+from quantkit.errors import GenerationError
 from quantkit.runtime import start
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.tokenizer import Tokenizer
@@ -386,17 +386,6 @@ def test_loading_that_finds_no_memory_names_the_options(saved, monkeypatch):
     with pytest.raises(GenerationError, match="loading the model: CUDA out of memory") as error:
         load(saved)
     assert "gpu_memory_fraction" in error.value.fix
-
-
-def test_a_full_queue_refuses_and_leaves_nothing(saved):
-    llm = load(saved, max_num_waiting_seqs=2)
-    params = SamplingParams(max_tokens=3)
-    with pytest.raises(QueueFullError, match="max_num_waiting_seqs is 2"):
-        llm.generate(PROMPTS, params)
-    assert not llm.requests._engine.has_work and not llm.requests._sequences and not llm._ready
-    assert len(llm.generate(PROMPTS[:2], params)) == 2
-    with pytest.raises(GenerationError, match="max_num_waiting_seqs 0"):
-        load(saved, max_num_waiting_seqs=0)
 
 
 def test_a_conversation_goes_through_the_template(talking):

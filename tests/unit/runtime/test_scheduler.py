@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantkit.errors import GenerationError, QueueFullError
+from quantkit.errors import GenerationError
 from quantkit.runtime.sequence import FinishReason
 from tests.unit.runtime.engine_invariants import Invariants
 from tests.unit.runtime.fake_engine import FakeEngine, alone
@@ -112,7 +112,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(length):
     engine = FakeEngine(max_model_len=64)
     with pytest.raises(GenerationError, match=f"the prompt has {length} tokens, and the model takes 64"):
         engine.add(prompt(0, length))
-    assert not engine.scheduler.has_unfinished and engine.scheduler.num_waiting_tokens == 0
+    assert not engine.scheduler.has_unfinished
 
 
 def test_the_longest_prompt_gets_one_token():
@@ -132,48 +132,6 @@ def test_more_blocks_than_exist_are_refused_with_numbers():
     sequence = engine.add(prompt(0, 12), max_tokens=9, eos_ids=NO_EOS)  # the last token needs no slot
     finished(engine, sequence)
     assert engine.scheduler.stats.num_preemptions == 0
-
-
-# what may wait
-
-
-def test_a_request_that_would_wait_behind_too_many_is_refused_whole():
-    engine = FakeEngine(max_num_seqs=1, max_num_waiting_seqs=3)
-    kept = [engine.add(prompt(0, 3)), engine.add(prompt(1, 3))]
-    with pytest.raises(QueueFullError, match="2 wait, 2 would come, max_num_waiting_seqs is 3") as error:
-        engine.add_many(2, prompt(2, 3))
-    assert "later, or raise max_num_waiting_seqs" in error.value.fix
-    assert engine.scheduler.num_waiting == 2
-    kept.append(engine.add(prompt(3, 3)))
-    finished(engine, *kept)
-
-
-def test_prompts_that_wait_are_counted_in_tokens_too():
-    engine = FakeEngine(max_num_seqs=1, max_num_waiting_tokens=30)
-    kept = [engine.add(prompt(0, 20))]
-    with pytest.raises(QueueFullError, match="20 wait, 11 would come, max_num_waiting_tokens is 30"):
-        engine.add(prompt(1, 11))
-    kept.append(engine.add(prompt(1, 10)))
-    engine.step()  # the first prompt waits no more
-    kept.append(engine.add(prompt(2, 20)))
-    finished(engine, *kept)
-
-
-def test_a_request_that_finds_nobody_waiting_is_let_in_however_large():
-    engine = FakeEngine(max_num_seqs=1, max_num_waiting_seqs=2, max_num_waiting_tokens=4)
-    finished(engine, *engine.add_many(5, prompt(0, 9)))
-
-
-def test_what_is_preempted_waits_beyond_any_bound():
-    engine = FakeEngine(num_blocks=9, block_size=4, max_num_seqs=2, max_model_len=33, max_num_waiting_seqs=1)
-    first = engine.add(prompt(0, 12), max_tokens=16, eos_ids=NO_EOS)
-    engine.step()
-    second = engine.add(prompt(1, 11), max_tokens=16, eos_ids=NO_EOS)
-    engine.step()
-    third = engine.add(prompt(2, 3), max_tokens=2)
-    until_preempted(engine, second)
-    assert engine.scheduler.num_waiting == 2
-    finished(engine, first, second, third)
 
 
 # order
@@ -506,10 +464,10 @@ def test_stats():
     engine = FakeEngine(num_blocks=11, block_size=4, max_num_seqs=1, budget=8)
     engine.add(prompt(0, 12), max_tokens=4, eos_ids=NO_EOS)
     engine.add(prompt(1, 7), max_tokens=4)
-    assert (engine.scheduler.num_waiting, engine.scheduler.num_waiting_tokens) == (2, 19)
+    assert engine.scheduler.num_waiting == 2
     engine.step()
     stats = engine.scheduler.stats
-    assert (stats.num_waiting, stats.num_waiting_tokens, stats.num_running) == (1, 7, 1)
+    assert (stats.num_waiting, stats.num_running) == (1, 1)
     assert stats.kv_usage == 0.3
     engine.run()
     assert engine.scheduler.stats.kv_usage == 0

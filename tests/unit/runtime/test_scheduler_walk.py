@@ -1,6 +1,5 @@
 """Scheduler and blocks under anything that can happen in any order: a long random walk, and hypothesis."""
 
-import math
 import random
 
 import pytest
@@ -8,7 +7,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from quantkit.errors import QueueFullError
 from quantkit.runtime.sequence import FinishReason
 from tests.unit.runtime.engine_invariants import Invariants
 from tests.unit.runtime.fake_engine import FakeEngine
@@ -41,32 +39,8 @@ WALKS = {
         "prefix_caching": False,
     },
     "three steps deep": {"num_blocks": 12, "block_size": 4, "max_num_seqs": 4, "budget": 9, "depth": 3},
-    "few may wait": {
-        "num_blocks": 12,
-        "block_size": 4,
-        "max_num_seqs": 2,
-        "budget": 9,
-        "max_num_waiting_seqs": 3,
-        "max_num_waiting_tokens": 25,
-    },
     "one step deep": {"num_blocks": 12, "block_size": 4, "max_num_seqs": 4, "budget": 9, "depth": 1},
 }
-
-
-def try_add(engine, n, prompt_ids, **params):
-    """Whether a request was let in: it is if nobody waits, or if what waits does not exceed the bounds with it."""
-    scheduler, limits = engine.scheduler, engine.scheduler._limits
-    num_waiting, num_tokens = scheduler.num_waiting, scheduler.num_waiting_tokens
-    has_room = num_waiting + n <= (limits.max_num_waiting_seqs or math.inf)
-    has_room &= num_tokens + n * len(prompt_ids) <= (limits.max_num_waiting_tokens or math.inf)
-    try:
-        engine.add_many(n, prompt_ids, **params)
-    except QueueFullError:
-        assert num_waiting and not has_room
-        assert (scheduler.num_waiting, scheduler.num_waiting_tokens) == (num_waiting, num_tokens)
-        return False
-    assert has_room or not num_waiting
-    return True
 
 
 class Walk:
@@ -76,7 +50,6 @@ class Walk:
         self.engine = FakeEngine(**{"max_model_len": 40, **sizes})
         self.invariants = Invariants(self.engine)
         self.random = random.Random(seed)
-        self.num_refused = 0
 
     def go(self, num_steps):
         num_launched = 0
@@ -105,7 +78,7 @@ class Walk:
         }
         priority = self.random.choice([0, 0, 0, -1, 1])
         n = self.random.choice([1, 1, 1, 2, 4])
-        self.num_refused += not try_add(self.engine, n, prompt_ids, priority=priority, **params)
+        self.engine.add_many(n, prompt_ids, priority=priority, **params)
 
     def end_one(self):
         """In any state, ended ones too."""
@@ -134,7 +107,6 @@ def test_no_block_row_or_sequence_is_lost_in_100_000_steps(name):
     stats = walk.engine.scheduler.stats
     assert walk.engine.num_dropped > 0 or name == "one step deep"
     assert (stats.num_prefix_hits > 0) == (name != "no prefix caching")
-    assert (walk.num_refused > 0) == (name == "few may wait")
     assert (stats.num_preemptions > 0) == (name != "enough of all")
 
 
@@ -148,8 +120,6 @@ class Machine(RuleBasedStateMachine):
         chunk=st.integers(0, 12),
         prefix_caching=st.booleans(),
         depth=st.integers(1, 3),
-        max_num_waiting_seqs=st.none() | st.integers(1, 6),
-        max_num_waiting_tokens=st.none() | st.integers(1, 40),
     )
     def begin(self, block_size, num_spare, max_num_seqs, chunk, **rest):
         longest = 30
@@ -173,7 +143,7 @@ class Machine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
     )
     def add(self, prefix, rest, priority, n, **params):
-        try_add(self.engine, n, prefix + rest, priority=priority, **params)
+        self.engine.add_many(n, prefix + rest, priority=priority, **params)
 
     @rule()
     def launch(self):

@@ -17,6 +17,7 @@ from quantkit.server.messages import (
     Decoder,
     Delta,
     Failed,
+    Ping,
     Refused,
     Stats,
     Stepped,
@@ -56,13 +57,13 @@ class FakeEngine:
 @asynccontextmanager
 async def connected(**bounds):
     admission = Admission(**{"max_sequences": 8, "max_waiting_tokens": 100, **bounds})
-    client = EngineClient(admission, Metrics("m"))
     ours, theirs = socket.socketpair()
+    client = EngineClient(admission, Metrics("m"), ours)
     theirs.setblocking(False)
     with theirs:
-        await client.connect(ours)
+        await client.connect()
         yield client, FakeEngine(theirs), admission
-        await client.stop()
+        client.close()
         await asyncio.sleep(0)
 
 
@@ -96,6 +97,16 @@ def test_what_was_counted_is_given_back_with_the_last_token():
             client.end(generation)  # its reader is done, too
             assert admission.num_sequences == 0
             assert len(await anext(generation.pieces())) == 4
+
+    asyncio.run(story())
+
+
+def test_what_cannot_be_sent_is_not_counted():
+    async def story():
+        async with connected() as (client, _, admission):
+            with pytest.raises(UnicodeEncodeError):
+                submit(client, [1], params=SamplingParams(stop=("\ud800",)))
+            assert (admission.num_sequences, client.idle.is_set()) == (0, True)
 
     asyncio.run(story())
 
@@ -143,6 +154,19 @@ def test_the_engine_may_refuse_and_die():
             with pytest.raises(ApiError, match="died"):
                 submit(client, [3])
             client.end(dead)
+
+    asyncio.run(story())
+
+
+def test_silence_is_told_from_an_answer():
+    async def story():
+        async with connected() as (client, engine, _):
+            assert not await client.answers(0.01)
+            waiting = asyncio.create_task(client.answers(None))
+            await asyncio.sleep(0)
+            await engine.say(stepped())
+            assert await waiting
+            assert await engine.read(1) == [Ping()]
 
     asyncio.run(story())
 

@@ -29,6 +29,8 @@ def found(kind, body):
         ({"n": 1.5}, "n", "invalid_type"),
         ({"top_p": float("nan")}, "top_p", "invalid_value"),
         ({"stop": [1]}, "stop", "invalid_type"),
+        ({"stop": "\ud800"}, "stop", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "missing_required_parameter"),
         ({"messages": [{"role": "wizard", "content": ""}]}, "messages[0].role", "invalid_value"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,11 +23,14 @@ def run_one(metrics):
     """A request with one answer of three tokens, as it is counted."""
     generation = Generation(0, [10], arrival=0.0, num_answers=1, is_streamed=True)
     generation.begin("0-0")
-    for finish in (None, None, "stop"):
-        before = generation.times
+    now = time.monotonic()
+    for place, finish in enumerate((None, None, "stop")):
         choice = Choice(0, "x", 1, finish, None, None)
-        generation.put(Delta("0-0", [choice], finish is not None, 0, None))
-        metrics.got_token(before, generation.times)
+        seconds = generation.put(Delta("0-0", [choice], finish is not None, 0, None), now + place)
+        if seconds is None:
+            metrics.got_first_token(generation.times)
+        else:
+            metrics.got_token(seconds)
     metrics.ended(generation, generation.times.last_token + 1)
     return generation
 
