@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,12 @@ def eval_models(
     reference: Annotated[
         str, typer.Argument(help="The original: a folder, a hub id, a .gguf file, or `demo`.")
     ],
-    candidates: Annotated[list[str], typer.Argument(help="Checkpoints made from it.")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints made from it, GPTQ and AWQ too; `bnb:nf4` and `bnb:int8` are made here."
+        ),
+    ],
     data: Annotated[
         str, typer.Option(help="Text: a file or folder (txt, jsonl, parquet), hf:dataset, or `docs`.")
     ] = "docs",
@@ -29,6 +34,10 @@ def eval_models(
         typer.Option(help="Compute candidates in it; default: on a GPU the model's own, on a CPU float32."),
     ] = DEFAULTS.dtype,
     kv_cache_dtype: KVCacheDtype = DEFAULTS.kv_cache_dtype,
+    backend: Annotated[
+        Literal["auto", "quantkit", "transformers"],
+        typer.Option(help="What runs the models; auto: quantkit, or transformers for what it does not have."),
+    ] = "auto",
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, in nats.")] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Gate: perplexity over the original's, in percent.", metavar="P%")
@@ -59,6 +68,7 @@ def eval_models(
             device=device,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
+            backend=backend,
             gates=gates,
             listener=display,
         )

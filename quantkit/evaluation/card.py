@@ -31,14 +31,14 @@ def fill_card(report: EvalReport, candidate: CandidateReport) -> bool:
 
 
 def _section(report: EvalReport, candidate: CandidateReport) -> str:
+    if candidate.damage is None:
+        return f"Evaluated against `{_short(report.reference.path)}`.\n\n**Broken**: {candidate.failure}."
     data = report.data
     method = (
         f"Measured against `{_short(report.reference.path)}` on {data.windows} windows of {data.length} tokens of "
         f"`{_short(data.spec)}` (SHA-256 {data.hash[:16]}…), in {candidate.dtype} on {report.device}"
         f"{'' if report.kv_cache_dtype == 'auto' else f', KV cache in {report.kv_cache_dtype}'}."
     )
-    if candidate.damage is None:
-        return f"{method}\n\n**Broken**: {candidate.failure}."
     damage = candidate.damage
     interval = "" if damage.kl_ci is None else f" (95 %: {damage.kl_ci[0]:.4f} to {damage.kl_ci[1]:.4f})"
     rows = (

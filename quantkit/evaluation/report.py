@@ -53,11 +53,15 @@ class ReferenceReport:
 class CandidateReport:
     """One candidate: size and damage, or the reason why it has no figures (`failure`).
 
-    dtype, kernels: how it was run. kernels: `quantkit_kernels` that serve on a GPU, or `torch`.
+    kind: how it is stored, as people call it: "16-bit", "compressed-tensors", "GPTQ", "GGUF", "bnb:nf4". dtype, backend
+    and kernels: how it was run; kernels are `quantkit_kernels` that serve on a GPU, `torch`, or the backend. What could
+    not be opened has none of these, 0 bytes, and NaN bits per weight.
     """
 
     path: str
+    kind: str
     dtype: str
+    backend: str
     kernels: str
     bits_per_weight: float
     bytes: int
@@ -117,7 +121,9 @@ def _candidate_json(candidate: CandidateReport) -> dict[str, Any]:
     )
     return {
         "path": candidate.path,
+        "kind": candidate.kind,
         "dtype": candidate.dtype,
+        "backend": candidate.backend,
         "kernels": candidate.kernels,
         **figures,
         "bits_per_weight": candidate.bits_per_weight,

@@ -12,9 +12,14 @@ from transformers import LlamaConfig
 from quantkit.errors import MemoryPlanError
 from quantkit.evaluation import evaluate
 from quantkit.evaluation.cache import TensorCache
+from quantkit.formats.awq import open_awq
+from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.formats.gptq import open_gptq
+from quantkit.runtime.device_checkpoint import DeviceCheckpoint
 from quantkit.runtime.load import load_model
 from tests import tiny_models
 from tests.gpu.test_decoder import SIZES, relative
+from tests.packers import write_packed_llama
 from tests.product_schemes import SCHEMES
 from tests.tiny_llama import VOCAB_SIZE, write_tokenizer
 from tests.tiny_models import quantize_tiny, save_tiny, tokens
@@ -101,6 +106,33 @@ def test_several_texts_to_a_step_or_parts_of_one_are_each_text(scheme, world):
         parts = [torch.cat(list(of_one)) for of_one in model.predictions(texts, step_tokens=step_tokens)]
         assert all(part.is_cuda for part in parts)
         assert relative(torch.stack(parts).cpu(), exact) < bound
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_weights_are_dequantized_on_the_device(method, tmp_path):
+    folder = write_packed_llama(tmp_path, method, {})
+    source = {"gptq": open_gptq, "awq": open_awq}[method](open_checkpoint(tmp_path))
+    on_device = DeviceCheckpoint(source, GPU)
+    on_device.expect(source.tensors)
+    for name in source.tensors:
+        found = on_device.read(name)
+        assert found.is_cuda and torch.equal(found.cpu(), source.read(name)), name
+    on_device.close()
+    assert len(folder.weights) == 13
+
+
+def test_bitsandbytes_runs_beside_ours(world):
+    report = evaluate(
+        world / "bf16",
+        ["bnb:int8", "bnb:nf4", world / "int4"],
+        data=str(world / "text.txt"),
+        windows=10,
+        length=100,
+        cache=TensorCache(world / "cache", free_bytes=0),
+    )
+    int8, nf4, int4 = report.candidates
+    assert report.reference.kl_noise_floor < int8.damage.kl_mean < nf4.damage.kl_mean
+    assert [row.kernels for row in (int8, nf4, int4)] == ["bitsandbytes", "bitsandbytes", "quantkit_kernels"]
 
 
 def test_a_gpu_that_is_too_small_is_said_before_anything_is_read(world, monkeypatch):

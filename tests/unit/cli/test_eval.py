@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantkit.cli.main import run
+from tests.packers import write_packed_llama
 from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
 
@@ -41,7 +42,19 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
     assert report["data"].keys() == {"spec", "tokens", "hash", "windows", "length"}
     (candidate,) = report["candidates"]
     assert {
-        *("path", "dtype", "kernels", "ppl", "kl_mean", "kl_ci", "kl_median", "kl_p99", "kl_noise_floor"),
+        *(
+            "path",
+            "kind",
+            "dtype",
+            "backend",
+            "kernels",
+            "ppl",
+            "kl_mean",
+            "kl_ci",
+            "kl_median",
+            "kl_p99",
+            "kl_noise_floor",
+        ),
         *("top1", "bits_per_weight", "bytes", "failure"),
     } <= candidate.keys()
     assert (
@@ -69,6 +82,21 @@ def test_candidates_are_run_as_the_options_say(world, capsys):
     assert "Candidates in float32 (torch) on cpu, KV cache in fp8." in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_gptq_awq_and_bitsandbytes_are_candidates_like_any_other(world, capsys):
+    write_packed_llama(world / "gptq", "gptq", {"desc_act": True}, order_seed=2)
+    write_packed_llama(world / "awq", "awq", {"version": "gemm"})
+    options = ["--data", "text.txt", "--windows", "2", "--length", "16", "--device", "cpu", "--json"]
+    assert run(["eval", "original", "gptq", "awq", "bnb:nf4", *options]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    kinds = [(row["kind"], row["backend"]) for row in report["candidates"]]
+    assert kinds == [("GPTQ", "quantkit"), ("AWQ", "quantkit"), ("bnb:nf4", "bitsandbytes")]
+    assert all(0 < row["kl_mean"] < 1 for row in report["candidates"])
+    assert all("are dequantized" in note for note in report["notes"][:2]) and report["notes"][0] in err
+    assert run(["eval", "original", "gptq", *options, "--backend", "transformers"]) == 2
+    assert "which transformers cannot run here" in capsys.readouterr().err
 
 
 def test_table_has_a_row_for_each(world, capsys):

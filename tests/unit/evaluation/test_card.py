@@ -22,6 +22,8 @@ DAMAGE = Damage(
 
 def report_on(path, damage=DAMAGE, failure=None):
     candidate = CandidateReport(
+        kind="16-bit",
+        backend="quantkit",
         path=str(path),
         dtype="float16",
         kernels="torch",
