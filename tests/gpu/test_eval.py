@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from quantkit.errors import MemoryPlanError
 from quantkit.evaluation import evaluate
 from quantkit.evaluation.cache import TensorCache
+from quantkit.evaluation.where import map_linears
 from quantkit.formats.awq import open_awq
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.formats.gptq import open_gptq
@@ -140,3 +141,17 @@ def test_a_gpu_that_is_too_small_is_said_before_anything_is_read(world, monkeypa
     with pytest.raises(MemoryPlanError, match="bf16 in float32 on NVIDIA") as caught:
         run(world, "bf16", cache="empty")
     assert "--device cpu" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_the_map_is_that_of_the_cpu(world, name):
+    windows = list(torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(3)))
+    original, candidate = (open_checkpoint(world / each) for each in ("bf16", name))
+    expected, found = (
+        map_linears(original, candidate, windows, torch.device(device), lambda *_: None)
+        for device in ("cpu", "cuda")
+    )
+    assert len(found) > 8 and [one.linear for one in found] == [one.linear for one in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.kl_in == pytest.approx(theirs.kl_in, rel=0.02, abs=1e-6)
+        assert ours.kl_out == pytest.approx(theirs.kl_out, rel=0.02, abs=1e-5)
