@@ -5,6 +5,7 @@ disk; then each candidate runs alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,7 +17,10 @@ from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.evaluation.backends import load_subject
 from quantkit.evaluation.cache import TensorCache
 from quantkit.evaluation.candidates import Broken, open_candidates, open_reference
+from quantkit.evaluation.closer import Measured, continue_worst, draw_map
+from quantkit.evaluation.environment import describe_environment
 from quantkit.evaluation.gates import NO_GATES, Gates, check_gates
+from quantkit.evaluation.positions import histogram
 from quantkit.evaluation.reference import Reference
 from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
 from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
@@ -63,6 +67,8 @@ def evaluate(
     dtype: DtypeName | None = None,
     kv_cache_dtype: KVCacheDtypeName = "auto",
     backend: AskedBackend = "auto",
+    where: bool = False,
+    examples: int = 0,
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
     load: LoadModel = load_subject,
@@ -75,9 +81,10 @@ def evaluate(
     tokens, spread evenly, are run. device: None is a GPU if there is one. dtype: of the candidates; None is on a GPU
     each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the candidates; auto: as each says.
     backend: what runs the models; auto: this package's runtime, or transformers where it lacks an architecture or a
-    format. load: how a model is run. cache: where the reference's predictions are kept (default: under
-    QUANTKIT_CACHE). A candidate whose logits are not finite, or one of several that cannot be opened, compared or run,
-    gets a row without figures and the report does not pass; the others go on.
+    format. where: map the damage of each to linears, positions and kinds of tokens. examples: so many of the worst
+    positions are continued by both models. load: how a model is run. cache: where the reference's predictions are
+    kept (default: under QUANTKIT_CACHE). A candidate whose logits are not finite, or one of several that cannot be
+    opened, compared or run, gets a row without figures and the report does not pass; the others go on.
     Memory: one model, a step's hidden states and 2^26 logits, whatever the amount of text. Raises, for the reference
     or the only candidate, EvaluationError if they cannot be compared; GenerationError for a device that is not there,
     MemoryPlanError if it is too small; SourceError, UnsupportedModelError, SchemeError as reading and loading do;
@@ -98,6 +105,7 @@ def evaluate(
     run.begin(original, *opened)
     baseline = _run_reference(original, source, run)
     results = tuple(_judge(candidate, baseline, run, is_only=len(opened) == 1) for candidate in opened)
+    results = _look_closer(results, original, run, where=where, examples=examples)
     return EvalReport(
         reference=_reference_report(original, baseline),
         data=text,
@@ -106,6 +114,7 @@ def evaluate(
         candidates=results,
         gates=check_gates(gates, results),
         notes=tuple(run.notes),
+        environment=describe_environment(),
     )
 
 
@@ -117,6 +126,7 @@ class _Run:
         self.setup = setup
         self.load = load
         self.notes: list[str] = []
+        self.measured: dict[str, Measured] = {}
         self._listener = listener
         self.done = self._total = 0
 
@@ -139,6 +149,10 @@ class _Run:
         """Tell the user, and note it for the report."""
         self.notes.append(line)
         self._listener.say(line)
+
+    def expect(self, steps: int) -> None:
+        """Count on more of them than planned."""
+        self._total += steps
 
     def advance(self, label: str, steps: int = 1) -> None:
         """Count steps as done; an entry of the cache that proved damaged is one more than planned."""
@@ -206,7 +220,43 @@ def _run_candidate(candidate: Subject, serving: Serving, baseline: _Baseline, ru
     for ids_T, logits in zip(run.windows, predictions, strict=True):
         scores.append(score_window(baseline.source.window(ids_T), logits, ids_T))
         run.advance(candidate.name)
+    run.measured[candidate.name] = Measured(candidate, [window.kl_T for window in scores])
     return summarise(scores, baseline.ppl, baseline.noise_floor)
+
+
+def _look_closer(
+    reports: tuple[CandidateReport, ...], original: Subject, run: _Run, *, where: bool, examples: int
+) -> tuple[CandidateReport, ...]:
+    """Reports with what was asked for beside their figures; no model is in memory."""
+    reports = tuple(_with_places(report, original, run, where=where) for report in reports)
+    if not examples:
+        return reports
+    worst = continue_worst(original, list(run.measured.values()), run.windows, run.setup, run.load, examples)
+    found = dict(zip(run.measured, worst, strict=True))
+    return tuple(replace(report, worst=found.get(report.path, ())) for report in reports)
+
+
+def _with_places(report: CandidateReport, original: Subject, run: _Run, *, where: bool) -> CandidateReport:
+    measured = run.measured.get(report.path)
+    if measured is None:
+        return report
+    report = replace(report, kl_histogram=histogram(measured.kl_per_window))
+    if not where:
+        return report
+    is_first = True
+
+    def advance(num_done: int, num_swaps: int) -> None:
+        nonlocal is_first
+        if is_first:
+            run.expect(num_swaps)
+        is_first = False
+        run.advance(f"{report.path}, linears swapped", num_done)
+
+    try:
+        return replace(report, where=draw_map(original, measured, run.windows, run.setup.device, advance))
+    except EvaluationError as error:
+        run.say(error.problem)
+        return report
 
 
 def _reference_report(original: Subject, baseline: _Baseline) -> ReferenceReport:

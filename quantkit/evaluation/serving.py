@@ -83,6 +83,10 @@ class Model(Protocol):
         """Next-token logits of windows, int64 [T] each: for each in turn, consecutive rows of its [T, V]."""
         ...
 
+    def greedy(self, text_T: Tensor, num_tokens: int, /) -> list[int]:
+        """The likeliest next tokens, one after another."""
+        ...
+
 
 class LoadModel(Protocol):
     """Loads a model to run it in some way."""

@@ -39,13 +39,26 @@ class TransformersModel:
             for logits_TV in self._logits(torch.stack(list(texts[first : first + together]))):
                 yield iter((logits_TV,))
 
-    @torch.inference_mode()
+    def greedy(self, text_T: Tensor, num_tokens: int) -> list[int]:
+        """The likeliest next tokens, one after another."""
+        cache, token_ids_BT = None, text_T[None]
+        written: list[int] = []
+        for _ in range(num_tokens):
+            output = self._run(token_ids_BT, past_key_values=cache, use_cache=True)
+            written.append(int(output.logits[0, -1].argmax()))
+            cache, token_ids_BT = output.past_key_values, torch.tensor([written[-1:]])
+        return written
+
     def _logits(self, token_ids_BT: Tensor) -> Tensor:
+        logits: Tensor = self._run(token_ids_BT, use_cache=False).logits
+        return logits
+
+    @torch.inference_mode()
+    def _run(self, token_ids_BT: Tensor, **options: Any) -> Any:
         try:
-            logits: Tensor = self.model(input_ids=token_ids_BT.to(self.model.device), use_cache=False).logits
+            return self.model(input_ids=token_ids_BT.to(self.model.device), **options)
         except Exception as error:  # whatever a model or its quantization may raise
             raise _failure(self._name, error) from error
-        return logits
 
 
 def check_transformers(subject: Subject, serving: Serving) -> tuple[str, ...]:

@@ -309,3 +309,26 @@ def test_the_reference_is_kept_apart_for_each_backend(world):
         run(world, "moved", backend=backend, dtype="float16", load=load)
     firsts = [(backend, dtype) for name, backend, dtype in loaded if name == original]
     assert len(firsts) == len(set(firsts)) and ("transformers", "float16") in firsts
+
+
+def test_a_packed_candidate_has_the_map_of_the_weights_it_stands_for(world):
+    folder = write_packed_llama(world / "mapped", "awq", {"sym": False})
+    plain = {name: tensor.half().float() for name, tensor in tiny_tensors().items()}
+    plain |= {f"{module}.weight": weight.float() for module, weight in folder.weights.items()}
+    write_tiny_llama(world / "mapped-plain", plain, dtype="float32")
+    packed, dequantized = run(world, "mapped", "mapped-plain", where=True).candidates
+    linears = [one for one in packed.where.linears if one.kind.endswith("_proj")]
+    assert {one.linear for one in linears} == folder.weights.keys()
+    assert packed.where == dequantized.where
+
+
+def test_other_backends_write_examples_and_have_no_map(world):
+    report = run(world, "moved", "bnb:nf4", where=True, examples=2)
+    ours, nf4 = report.candidates
+    assert ours.where is not None and nf4.where is None
+    assert "bnb:nf4 has no map: bnb:nf4 runs through bitsandbytes" in report.notes
+    assert len(ours.worst) == len(nf4.worst) == 2
+    through_transformers = run(world, "moved", backend="transformers", examples=2).candidates[0]
+    assert through_transformers.worst[0].context == ours.worst[0].context
+    assert [one.candidate for one in through_transformers.worst] == [one.candidate for one in ours.worst]
+    assert [one.reference for one in through_transformers.worst] == [one.reference for one in ours.worst]
