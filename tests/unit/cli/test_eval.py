@@ -36,7 +36,8 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report.keys() == {
-        *("reference", "data", "device", "kv_cache_dtype", "candidates", "gates", "passed", "notes")
+        *("reference", "data", "device", "kv_cache_dtype", "candidates", "gates", "passed", "notes"),
+        *("environment", "command"),
     }
     assert {"path", "ppl", "bytes", "bits_per_weight", "kl_noise_floor"} <= report["reference"].keys()
     assert report["data"].keys() == {"spec", "tokens", "hash", "windows", "length"}
@@ -55,7 +56,7 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
             "kl_p99",
             "kl_noise_floor",
         ),
-        *("top1", "bits_per_weight", "bytes", "failure"),
+        *("top1", "bits_per_weight", "bytes", "failure", "kl_histogram", "where", "worst"),
     } <= candidate.keys()
     assert (
         candidate["path"] == "candidate"
@@ -71,6 +72,30 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
         }
     ]
     assert "windows" in err
+
+
+def test_map_and_page(world, capsys):
+    assert quantkit_eval("--where", "--report", "page.html", "--json") == 0
+    out, err = capsys.readouterr()
+    (candidate,) = json.loads(out)["candidates"]
+    linears = candidate["where"]["linears"]
+    assert len(linears) == 2 * (7 + 1) and all(linear["kl_in"] > 0 for linear in linears)
+    assert sum(share for _, share, _ in candidate["where"]["by_class"]) == pytest.approx(1)
+    assert 1 <= len(candidate["worst"]) <= 4 and candidate["worst"][0]["context"]
+    assert sum(candidate["kl_histogram"][1]) == 4 * 16
+    page = (world / "page.html").read_text()
+    assert "Where it hurts" in page and "The worst positions" in page and linears[0]["linear"] in page
+    assert "linears swapped" in err
+
+
+def test_a_candidate_in_another_basis_has_figures_and_no_map(world, capsys):
+    tensors = tiny_tensors()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(1)
+    write_tiny_llama(world / "rotated", tensors)
+    assert quantkit_eval("--where", "--json", candidate="rotated") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["candidates"][0]["where"] is None and report["candidates"][0]["kl_mean"] > 0
+    assert "its hidden states are rotated" in report["notes"][0]
 
 
 def test_candidates_are_run_as_the_options_say(world, capsys):
