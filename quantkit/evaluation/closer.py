@@ -9,6 +9,7 @@ from torch import Tensor
 from quantkit.errors import EvaluationError
 from quantkit.evaluation.positions import by_class, by_position, worst_spots
 from quantkit.evaluation.report import DamageMap, WorstExample
+from quantkit.evaluation.scores import WindowScores
 from quantkit.evaluation.serving import LoadModel, Serving, Setup
 from quantkit.evaluation.subjects import Subject
 from quantkit.evaluation.where import Advance, map_linears
@@ -19,10 +20,15 @@ CONTEXT_TOKENS, CONTINUATION_TOKENS = 40, 24
 
 
 class Measured(NamedTuple):
-    """A candidate and its KL at every position of every window, float64 [T] each."""
+    """A candidate, and how it did on every window."""
 
     subject: Subject
-    kl_per_window: Sequence[Tensor]
+    scores: Sequence[WindowScores]
+
+    @property
+    def kl_per_window(self) -> list[Tensor]:
+        """At every position, float64 [T] each."""
+        return [window.kl_T for window in self.scores]
 
 
 def draw_map(
@@ -38,7 +44,7 @@ def draw_map(
     """
     count, length = MAP_TEXT[device.type]
     few = [ids_T[:length] for ids_T in windows[:: max(1, len(windows) // count)][:count]]
-    subject, kls = candidate
+    subject, kls = candidate.subject, candidate.kl_per_window
     for model in (original, subject):
         if model.backend != "quantkit":
             problem = f"{subject.name} has no map: {model.name} runs through {model.backend}"
@@ -69,7 +75,7 @@ def continue_worst(
 
     Models are loaded one after another, the original last.
     """
-    spots = [worst_spots(candidate.kl_per_window, count) for candidate in candidates]
+    spots = [worst_spots(candidate.scores, count) for candidate in candidates]
     prompts = [[windows[spot.window][: spot.position + 1] for spot in chosen] for chosen in spots]
     written = [
         _write(subject, setup.candidate(subject), texts, load)

@@ -220,7 +220,7 @@ def _run_candidate(candidate: Subject, serving: Serving, baseline: _Baseline, ru
     for ids_T, logits in zip(run.windows, predictions, strict=True):
         scores.append(score_window(baseline.source.window(ids_T), logits, ids_T))
         run.advance(candidate.name)
-    run.measured[candidate.name] = Measured(candidate, [window.kl_T for window in scores])
+    run.measured[candidate.name] = Measured(candidate, scores)
     return summarise(scores, baseline.ppl, baseline.noise_floor)
 
 

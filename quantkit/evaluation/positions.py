@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from quantkit.evaluation.scores import WindowScores
+
 CODE = frozenset("{}[]<>=_/\\|`~^@#$%&*+")
 HISTOGRAM_EDGES = (0.0, *(10 ** (step / 4) for step in range(-24, 7)))  # nats: 10^-6 … 10^1.5, four a decade
 LEAST_CONTEXT = 8  # tokens before an example
@@ -81,11 +83,15 @@ def token_class(text: str, before: str) -> str:
     return "punctuation" if all(character.isascii() for character in bare) else "other"
 
 
-def worst_spots(kl_per_window: Sequence[Tensor], count: int) -> list[Spot]:
-    """The positions of largest KL, one of each window at most, so that one passage is not shown many times."""
+def worst_spots(scores: Sequence[WindowScores], count: int) -> list[Spot]:
+    """The positions of largest KL at which the likeliest tokens differ, if there is one in the window.
+
+    One of each window at most, so that one passage is not shown many times.
+    """
     spots = []
-    for window, kl_T in enumerate(kl_per_window):
+    for window, (kl_T, _, agrees_T) in enumerate(scores):
         start = min(LEAST_CONTEXT, len(kl_T) - 1)
-        position = start + int(kl_T[start:].argmax())
+        shown_T = kl_T - agrees_T * (1 + kl_T.max())  # those that agree come after all others
+        position = start + int(shown_T[start:].argmax())
         spots.append(Spot(window, position, float(kl_T[position])))
     return sorted(spots, key=lambda spot: -spot.kl)[:count]

@@ -19,8 +19,8 @@ def examples(report: EvalReport) -> Html | None:
         "worst",
         "The worst positions",
         note(
-            "The text before the position of largest KL in a window, and what each model writes there, always taking "
-            "the likeliest token. What they write alike is faint."
+            "The text before the position of largest KL in a window at which the likeliest tokens differ, and what "
+            "each model writes there, always taking the likeliest. What they write alike is faint."
         ),
         [
             [element("h3", name), _cards(name, worst[:NUM_OPEN]), _more(name, worst[NUM_OPEN:])]

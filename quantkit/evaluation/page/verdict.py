@@ -65,7 +65,7 @@ def _sentence(report: EvalReport, candidate: CandidateReport, damage: Damage) ->
     return [
         element("strong", size(candidate.bytes)),
         f" of {size(report.reference.bytes)}, at {candidate.bits_per_weight:.2f} bits per weight, loses ",
-        element("strong", f"{nats(damage.kl_mean)} nats"),
+        element("strong", f"{nats(damage.kl_mean)} nats", class_="whole"),
         element("span", interval, class_="whole"),
         f", {_beside_noise(report.reference.dtype, damage)}: perplexity {damage.ppl_increase:+.1f} %, the ",
         f"same likeliest token at {percent(damage.top1)} of positions.{_tasks(candidate)}",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantkit.evaluation.positions import by_class, by_position, histogram, token_class, worst_spots
+from quantkit.evaluation.scores import WindowScores
 
 WORDS = ["The", " cat", "s", " sat", ",", "\n", " ", "42", " {", "é"]
 
@@ -51,7 +52,14 @@ def test_a_position_counts_for_the_token_after_it():
 
 
 def test_the_worst_position_of_each_window_after_some_context():
-    kls = [torch.zeros(20), torch.zeros(20), torch.zeros(3)]
+    scores = [
+        WindowScores(torch.zeros(n), torch.zeros(n - 1), torch.zeros(n, dtype=torch.bool))
+        for n in (20, 20, 3)
+    ]
+    kls = [window.kl_T for window in scores]
     kls[0][0], kls[0][12], kls[0][13], kls[1][19], kls[2][2] = 9.0, 3.0, 2.0, 4.0, 1.0
-    assert [spot[:2] for spot in worst_spots(kls, 2)] == [(1, 19), (0, 12)]
-    assert len(worst_spots(kls, 9)) == 3
+    assert [spot[:2] for spot in worst_spots(scores, 2)] == [(1, 19), (0, 12)]
+    assert len(worst_spots(scores, 9)) == 3
+    scores[0].agrees_T[12] = True
+    scores[1].agrees_T[:] = True
+    assert [spot[:2] for spot in worst_spots(scores, 2)] == [(1, 19), (0, 13)]
