@@ -9,7 +9,7 @@ import hashlib
 import json
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -42,6 +42,10 @@ class Tokenizer:
         """Ids of one string and where each token starts."""
         encoded = self.backend(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return Encoded(encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some ids; what is no whole character becomes U+FFFD."""
+        return str(self.backend.decode(token_ids, clean_up_tokenization_spaces=False))
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, added tokens included."""

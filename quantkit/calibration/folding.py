@@ -43,7 +43,7 @@ def fold_scale(
     else:
         changed = {name: _divided_rows(tensor, scale_K) for name, tensor in _module(tensors, pair.prev)}
     if pair.link is Link.VALUES:
-        scale_K = _by_query_head(scale_K, heads)
+        scale_K = by_query_head(scale_K, heads)
     return changed | {f"{name}.weight": tensors[f"{name}.weight"].float() * scale_K for name in pair.to}
 
 
@@ -154,7 +154,7 @@ def _divided_rows(tensor: Tensor, scale_K: Tensor) -> Tensor:
     return changed
 
 
-def _by_query_head(scale_K: Tensor, heads: Heads) -> Tensor:
+def by_query_head(scale_K: Tensor, heads: Heads) -> Tensor:
     """[num_kv · dim] -> [num · dim]: query heads share key-value heads in runs."""
     per_value = scale_K.reshape(heads.num_kv, 1, heads.dim)
     return per_value.expand(-1, heads.num // heads.num_kv, -1).flatten()

@@ -2,7 +2,11 @@
 
 import json
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,12 +16,19 @@ from quantkit.runtime.settings import DtypeName
 if TYPE_CHECKING:
     from quantkit.evaluation import EvalReport
 
+NUM_EXAMPLES = 6  # of the worst positions on the page
+
 
 def eval_models(
     reference: Annotated[
         str, typer.Argument(help="The original: a folder, a hub id, a .gguf file, or `demo`.")
     ],
-    candidates: Annotated[list[str], typer.Argument(help="Checkpoints made from it.")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints made from it, GPTQ and AWQ too; `bnb:nf4` and `bnb:int8` are made here."
+        ),
+    ],
     data: Annotated[
         str, typer.Option(help="Text: a file or folder (txt, jsonl, parquet), hf:dataset, or `docs`.")
     ] = "docs",
@@ -29,6 +40,10 @@ def eval_models(
         typer.Option(help="Compute candidates in it; default: on a GPU the model's own, on a CPU float32."),
     ] = DEFAULTS.dtype,
     kv_cache_dtype: KVCacheDtype = DEFAULTS.kv_cache_dtype,
+    backend: Annotated[
+        Literal["auto", "quantkit", "transformers"],
+        typer.Option(help="What runs the models; auto: quantkit, or transformers for what it does not have."),
+    ] = "auto",
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, in nats.")] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Gate: perplexity over the original's, in percent.", metavar="P%")
@@ -36,13 +51,25 @@ def eval_models(
     min_top1: Annotated[
         float | None, typer.Option(help="Gate: how often both find the same token likeliest, 0 to 1.")
     ] = None,
+    where: Annotated[
+        bool,
+        typer.Option(
+            "--where", help="Map the loss to linears, positions and kinds of tokens, by swapping linears."
+        ),
+    ] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="All of it as one HTML page, with the worst positions.", metavar="FILE.html"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Measure what candidates lost against their original; exit code 1 if a gate fails."""
     from rich.console import Console
 
     from quantkit.cli.eval_display import Display, show
-    from quantkit.evaluation import Gates, describe_failure, evaluate, parse_percent
+    from quantkit.evaluation import Gates, describe_failure, evaluate, parse_percent, write_page
 
     gates = Gates(
         max_kl=max_kl,
@@ -59,10 +86,16 @@ def eval_models(
             device=device,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
+            backend=backend,
+            where=where,
+            examples=0 if page is None else NUM_EXAMPLES,
             gates=gates,
             listener=display,
         )
+    report = replace(report, command=shlex.join(["quantkit", *sys.argv[1:]]))
     _fill_cards(report)
+    if page is not None:
+        write_page(report, page)
     if as_json:
         typer.echo(json.dumps(_finite(report.to_json()), indent=2, allow_nan=False))
     else:

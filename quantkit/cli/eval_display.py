@@ -71,6 +71,9 @@ def show(report: EvalReport, console: Console | None = None) -> None:
     """Print the table, and how it was measured, on stdout."""
     console = console or table_console()
     console.print(_table(report))
+    for candidate in report.candidates:
+        if candidate.failure is not None:
+            console.print(f"{candidate.path} {candidate.failure}.", markup=False, highlight=False)
     data = report.data
     console.print(
         f"{data.windows} windows of {data.length} tokens, from {data.spec} ({data.tokens:,} tokens). KL in nats "
@@ -84,7 +87,8 @@ def show(report: EvalReport, console: Console | None = None) -> None:
 
 def _how(report: EvalReport) -> str:
     """How the candidates were run."""
-    ways = sorted({f"{candidate.dtype} ({candidate.kernels})" for candidate in report.candidates})
+    ran = [candidate for candidate in report.candidates if candidate.kernels]
+    ways = sorted({f"{candidate.dtype} ({candidate.kernels})" for candidate in ran})
     cache = "" if report.kv_cache_dtype == "auto" else f", KV cache in {report.kv_cache_dtype}"
     return f"Candidates in {', '.join(ways)} on {report.device}{cache}."
 
@@ -104,7 +108,7 @@ def _table(report: EvalReport) -> Table:
 
 
 def _figures(candidate: CandidateReport) -> tuple[str, ...]:
-    size = (f"{candidate.bits_per_weight:.2f}", _size(candidate.bytes))
+    size = (f"{candidate.bits_per_weight:.2f}", _size(candidate.bytes)) if candidate.bytes else ("", "")
     damage = candidate.damage
     if damage is None:
         return ("broken", *[""] * 5, *size)

@@ -3,6 +3,7 @@
 from quantkit.evaluation.card import fill_card
 from quantkit.evaluation.evaluate import Listener, evaluate
 from quantkit.evaluation.gates import Gates, describe_failure, parse_percent
+from quantkit.evaluation.page import write_page
 from quantkit.evaluation.report import (
     CandidateReport,
     Damage,
@@ -25,4 +26,5 @@ __all__ = [
     "evaluate",
     "fill_card",
     "parse_percent",
+    "write_page",
 ]

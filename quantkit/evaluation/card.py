@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 from quantkit.card import EVALUATION_END, EVALUATION_START
-from quantkit.evaluation.report import CandidateReport, EvalReport
+from quantkit.evaluation.report import LAYER, CandidateReport, EvalReport
+
+NUM_WORST = 5
 
 
 def fill_card(report: EvalReport, candidate: CandidateReport) -> bool:
@@ -31,14 +33,14 @@ def fill_card(report: EvalReport, candidate: CandidateReport) -> bool:
 
 
 def _section(report: EvalReport, candidate: CandidateReport) -> str:
+    if candidate.damage is None:
+        return f"Evaluated against `{_short(report.reference.path)}`.\n\n**Broken**: {candidate.failure}."
     data = report.data
     method = (
         f"Measured against `{_short(report.reference.path)}` on {data.windows} windows of {data.length} tokens of "
         f"`{_short(data.spec)}` (SHA-256 {data.hash[:16]}…), in {candidate.dtype} on {report.device}"
         f"{'' if report.kv_cache_dtype == 'auto' else f', KV cache in {report.kv_cache_dtype}'}."
     )
-    if candidate.damage is None:
-        return f"{method}\n\n**Broken**: {candidate.failure}."
     damage = candidate.damage
     interval = "" if damage.kl_ci is None else f" (95 %: {damage.kl_ci[0]:.4f} to {damage.kl_ci[1]:.4f})"
     rows = (
@@ -53,13 +55,37 @@ def _section(report: EvalReport, candidate: CandidateReport) -> str:
             f"{candidate.bits_per_weight:.2f}",
         ),
         ("bytes of weights", f"{report.reference.bytes:,}", f"{candidate.bytes:,}"),
+        *_task_rows(candidate),
     )
     table = "\n".join(f"| {name} | {original} | {ours} |" for name, original, ours in rows)
     floor = (
         f"Computing the original in {report.reference.dtype} instead of float32 costs a KL divergence of "
         f"{damage.kl_noise_floor:.5f} by itself."
     )
-    return f"{method}\n\n| | original | this model |\n|---|---:|---:|\n{table}\n\n{floor}"
+    return f"{method}\n\n| | original | this model |\n|---|---:|---:|\n{table}\n\n{floor}{_worst_linears(candidate)}"
+
+
+def _task_rows(candidate: CandidateReport) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"{task.task}, {task.metric}",
+            f"{task.reference:.4g}",
+            f"{task.candidate:.4g} (recovery {task.recovery:.1f} %{_interval(task.recovery_ci)})",
+        )
+        for task in candidate.tasks
+    ]
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f", 95 %: {interval[0]:.1f} to {interval[1]:.1f}"
+
+
+def _worst_linears(candidate: CandidateReport) -> str:
+    """Whose precision would help most, if there is a map; what each costs alone, in the original."""
+    linears = () if candidate.where is None else candidate.where.linears
+    worst = sorted((one for one in linears if one.kind != LAYER), key=lambda one: -one.kl_in)[:NUM_WORST]
+    listed = ", ".join(f"`{one.linear}` ({one.kl_in:.2g})" for one in worst)
+    return f"\n\nLinears that cost most, each alone in the original (KL): {listed}." if worst else ""
 
 
 def _short(name: str) -> str:

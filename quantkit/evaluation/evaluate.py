@@ -4,7 +4,8 @@ One model is in memory at a time, and some rows of logits: the original runs fir
 disk; then each candidate runs alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,19 +13,22 @@ import torch
 from torch import Tensor
 
 from quantkit.env import cache_dir
-from quantkit.errors import EvaluationError
+from quantkit.errors import EvaluationError, QuantkitError
+from quantkit.evaluation.backends import load_subject
 from quantkit.evaluation.cache import TensorCache
+from quantkit.evaluation.candidates import Broken, open_candidates, open_reference
+from quantkit.evaluation.closer import Measured, continue_worst, draw_map
+from quantkit.evaluation.environment import describe_environment
 from quantkit.evaluation.gates import NO_GATES, Gates, check_gates
+from quantkit.evaluation.positions import histogram
 from quantkit.evaluation.reference import Reference
 from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
 from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
-from quantkit.evaluation.serving import LoadModel, Serving, Setup, check_serving, load_served
-from quantkit.evaluation.subjects import Subject, check_comparable, check_length, open_subject
+from quantkit.evaluation.serving import LoadModel, Serving, Setup
+from quantkit.evaluation.subjects import AskedBackend, Subject
 from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
 from quantkit.text import load_documents
 from quantkit.tokens import read_windows, tokenize
-
-SAMPLE_CHARS = 1 << 16  # of text that all tokenizers have to split alike
 
 
 class Listener(Protocol):
@@ -62,37 +66,46 @@ def evaluate(
     device: str | None = None,
     dtype: DtypeName | None = None,
     kv_cache_dtype: KVCacheDtypeName = "auto",
+    backend: AskedBackend = "auto",
+    where: bool = False,
+    examples: int = 0,
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
-    load: LoadModel = load_served,
+    load: LoadModel = load_subject,
     cache: TensorCache | None = None,
 ) -> EvalReport:
     """Perplexity, KL divergence and top-1 agreement of candidates, as they are served, against the original in float32.
 
-    reference, candidates: anything that is a SOURCE. data: a SPEC of text, of which `windows` windows of `length`
+    reference: anything that is a SOURCE. candidates: likewise, GPTQ and AWQ checkpoints too, or "bnb:nf4" and
+    "bnb:int8", which are made from the reference. data: a SPEC of text, of which `windows` windows of `length`
     tokens, spread evenly, are run. device: None is a GPU if there is one. dtype: of the candidates; None is on a GPU
-    each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the candidates; auto: as each says. load:
-    how a checkpoint is run (default: this package's runtime). cache: where the reference's predictions are kept
-    (default: under QUANTKIT_CACHE). A candidate whose logits are not finite gets a row without figures and the
-    report does not pass; the others go on.
-    Memory: one model, a step's hidden states and 2^26 logits, whatever the amount of text. Raises EvaluationError if
-    two checkpoints cannot be compared; GenerationError for a device that is not there, MemoryPlanError if it is too
-    small; SourceError, TextError, UnsupportedModelError, SchemeError as reading and loading do.
+    each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the candidates; auto: as each says.
+    backend: what runs the models; auto: this package's runtime, or transformers where it lacks an architecture or a
+    format. where: map the damage of each to linears, positions and kinds of tokens. examples: so many of the worst
+    positions are continued by both models. load: how a model is run. cache: where the reference's predictions are
+    kept (default: under QUANTKIT_CACHE). A candidate whose logits are not finite, or one of several that cannot be
+    opened, compared or run, gets a row without figures and the report does not pass; the others go on.
+    Memory: one model, a step's hidden states and 2^26 logits, whatever the amount of text. Raises, for the reference
+    or the only candidate, EvaluationError if they cannot be compared; GenerationError for a device that is not there,
+    MemoryPlanError if it is too small; SourceError, UnsupportedModelError, SchemeError as reading and loading do;
+    TextError for the text.
     """
     _check_request(candidates, windows, length)
     setup = Setup.of(EngineSettings(device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype), length)
-    original, *others = [open_subject(str(source), listener.say) for source in (reference, *candidates)]
+    original = open_reference(str(reference), backend, setup, listener.say)
     documents = load_documents(data)
-    _check_subjects(original, others, documents, setup)
+    opened = open_candidates(
+        list(map(str, candidates)), original, documents, backend=backend, setup=setup, announce=listener.say
+    )
     with tokenize(documents, original.tokenizer) as tokens:
         text = DataInfo(spec=data, tokens=len(tokens), hash=tokens.text_hash, windows=windows, length=length)
         run = _Run(list(read_windows(tokens, windows, length)), setup, load, listener)
-    source = Reference(
-        original.checkpoint, setup, load, cache or TensorCache(cache_dir() / "reference"), run.say
-    )
-    run.plan(source, len(others))
+    source = Reference(original, setup, load, cache or TensorCache(cache_dir() / "reference"), run.say)
+    run.plan(source, sum(isinstance(candidate, Subject) for candidate in opened))
+    run.begin(original, *opened)
     baseline = _run_reference(original, source, run)
-    results = tuple(_run_candidate(candidate, baseline, run) for candidate in others)
+    results = tuple(_judge(candidate, baseline, run, is_only=len(opened) == 1) for candidate in opened)
+    results = _look_closer(results, original, run, where=where, examples=examples)
     return EvalReport(
         reference=_reference_report(original, baseline),
         data=text,
@@ -101,6 +114,7 @@ def evaluate(
         candidates=results,
         gates=check_gates(gates, results),
         notes=tuple(run.notes),
+        environment=describe_environment(),
     )
 
 
@@ -112,12 +126,20 @@ class _Run:
         self.setup = setup
         self.load = load
         self.notes: list[str] = []
+        self.measured: dict[str, Measured] = {}
         self._listener = listener
-        self._done = self._total = 0
+        self.done = self._total = 0
 
     def plan(self, source: Reference, num_candidates: int) -> None:
         """Count the steps: what is kept on disk is none."""
         self._total = source.claim(self.windows) + num_candidates * len(self.windows)
+
+    def begin(self, *opened: Subject | Broken) -> None:
+        """Say what is to be known of the models before they run."""
+        for one in opened:
+            notes = one.notes if isinstance(one, Subject) else (f"{one.name} {one.failure}",)
+            for note in notes:
+                self.say(note)
 
     def kept(self, source: Reference, serving: Serving) -> list[bool]:
         """For which windows nothing has to be run."""
@@ -128,11 +150,15 @@ class _Run:
         self.notes.append(line)
         self._listener.say(line)
 
+    def expect(self, steps: int) -> None:
+        """Count on more of them than planned."""
+        self._total += steps
+
     def advance(self, label: str, steps: int = 1) -> None:
         """Count steps as done; an entry of the cache that proved damaged is one more than planned."""
-        self._done += steps
-        self._total = max(self._total, self._done)
-        self._listener.step(label, self._done, self._total)
+        self.done += steps
+        self._total = max(self._total, self.done)
+        self._listener.step(label, self.done, self._total)
 
 
 class _Baseline(NamedTuple):
@@ -154,20 +180,6 @@ def _check_request(candidates: Sequence[str | Path], windows: int, length: int) 
         raise EvaluationError(f"--length {length}: too short to predict a next token", fix="use --length 512")
 
 
-def _check_subjects(original: Subject, others: list[Subject], documents: Iterable[str], setup: Setup) -> None:
-    """Everything that can be refused before hours of work."""
-    sample = ""
-    for document in documents:
-        sample += document[:SAMPLE_CHARS] + "\n\n"
-        if len(sample) >= SAMPLE_CHARS:
-            break
-    check_length(original, setup.length)
-    for candidate in others:
-        check_length(candidate, setup.length)
-        check_comparable(original, candidate, sample)
-        check_serving(candidate.checkpoint, setup.candidate(candidate.checkpoint))
-
-
 def _run_reference(original: Subject, source: Reference, run: _Run) -> _Baseline:
     """Have every window's predictions on disk, and the original's own figures."""
     log_probs, noise = [], []
@@ -182,22 +194,69 @@ def _run_reference(original: Subject, source: Reference, run: _Run) -> _Baseline
     return _Baseline(source, perplexity(log_probs), float(torch.cat(noise).mean()))
 
 
-def _run_candidate(candidate: Subject, baseline: _Baseline, run: _Run) -> CandidateReport:
-    serving = run.setup.candidate(candidate.checkpoint)
-    model = run.load(candidate.checkpoint, serving)
+def _judge(candidate: Subject | Broken, baseline: _Baseline, run: _Run, *, is_only: bool) -> CandidateReport:
+    """Figures of one candidate, or why it has none. Raises, for the only one, what kept it from being loaded."""
+    if isinstance(candidate, Broken):
+        return candidate.report()
+    serving, done = run.setup.candidate(candidate), run.done
+    try:
+        damage = _run_candidate(candidate, serving, baseline, run)
+        return _candidate_report(candidate, serving, damage, None)
+    except NotFiniteError as error:
+        failure = f"produces {error} of window {run.done - done}"
+    except QuantkitError as error:
+        if is_only:
+            raise
+        failure = f"cannot be evaluated: {error.problem}"
+    run.say(f"{candidate.name} {failure}: it is broken and gets no figures")
+    run.advance(candidate.name, len(run.windows) - (run.done - done))
+    return _candidate_report(candidate, serving, None, failure)
+
+
+def _run_candidate(candidate: Subject, serving: Serving, baseline: _Baseline, run: _Run) -> Damage:
+    model = run.load(candidate, serving)
     predictions = model.predictions(run.windows, step_tokens=serving.step_tokens)
     scores = []
-    for index, (ids_T, logits) in enumerate(zip(run.windows, predictions, strict=True)):
-        try:
-            scores.append(score_window(baseline.source.window(ids_T), logits, ids_T))
-        except NotFiniteError as error:
-            failure = f"produces {error} of window {index}"
-            run.say(f"{candidate.name} {failure}: it is broken and gets no figures")
-            run.advance(candidate.name, len(run.windows) - index)
-            return _candidate_report(candidate, serving, None, failure)
+    for ids_T, logits in zip(run.windows, predictions, strict=True):
+        scores.append(score_window(baseline.source.window(ids_T), logits, ids_T))
         run.advance(candidate.name)
-    damage = summarise(scores, baseline.ppl, baseline.noise_floor)
-    return _candidate_report(candidate, serving, damage, None)
+    run.measured[candidate.name] = Measured(candidate, scores)
+    return summarise(scores, baseline.ppl, baseline.noise_floor)
+
+
+def _look_closer(
+    reports: tuple[CandidateReport, ...], original: Subject, run: _Run, *, where: bool, examples: int
+) -> tuple[CandidateReport, ...]:
+    """Reports with what was asked for beside their figures; no model is in memory."""
+    reports = tuple(_with_places(report, original, run, where=where) for report in reports)
+    if not examples:
+        return reports
+    worst = continue_worst(original, list(run.measured.values()), run.windows, run.setup, run.load, examples)
+    found = dict(zip(run.measured, worst, strict=True))
+    return tuple(replace(report, worst=found.get(report.path, ())) for report in reports)
+
+
+def _with_places(report: CandidateReport, original: Subject, run: _Run, *, where: bool) -> CandidateReport:
+    measured = run.measured.get(report.path)
+    if measured is None:
+        return report
+    report = replace(report, kl_histogram=histogram(measured.kl_per_window))
+    if not where:
+        return report
+    is_first = True
+
+    def advance(num_done: int, num_swaps: int) -> None:
+        nonlocal is_first
+        if is_first:
+            run.expect(num_swaps)
+        is_first = False
+        run.advance(f"{report.path}, linears swapped", num_done)
+
+    try:
+        return replace(report, where=draw_map(original, measured, run.windows, run.setup.device, advance))
+    except EvaluationError as error:
+        run.say(error.problem)
+        return report
 
 
 def _reference_report(original: Subject, baseline: _Baseline) -> ReferenceReport:
@@ -217,7 +276,9 @@ def _candidate_report(
 ) -> CandidateReport:
     return CandidateReport(
         path=candidate.name,
+        kind=candidate.kind,
         dtype=serving.dtype_name,
+        backend=candidate.backend,
         kernels=serving.kernels,
         bits_per_weight=candidate.size.bits_per_weight,
         bytes=candidate.size.bytes,

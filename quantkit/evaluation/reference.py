@@ -5,6 +5,7 @@ Decides when the original's weights are in memory; what the predictions are comp
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluation.cache import DamagedEntryError, TensorCache, Tensors
 from quantkit.evaluation.scores import NotFiniteError, ReferenceWindow, reference_window, score_window
 from quantkit.evaluation.serving import LoadModel, Model, Serving, Setup
-from quantkit.formats.checkpoint import Checkpoint
+from quantkit.evaluation.subjects import Subject
 from quantkit.numerics.logit_codes import LogitCodes
 from quantkit.version import __version__
 
@@ -29,12 +30,10 @@ class Reference:
     `release`; without a cache the float32 ones stay, beside those of a candidate.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, setup: Setup, load: LoadModel, cache: TensorCache, say: Say
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.content_hash = checkpoint.content_hash()
-        self.exact, self.rounded = setup.exact(), setup.rounded(checkpoint)
+    def __init__(self, subject: Subject, setup: Setup, load: LoadModel, cache: TensorCache, say: Say) -> None:
+        self.subject = subject
+        self.content_hash = subject.checkpoint.content_hash()
+        self.exact, self.rounded = setup.exact(subject), setup.rounded(subject)
         self._load = load
         self._cache = cache
         self._say = say
@@ -117,7 +116,7 @@ class Reference:
     def _run(self, windows: Sequence[Tensor], serving: Serving) -> Iterator[Iterator[Tensor]]:
         """Logits of windows; the model is loaded when the first are asked for."""
         if serving not in self._models:
-            self._models[serving] = self._load(self.checkpoint, serving)
+            self._models[serving] = self._load(self.subject, serving)
         yield from self._models[serving].predictions(windows, step_tokens=serving.step_tokens)
 
     def _run_one(self, token_ids_T: Tensor, serving: Serving) -> Iterator[Tensor]:
@@ -126,6 +125,8 @@ class Reference:
     def _key(self, token_ids_T: Tensor, serving: Serving) -> str:
         """What the numbers depend on. The kernels are of this version; which of them run depends on the GPU."""
         where = f"{serving.device_name} {serving.dtype_name} {serving.kernels}"
+        if serving.backend != "quantkit":
+            where += f" {version(serving.backend)}"
         digest = hashlib.sha256(f"{CACHE_VERSION} {__version__} {self.content_hash} {where}".encode())
         digest.update(token_ids_T.numpy().tobytes())
         return f"{self.content_hash[:12]}-{digest.hexdigest()[:40]}"
@@ -150,7 +151,5 @@ class Reference:
             )
 
     def _broken(self, error: NotFiniteError) -> EvaluationError:
-        problem = (
-            f"{self.checkpoint.path}: the reference produces {error}, so nothing can be compared with it"
-        )
+        problem = f"{self.subject.checkpoint.path}: the reference produces {error}, so nothing can be compared with it"
         return EvaluationError(problem, fix="check the reference checkpoint; its weights may be damaged")

@@ -1,7 +1,10 @@
 """What an evaluation found, as frozen data, and as the JSON object of `quantkit eval --json`."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+LAYER = "layer"  # the kind of all of a layer's linears together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +53,105 @@ class ReferenceReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Flip:
+    """An item that one of the two got right, and what both said. was_right: the original did."""
+
+    item: str
+    prompt: str
+    target: str
+    reference: str
+    candidate: str
+    was_right: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskComparison:
+    """One metric of one task, original and candidate on the same items; intervals are of 95 %.
+
+    group: "probe" or "task". chance: what guessing scores, where it is known. recovery: percent of the original's
+    score. test: what p_value comes from.
+    """
+
+    task: str
+    group: str
+    metric: str
+    higher_is_better: bool
+    num_items: int
+    chance: float | None
+    reference: float
+    candidate: float
+    reference_ci: tuple[float, float]
+    candidate_ci: tuple[float, float]
+    recovery: float
+    recovery_ci: tuple[float, float] | None
+    p_value: float | None
+    test: str
+    flips: tuple[Flip, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearDamage:
+    """What one linear (or a layer as a whole: kind "layer") costs, in nats.
+
+    kl_in: KL(original ‖ original with this linear of the candidate). kl_out: what KL(original ‖ candidate) loses when
+    this linear is the original's. layer: None for the embedding and the output head.
+    """
+
+    linear: str
+    layer: int | None
+    kind: str
+    kl_in: float
+    kl_out: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamageMap:
+    """Where a candidate loses. linears: in the order of the computation, measured on `windows` of `length` tokens.
+
+    by_position: (first, last + 1, mean KL) of positions in a window; by_class: (kind of the token that comes next, its
+    share of all positions, mean KL). Both over all positions of the evaluation.
+    """
+
+    windows: int
+    length: int
+    linears: tuple[LinearDamage, ...]
+    by_position: tuple[tuple[int, int, float], ...]
+    by_class: tuple[tuple[str, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstExample:
+    """A position where predictions are far apart: the text before it, how each model goes on, greedily; kl in nats."""
+
+    context: str
+    reference: str
+    candidate: str
+    kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateReport:
     """One candidate: size and damage, or the reason why it has no figures (`failure`).
 
-    dtype, kernels: how it was run. kernels: `quantkit_kernels` that serve on a GPU, or `torch`.
+    kind: how it is stored, as people call it: "16-bit", "compressed-tensors", "GPTQ", "GGUF", "bnb:nf4". dtype, backend
+    and kernels: how it was run; kernels are `quantkit_kernels` that serve on a GPU, `torch`, or the backend. What could
+    not be opened has none of these, 0 bytes, and NaN bits per weight. kl_histogram: edges in nats, and how
+    many positions are between each two. where, worst: if they were asked for.
     """
 
     path: str
+    kind: str
     dtype: str
+    backend: str
     kernels: str
     bits_per_weight: float
     bytes: int
     damage: Damage | None
     failure: str | None = None
+    tasks: tuple[TaskComparison, ...] = ()
+    kl_histogram: tuple[tuple[float, ...], tuple[int, ...]] | None = None
+    where: DamageMap | None = None
+    worst: tuple[WorstExample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +169,8 @@ class GateResult:
 class EvalReport:
     """All of it. notes: what happened on the way that the reader should know.
 
-    device: a GPU's name, or cpu. kv_cache_dtype: as asked; auto: as each candidate says.
+    device: a GPU's name, or cpu. kv_cache_dtype: as asked; auto: as each candidate says. environment: versions and
+    machine. command: the command line, if there was one.
     """
 
     reference: ReferenceReport
@@ -90,6 +180,8 @@ class EvalReport:
     candidates: tuple[CandidateReport, ...]
     gates: tuple[GateResult, ...]
     notes: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def passed(self) -> bool:
@@ -108,6 +200,8 @@ class EvalReport:
             "gates": [asdict(gate) for gate in self.gates],
             "passed": self.passed,
             "notes": list(self.notes),
+            "environment": dict(self.environment),
+            "command": self.command,
         }
 
 
@@ -117,10 +211,15 @@ def _candidate_json(candidate: CandidateReport) -> dict[str, Any]:
     )
     return {
         "path": candidate.path,
+        "kind": candidate.kind,
         "dtype": candidate.dtype,
+        "backend": candidate.backend,
         "kernels": candidate.kernels,
         **figures,
         "bits_per_weight": candidate.bits_per_weight,
         "bytes": candidate.bytes,
         "failure": candidate.failure,
+        "kl_histogram": candidate.kl_histogram,
+        "where": None if candidate.where is None else asdict(candidate.where),
+        "worst": [asdict(example) for example in candidate.worst],
     }

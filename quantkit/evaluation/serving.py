@@ -1,24 +1,15 @@
-"""How an evaluation runs models: as the engine does, over windows of text that are there already.
+"""How models are run over windows of text: where, in which dtype, by which backend. Knows no backend's inside."""
 
-The same decoder, kernels, paged KV cache and tokens per step; no scheduler and no sampler, since nothing is written.
-"""
-
-import gc
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from quantkit.errors import MemoryPlanError
-from quantkit.formats.checkpoint import Checkpoint
-from quantkit.formats.quantization_config import read_quantization
-from quantkit.runtime.load import DTYPES, check_kernels, kv_format, load_model, model_dtype
-from quantkit.runtime.memory_plan import plan_memory
-from quantkit.runtime.model import LOGITS_ELEMENTS
-from quantkit.runtime.models.families import read_spec
+from quantkit.evaluation.subjects import BackendName, Subject
+from quantkit.runtime.load import DTYPES, model_dtype
 from quantkit.runtime.settings import EngineSettings, KVCacheDtypeName
-from quantkit.runtime.start import STEP_TOKENS, chosen_device, reserved_bytes
+from quantkit.runtime.start import STEP_TOKENS, chosen_device
 from quantkit.runtime.target import Target
 
 
@@ -28,6 +19,7 @@ class Serving(NamedTuple):
     target: Target
     kv_cache_dtype: KVCacheDtypeName
     length: int
+    backend: BackendName = "quantkit"
 
     @property
     def dtype_name(self) -> str:
@@ -36,7 +28,9 @@ class Serving(NamedTuple):
 
     @property
     def kernels(self) -> str:
-        """What computes: the kernels that serve on a GPU, or torch."""
+        """What computes: the kernels that serve on a GPU, torch alone, or another package."""
+        if self.backend != "quantkit":
+            return self.backend
         return "quantkit_kernels" if self.target.has_kernels else "torch"
 
     @property
@@ -65,19 +59,21 @@ class Setup(NamedTuple):
         dtype = None if settings.dtype is None else DTYPES[settings.dtype]
         return cls(chosen_device(settings.device), dtype, settings.kv_cache_dtype, length)
 
-    def candidate(self, checkpoint: Checkpoint) -> Serving:
+    def candidate(self, subject: Subject) -> Serving:
         """As asked."""
-        own = model_dtype(checkpoint) if self.device.type == "cuda" else torch.float32
-        return Serving(Target(self.device, self.dtype or own), self.kv_cache_dtype, self.length)
+        own = model_dtype(subject.checkpoint) if self.device.type == "cuda" else torch.float32
+        target = Target(self.device, self.dtype or own)
+        return Serving(target, self.kv_cache_dtype, self.length, subject.backend)
 
-    def exact(self) -> Serving:
+    def exact(self, original: Subject) -> Serving:
         """The original, to compare with: in float32."""
-        return Serving(Target(self.device, torch.float32), "auto", self.length)
+        return Serving(Target(self.device, torch.float32), "auto", self.length, original.backend)
 
-    def rounded(self, original: Checkpoint) -> Serving:
+    def rounded(self, original: Subject) -> Serving:
         """The original in the 16 bits asked for, or its own dtype: what that costs is the noise floor."""
         asked = None if self.dtype == torch.float32 else self.dtype
-        return Serving(Target(self.device, asked or model_dtype(original)), "auto", self.length)
+        target = Target(self.device, asked or model_dtype(original.checkpoint))
+        return Serving(target, "auto", self.length, original.backend)
 
 
 class Model(Protocol):
@@ -87,52 +83,14 @@ class Model(Protocol):
         """Next-token logits of windows, int64 [T] each: for each in turn, consecutive rows of its [T, V]."""
         ...
 
-
-class LoadModel(Protocol):
-    """Loads a checkpoint to run it in some way."""
-
-    def __call__(self, checkpoint: Checkpoint, serving: Serving, /) -> Model:
-        """The model; raises QuantkitError if it cannot be run."""
+    def greedy(self, text_T: Tensor, num_tokens: int, /) -> list[int]:
+        """The likeliest next tokens, one after another."""
         ...
 
 
-def check_serving(checkpoint: Checkpoint, serving: Serving) -> None:
-    """Raise SchemeError, from headers, for a KV cache or a number format that cannot be run like this."""
-    kv_format(checkpoint, read_spec(checkpoint), serving.target, serving.kv_cache_dtype)
-    if serving.target.has_kernels:
-        check_kernels(checkpoint, read_quantization(checkpoint.config), serving.target)
+class LoadModel(Protocol):
+    """Loads a model to run it in some way."""
 
-
-def load_served(checkpoint: Checkpoint, serving: Serving) -> Model:
-    """Load what serves. Raises what `load_model` does; MemoryPlanError, before reading, if a GPU is too small."""
-    target = serving.target
-    if target.device.type == "cuda":
-        _check_memory(checkpoint, serving)
-    return load_model(
-        checkpoint, dtype=target.dtype, device=target.device, kv_cache_dtype=serving.kv_cache_dtype
-    )
-
-
-def _check_memory(checkpoint: Checkpoint, serving: Serving) -> None:
-    gc.collect()
-    torch.cuda.empty_cache()  # of the model before this one
-    spec, target = read_spec(checkpoint), serving.target
-    kv = kv_format(checkpoint, spec, target, serving.kv_cache_dtype)
-    settings = EngineSettings(eager=True)
-    plan = plan_memory(
-        checkpoint,
-        spec,
-        target,
-        kv,
-        fraction=settings.gpu_memory_fraction,
-        max_num_batched_tokens=serving.step_tokens,
-        max_num_seqs=LOGITS_ELEMENTS // spec.vocab_size,
-        reserved=reserved_bytes(spec, target, kv, settings, serving.length),
-    )
-    try:
-        plan.check(max(serving.step_tokens, serving.length))
-    except MemoryPlanError as error:
-        raise MemoryPlanError(
-            f"{checkpoint.path} in {serving.dtype_name} on {serving.device_name}: {error.problem}",
-            fix="evaluate with --device cpu, with a smaller --length, or end what else uses the GPU",
-        ) from None
+    def __call__(self, subject: Subject, serving: Serving, /) -> Model:
+        """The model; raises QuantkitError if it cannot be run."""
+        ...

@@ -4,10 +4,7 @@ The whole model is held in memory while converting, about 4 bytes per parameter.
 without a word (rope scaling, tensors it has no place for) is refused.
 """
 
-import contextlib
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from safetensors import SafetensorError
 
 from quantkit.errors import OutputError, SourceError, first_line
 from quantkit.formats.gguf_header import GgufArray, GgufHeader, read_gguf_header
+from quantkit.formats.quiet_transformers import quiet_transformers
 
 CARRIED = {
     "context_length": ("max_position_embeddings",),
@@ -58,7 +56,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """
     header = read_gguf_header(file)
     _check_convertible(file, header)
-    with _quiet_transformers():
+    with quiet_transformers():
         config = _corrected(file, _read(file, transformers.AutoConfig), header)
         model, loading = _read(
             file,
@@ -214,19 +212,3 @@ def _clean_tokenizer_config(file: Path) -> None:
     file.write_text(
         json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and warnings of transformers: what matters of them is checked here."""
-    log = transformers.utils.logging
-    verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
-    log.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # one of its bars does not ask
-            yield
-    finally:
-        log.set_verbosity(verbosity)
-        if has_bars:
-            log.enable_progress_bar()

@@ -47,7 +47,7 @@ def unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     """The inverse of `pack`: int32 [N, W] to int8 [N, num_codes]."""
     assert bits in PACKABLE_BITS, f"{bits}-bit codes have no settled layout"
     # A word's lowest bits are in its first byte. Flat first: one column may be contiguous with any stride.
-    in_bytes = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], -1)
+    in_bytes = packed.reshape(-1).contiguous().view(torch.uint8).view(packed.shape[0], -1)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     codes = (in_bytes.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
     codes -= 1 << (bits - 1)  # wraps into two's complement

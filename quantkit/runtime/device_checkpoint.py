@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantkit.errors import SourceError
 from quantkit.formats.checkpoint import Checkpoint
+from quantkit.formats.dequantized import DequantizedCheckpoint, stored_checkpoint
 from quantkit.formats.safetensors_file import TensorInfo, as_bytes
 
 THREADS = 8
@@ -36,20 +37,27 @@ class DeviceCheckpoint(Checkpoint):
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         super().__init__(checkpoint.path, checkpoint.config, checkpoint.tensors)
+        self._source = checkpoint
+        self._stored = stored_checkpoint(checkpoint)
         self._device = device
         self._threads = ThreadPoolExecutor(THREADS, "read-checkpoint")
         self._of_thread = local()
         self._arriving: dict[str, _Arriving] = {}
 
     def expect(self, names: Iterable[str]) -> None:
-        """Start to read tensors; they take their memory on the device now."""
+        """Start to read tensors, but those to dequantize; they take their memory on the device now."""
         for name in names:
-            if name not in self._arriving:
+            if name not in self._arriving and name in self._stored.tensors:
                 self._arriving[name] = self._start(self.info(name))
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, in its dtype on disk."""
-        arriving = self._arriving.pop(name, None) or self._start(self.info(name))
+        """The whole tensor, as the checkpoint gives it."""
+        if isinstance(self._source, DequantizedCheckpoint) and name in self._source.modules:
+            return self._source.dequantized(name, self._read_stored)
+        return self._read_stored(name)
+
+    def _read_stored(self, name: str) -> Tensor:
+        arriving = self._arriving.pop(name, None) or self._start(self._stored.info(name))
         for read in arriving.reads:
             read.result()
         return arriving.tensor

@@ -82,6 +82,16 @@ class Model:
             hidden_TE = self._run(chunk_T[None], cache)[0]
         return self.decoder.logits(hidden_TE[-1:])[0].to("cpu", torch.float32)
 
+    @torch.inference_mode()
+    def greedy(self, token_ids_T: Tensor, num_tokens: int) -> list[int]:
+        """The `num_tokens` likeliest tokens, one after another, that follow a text; an end token does not end them."""
+        cache = self.new_cache(len(token_ids_T) + num_tokens)
+        written: list[int] = []
+        for _ in range(num_tokens):
+            written.append(int(self.forward(token_ids_T, cache).argmax()))
+            token_ids_T = torch.tensor(written[-1:])
+        return written
+
     def _hidden(self, token_ids_BT: Tensor, step_tokens: int) -> Tensor:
         """[B, T, E] after the last norm."""
         num_texts, length = token_ids_BT.shape

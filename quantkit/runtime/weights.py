@@ -1,6 +1,6 @@
 """The tensors of a checkpoint as a decoder asks for them: checked against the config, counted, nothing left over."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from quantkit.formats.compressed_tensors import StoredLinear, linear_layout, rea
 from quantkit.formats.quantization_config import QuantizedModules
 from quantkit.runtime.device_checkpoint import DeviceCheckpoint
 from quantkit.runtime.heap import release_freed_memory
+from quantkit.runtime.layers.build_experts import build_experts
 from quantkit.runtime.layers.build_linear import build_linear
 from quantkit.runtime.layers.linear_part import LinearPart, quantized_part
+from quantkit.runtime.layers.mlp import Activation
+from quantkit.runtime.layers.moe import Experts
 from quantkit.runtime.layers.rows import AnyLinear
 from quantkit.runtime.target import Target
 from quantkit.schemes import PerGroup, Scheme
@@ -62,9 +65,28 @@ class Weights:
         parts = [self.part(module, rows, num_cols, has_bias=has_bias) for module, rows in modules.items()]
         return build_linear(parts, self.target)
 
-    def scheme_of(self, module: str) -> Scheme | None:
-        """How a linear is quantized; None: not."""
-        return self._quantized.scheme_of(module)
+    def experts(
+        self,
+        gate: Sequence[str],
+        up: Sequence[str],
+        down: Sequence[str],
+        inner: int,
+        size: int,
+        activation: Activation,
+    ) -> Experts:
+        """The experts of a layer, each with linears [inner, size] twice and [size, inner], by the modules' names."""
+
+        def parts(modules: Sequence[str], num_rows: int, num_cols: int) -> Iterator[LinearPart]:
+            return (self.part(module, num_rows, num_cols, has_bias=False) for module in modules)
+
+        return build_experts(
+            zip(parts(gate, inner, size), parts(up, inner, size), strict=True),
+            parts(down, size, inner),
+            len(down),
+            self._quantized.scheme_of(gate[0]),
+            activation,
+            self.target,
+        )
 
     def part(self, module: str, num_rows: int, num_cols: int, *, has_bias: bool) -> LinearPart:
         """A linear [num_rows, num_cols] as stored, quantized if config.json says so."""

@@ -28,4 +28,4 @@ def test_it_runs(notebook, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "int4  KL" in done.stdout
-    assert "noise floor" in done.stdout
+    assert "noise floor" in done.stdout and " goes on " in done.stdout

@@ -12,9 +12,15 @@ from transformers import LlamaConfig
 from quantkit.errors import MemoryPlanError
 from quantkit.evaluation import evaluate
 from quantkit.evaluation.cache import TensorCache
+from quantkit.evaluation.where import map_linears
+from quantkit.formats.awq import open_awq
+from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.formats.gptq import open_gptq
+from quantkit.runtime.device_checkpoint import DeviceCheckpoint
 from quantkit.runtime.load import load_model
 from tests import tiny_models
 from tests.gpu.test_decoder import SIZES, relative
+from tests.packers import write_packed_llama
 from tests.product_schemes import SCHEMES
 from tests.tiny_llama import VOCAB_SIZE, write_tokenizer
 from tests.tiny_models import quantize_tiny, save_tiny, tokens
@@ -103,8 +109,49 @@ def test_several_texts_to_a_step_or_parts_of_one_are_each_text(scheme, world):
         assert relative(torch.stack(parts).cpu(), exact) < bound
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_weights_are_dequantized_on_the_device(method, tmp_path):
+    folder = write_packed_llama(tmp_path, method, {})
+    source = {"gptq": open_gptq, "awq": open_awq}[method](open_checkpoint(tmp_path))
+    on_device = DeviceCheckpoint(source, GPU)
+    on_device.expect(source.tensors)
+    for name in source.tensors:
+        found = on_device.read(name)
+        assert found.is_cuda and torch.equal(found.cpu(), source.read(name)), name
+    on_device.close()
+    assert len(folder.weights) == 13
+
+
+def test_bitsandbytes_runs_beside_ours(world):
+    report = evaluate(
+        world / "bf16",
+        ["bnb:int8", "bnb:nf4", world / "int4"],
+        data=str(world / "text.txt"),
+        windows=10,
+        length=100,
+        cache=TensorCache(world / "cache", free_bytes=0),
+    )
+    int8, nf4, int4 = report.candidates
+    assert report.reference.kl_noise_floor < int8.damage.kl_mean < nf4.damage.kl_mean
+    assert [row.kernels for row in (int8, nf4, int4)] == ["bitsandbytes", "bitsandbytes", "quantkit_kernels"]
+
+
 def test_a_gpu_that_is_too_small_is_said_before_anything_is_read(world, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 30))
     with pytest.raises(MemoryPlanError, match="bf16 in float32 on NVIDIA") as caught:
         run(world, "bf16", cache="empty")
     assert "--device cpu" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_the_map_is_that_of_the_cpu(world, name):
+    windows = list(torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(3)))
+    original, candidate = (open_checkpoint(world / each) for each in ("bf16", name))
+    expected, found = (
+        map_linears(original, candidate, windows, torch.device(device), lambda *_: None)
+        for device in ("cpu", "cuda")
+    )
+    assert len(found) > 8 and [one.linear for one in found] == [one.linear for one in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.kl_in == pytest.approx(theirs.kl_in, rel=0.02, abs=1e-6)
+        assert ours.kl_out == pytest.approx(theirs.kl_out, rel=0.02, abs=1e-5)

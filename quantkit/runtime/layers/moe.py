@@ -11,6 +11,7 @@ Shape suffixes: T tokens, E hidden size, X experts, S experts of a token, P pair
 """
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ from quantkit_kernels.row_codes import Codes
 from quantkit_kernels.silu_quant import gated_activation, gated_activation_codes
 
 FIXED_ROWS = 16  # of a tile, where no batch may change a row's bits
+
+
+class Experts(Protocol):
+    """All experts of a layer."""
+
+    def __call__(self, x_TE: Tensor, expert_TS: Tensor, weight_TS: Tensor, /) -> Tensor:
+        """[T, E] to [T, E]: the sum of what each token's experts give, times their weights."""
+        ...
 
 
 class ExpertByExpert:
@@ -107,7 +116,7 @@ class SparseMLP:
     def __init__(
         self,
         router: AnyLinear,
-        experts: ExpertByExpert | GroupedExperts,
+        experts: Experts,
         shared: SharedExpert | None = None,
         *,
         num_per_token: int,

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from quantkit.runtime.layers.attention import Attention, QKNorms
-from quantkit.runtime.layers.build_experts import build_experts
 from quantkit.runtime.layers.build_linear import build_linear
 from quantkit.runtime.layers.embedding import Embedding
 from quantkit.runtime.layers.linear_part import LinearPart
@@ -105,21 +104,13 @@ def _gated_mlp(spec: DecoderSpec, weights: Weights, name: str, inner: int) -> Ga
 
 def _sparse_mlp(spec: DecoderSpec, experts: ExpertsSpec, weights: Weights, layer: str) -> SparseMLP:
     inner, size, names = experts.intermediate_size, spec.hidden_size, experts.names
-
-    def part(expert: int, kind: str, num_rows: int, num_cols: int) -> LinearPart:
-        return weights.part(f"{layer}.{names.linear(expert, kind)}", num_rows, num_cols, has_bias=False)
-
-    numbers = range(experts.num_experts)
+    gate, up, down = (
+        [f"{layer}.{names.linear(number, kind)}" for number in range(experts.num_experts)]
+        for kind in (names.gate, names.up, names.down)
+    )
     return SparseMLP(
         weights.linear({f"{layer}.{experts.router}": experts.num_experts}, size, has_bias=False),
-        build_experts(
-            ([part(number, kind, inner, size) for kind in (names.gate, names.up)] for number in numbers),
-            (part(number, names.down, size, inner) for number in numbers),
-            experts.num_experts,
-            weights.scheme_of(f"{layer}.{names.linear(0, names.gate)}"),
-            spec.activation,
-            weights.target,
-        ),
+        weights.experts(gate, up, down, inner, size, spec.activation),
         _shared_expert(spec, experts.shared, weights, layer) if experts.shared is not None else None,
         num_per_token=experts.num_per_token,
         is_normalized=experts.is_normalized,

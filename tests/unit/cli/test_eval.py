@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantkit.cli.main import run
+from tests.packers import write_packed_llama
 from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
 
@@ -35,14 +36,27 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report.keys() == {
-        *("reference", "data", "device", "kv_cache_dtype", "candidates", "gates", "passed", "notes")
+        *("reference", "data", "device", "kv_cache_dtype", "candidates", "gates", "passed", "notes"),
+        *("environment", "command"),
     }
     assert {"path", "ppl", "bytes", "bits_per_weight", "kl_noise_floor"} <= report["reference"].keys()
     assert report["data"].keys() == {"spec", "tokens", "hash", "windows", "length"}
     (candidate,) = report["candidates"]
     assert {
-        *("path", "dtype", "kernels", "ppl", "kl_mean", "kl_ci", "kl_median", "kl_p99", "kl_noise_floor"),
-        *("top1", "bits_per_weight", "bytes", "failure"),
+        *(
+            "path",
+            "kind",
+            "dtype",
+            "backend",
+            "kernels",
+            "ppl",
+            "kl_mean",
+            "kl_ci",
+            "kl_median",
+            "kl_p99",
+            "kl_noise_floor",
+        ),
+        *("top1", "bits_per_weight", "bytes", "failure", "kl_histogram", "where", "worst"),
     } <= candidate.keys()
     assert (
         candidate["path"] == "candidate"
@@ -60,6 +74,30 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
     assert "windows" in err
 
 
+def test_map_and_page(world, capsys):
+    assert quantkit_eval("--where", "--report", "page.html", "--json") == 0
+    out, err = capsys.readouterr()
+    (candidate,) = json.loads(out)["candidates"]
+    linears = candidate["where"]["linears"]
+    assert len(linears) == 2 * (7 + 1) and all(linear["kl_in"] > 0 for linear in linears)
+    assert sum(share for _, share, _ in candidate["where"]["by_class"]) == pytest.approx(1)
+    assert 1 <= len(candidate["worst"]) <= 4 and candidate["worst"][0]["context"]
+    assert sum(candidate["kl_histogram"][1]) == 4 * 16
+    page = (world / "page.html").read_text()
+    assert "Where it hurts" in page and "The worst positions" in page and linears[0]["linear"] in page
+    assert "linears swapped" in err
+
+
+def test_a_candidate_in_another_basis_has_figures_and_no_map(world, capsys):
+    tensors = tiny_tensors()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(1)
+    write_tiny_llama(world / "rotated", tensors)
+    assert quantkit_eval("--where", "--json", candidate="rotated") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["candidates"][0]["where"] is None and report["candidates"][0]["kl_mean"] > 0
+    assert "its hidden states are rotated" in report["notes"][0]
+
+
 def test_candidates_are_run_as_the_options_say(world, capsys):
     assert quantkit_eval("--dtype", "bfloat16", "--kv-cache-dtype", "int8", "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -69,6 +107,21 @@ def test_candidates_are_run_as_the_options_say(world, capsys):
     assert "Candidates in float32 (torch) on cpu, KV cache in fp8." in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_gptq_awq_and_bitsandbytes_are_candidates_like_any_other(world, capsys):
+    write_packed_llama(world / "gptq", "gptq", {"desc_act": True}, order_seed=2)
+    write_packed_llama(world / "awq", "awq", {"version": "gemm"})
+    options = ["--data", "text.txt", "--windows", "2", "--length", "16", "--device", "cpu", "--json"]
+    assert run(["eval", "original", "gptq", "awq", "bnb:nf4", *options]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    kinds = [(row["kind"], row["backend"]) for row in report["candidates"]]
+    assert kinds == [("GPTQ", "quantkit"), ("AWQ", "quantkit"), ("bnb:nf4", "bitsandbytes")]
+    assert all(0 < row["kl_mean"] < 1 for row in report["candidates"])
+    assert all("are dequantized" in note for note in report["notes"][:2]) and report["notes"][0] in err
+    assert run(["eval", "original", "gptq", *options, "--backend", "transformers"]) == 2
+    assert "which transformers cannot run here" in capsys.readouterr().err
 
 
 def test_table_has_a_row_for_each(world, capsys):

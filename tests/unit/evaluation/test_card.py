@@ -1,12 +1,14 @@
 """The evaluation section of a model card, and everything that must stay as it is."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from quantkit.card import EVALUATION_END, EVALUATION_START, first_card, read_evaluation
 from quantkit.evaluation.card import fill_card
 from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
+from tests.reports import rich_report
 
 DAMAGE = Damage(
     ppl=62.9,
@@ -22,6 +24,8 @@ DAMAGE = Damage(
 
 def report_on(path, damage=DAMAGE, failure=None):
     candidate = CandidateReport(
+        kind="16-bit",
+        backend="quantkit",
         path=str(path),
         dtype="float16",
         kernels="torch",
@@ -65,6 +69,22 @@ def folder(tmp_path):
     )
     (tmp_path / "README.md").write_text(card + "\n## Added by hand\n\nKept.\n")
     return tmp_path
+
+
+def test_tasks_and_the_worst_linears_are_in_the_section(folder):
+    report, _ = report_on(folder)
+    (rich,) = [one for one in rich_report().candidates if one.path.endswith("rtn")]
+    candidate = replace(rich, path=str(folder))
+    assert fill_card(replace(report, candidates=(candidate,)), candidate)
+    card = (folder / "README.md").read_text()
+    task, (low, high) = candidate.tasks[1], candidate.tasks[1].recovery_ci
+    recovered = f"(recovery {task.recovery:.1f} %, 95 %: {low:.1f} to {high:.1f})"
+    assert f"| arc_easy, acc | 0.9 | {task.candidate:.4g} {recovered} |" in card
+    linears = [one for one in candidate.where.linears if one.kind != "layer"]
+    worst = max(linears, key=lambda one: one.kl_in)
+    assert f"each alone in the original (KL): `{worst.linear}` ({worst.kl_in:.2g}), " in card
+    rows = [name for name, *_ in read_evaluation(card).rows]
+    assert rows[-2:] == ["probe_copying, acc", "arc_easy, acc"]
 
 
 def test_figures_replace_the_section_and_nothing_else(folder):

@@ -55,8 +55,8 @@ class TableLoader:
         self.logits = weakref.WeakSet()
         self.most_alive = self.held = self.passes = 0
 
-    def __call__(self, checkpoint, serving):
-        name, dtype = checkpoint.path.name, serving.target.dtype
+    def __call__(self, subject, serving):
+        name, dtype = subject.checkpoint.path.name, serving.target.dtype
         self.loads.append((name, dtype, serving.kv_cache_dtype))
         disturb = self.disturbances.get(name, lambda logits_TV: logits_TV)
         if dtype != torch.float32:
@@ -161,8 +161,8 @@ def test_interrupted_run_continues(world):
     undisturbed = figures(world.run("small", cache=TensorCache(world.path / "other", free_bytes=0)))
 
     def break_at(count):
-        def load(checkpoint, serving):
-            model = world.loader(checkpoint, serving)
+        def load(subject, serving):
+            model = world.loader(subject, serving)
             parts = model.parts
 
             def interrupted(logits_TV):
@@ -332,8 +332,9 @@ def test_other_ids_of_the_tokenizer_are_refused(world):
     ],
 )
 def test_impossible_requests_load_no_model(world, options, kind, finding):
-    with pytest.raises(kind, match=finding):
-        world.run("small", **options)
+    for candidates in (("small",), ("small", "large")):
+        with pytest.raises(kind, match=finding):
+            world.run(*candidates, **options)
     assert world.loader.loads == []
 
 
@@ -345,9 +346,12 @@ def test_no_candidate_is_refused(world):
 def test_a_candidate_that_cannot_be_run_is_refused_before_the_reference_is(world):
     rewrite_config(world.path / "small", model_type="mamba", architectures=["MambaForCausalLM"])
     with pytest.raises(UnsupportedModelError, match="mamba"):
+        world.run("small", backend="quantkit")
+    rewrite_config(world.path / "small", model_type="mammoth", architectures=["MammothForCausalLM"])
+    with pytest.raises(UnsupportedModelError, match="mammoth"):
         world.run("small")
     write_tiny_llama(world.path / "small", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(SourceError, match="gptq"):
+    with pytest.raises(SourceError, match="quantization_config: group_size None"):
         world.run("small")
     assert world.loader.loads == []
 

@@ -20,6 +20,8 @@ def candidate(path, failure=None, **figures):
     }
     damage = None if failure else Damage(**(known | figures))
     return CandidateReport(
+        kind="16-bit",
+        backend="quantkit",
         path=path,
         dtype="float32",
         kernels="torch",
