@@ -2,6 +2,8 @@
 
 import json
 import math
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +13,8 @@ from quantkit.runtime.settings import DtypeName
 
 if TYPE_CHECKING:
     from quantkit.evaluation import EvalReport
+
+Task = partial(typer.Option, rich_help_panel="Tasks")
 
 
 def eval_models(
@@ -29,6 +33,22 @@ def eval_models(
         typer.Option(help="Compute candidates in it; default: on a GPU the model's own, on a CPU float32."),
     ] = DEFAULTS.dtype,
     kv_cache_dtype: KVCacheDtype = DEFAULTS.kv_cache_dtype,
+    tasks: Annotated[
+        str | None,
+        Task(
+            help="Tasks, groups and tags of lm-eval, with commas between; `probes` need no download.",
+            metavar="A,B",
+        ),
+    ] = None,
+    limit: Annotated[int | None, Task(help="Items of each task, from the first.", min=1)] = None,
+    num_fewshot: Annotated[int | None, Task(help="Examples in front of each item.", min=0)] = None,
+    apply_chat_template: Annotated[
+        bool, Task("--apply-chat-template", help="Ask in the model's chat format.")
+    ] = False,
+    samples: Annotated[
+        Path | None,
+        Task(help="Where answers are logged, and found again; default: in the cache.", metavar="FOLDER"),
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, in nats.")] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Gate: perplexity over the original's, in percent.", metavar="P%")
@@ -59,6 +79,11 @@ def eval_models(
             device=device,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            samples=samples,
             gates=gates,
             listener=display,
         )

@@ -8,8 +8,10 @@ from quantkit.evaluation.report import (
     Damage,
     DataInfo,
     EvalReport,
+    Flip,
     GateResult,
     ReferenceReport,
+    TaskComparison,
 )
 
 __all__ = [
@@ -17,10 +19,12 @@ __all__ = [
     "Damage",
     "DataInfo",
     "EvalReport",
+    "Flip",
     "GateResult",
     "Gates",
     "Listener",
     "ReferenceReport",
+    "TaskComparison",
     "describe_failure",
     "evaluate",
     "fill_card",

@@ -5,6 +5,7 @@ disk; then each candidate runs alone.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalRe
 from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
 from quantkit.evaluation.serving import LoadModel, Serving, Setup, check_serving, load_served
 from quantkit.evaluation.subjects import Subject, check_comparable, check_length, open_subject
+from quantkit.evaluation.tasks import AskedTask, TaskResult, TaskSession, compare_all
 from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
 from quantkit.text import load_documents
 from quantkit.tokens import read_windows, tokenize
@@ -34,8 +36,8 @@ class Listener(Protocol):
         """Something that the user should know."""
         ...
 
-    def step(self, label: str, done: int, total: int, /) -> None:
-        """`done` of `total` steps of the whole evaluation are finished; the last was one of `label`."""
+    def step(self, label: str, done: int, total: int, unit: str = "windows", /) -> None:
+        """`done` of `total` are finished, the last was one of `label`: of all windows, or of the requests of a task."""
         ...
 
 
@@ -45,7 +47,7 @@ class Silent:
     def say(self, line: str, /) -> None:
         """Ignore the line."""
 
-    def step(self, label: str, done: int, total: int, /) -> None:
+    def step(self, label: str, done: int, total: int, unit: str = "windows", /) -> None:
         """Ignore progress."""
 
 
@@ -62,6 +64,11 @@ def evaluate(
     device: str | None = None,
     dtype: DtypeName | None = None,
     kv_cache_dtype: KVCacheDtypeName = "auto",
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    samples: Path | None = None,
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
     load: LoadModel = load_served,
@@ -71,7 +78,9 @@ def evaluate(
 
     reference, candidates: anything that is a SOURCE. data: a SPEC of text, of which `windows` windows of `length`
     tokens, spread evenly, are run. device: None is a GPU if there is one. dtype: of the candidates; None is on a GPU
-    each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the candidates; auto: as each says. load:
+    each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the candidates; auto: as each says.
+    tasks: names of lm-eval's, asked of the original too, in the dtype of candidates; limit, num_fewshot,
+    apply_chat_template: as lm-eval has them; samples: the folder where answers are logged and found again. load:
     how a checkpoint is run (default: this package's runtime). cache: where the reference's predictions are kept
     (default: under QUANTKIT_CACHE). A candidate whose logits are not finite gets a row without figures and the
     report does not pass; the others go on.
@@ -80,6 +89,18 @@ def evaluate(
     small; SourceError, TextError, UnsupportedModelError, SchemeError as reading and loading do.
     """
     _check_request(candidates, windows, length)
+    asked = [AskedTask(task, limit, num_fewshot) for task in tasks]
+    session = (
+        None
+        if not asked
+        else TaskSession(
+            asked,
+            samples=samples,
+            apply_chat_template=apply_chat_template,
+            say=listener.say,
+            step=listener.step,
+        )
+    )
     setup = Setup.of(EngineSettings(device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype), length)
     original, *others = [open_subject(str(source), listener.say) for source in (reference, *candidates)]
     documents = load_documents(data)
@@ -92,14 +113,20 @@ def evaluate(
     )
     run.plan(source, len(others))
     baseline = _run_reference(original, source, run)
-    results = tuple(_run_candidate(candidate, baseline, run) for candidate in others)
+    answers = () if session is None else session.results(original, setup.candidate(original.checkpoint))
+    results = []
+    for candidate in others:
+        result = _run_candidate(candidate, baseline, run)
+        if session is not None and result.failure is None:
+            result = _with_tasks(result, candidate, session, answers, run)
+        results.append(result)
     return EvalReport(
         reference=_reference_report(original, baseline),
         data=text,
         device=source.exact.device_name,
         kv_cache_dtype=kv_cache_dtype,
-        candidates=results,
-        gates=check_gates(gates, results),
+        candidates=tuple(results),
+        gates=check_gates(gates, tuple(results)),
         notes=tuple(run.notes),
     )
 
@@ -198,6 +225,23 @@ def _run_candidate(candidate: Subject, baseline: _Baseline, run: _Run) -> Candid
         run.advance(candidate.name)
     damage = summarise(scores, baseline.ppl, baseline.noise_floor)
     return _candidate_report(candidate, serving, damage, None)
+
+
+def _with_tasks(
+    report: CandidateReport,
+    candidate: Subject,
+    session: TaskSession,
+    reference: Sequence[TaskResult],
+    run: _Run,
+) -> CandidateReport:
+    """Compared with the original's answers; a candidate that cannot answer has failed."""
+    try:
+        answers = session.results(candidate, run.setup.candidate(candidate.checkpoint))
+        return replace(report, tasks=compare_all(reference, answers))
+    except EvaluationError as error:
+        failure = f"cannot be asked: {error.problem}"
+        run.say(f"{candidate.name} {failure}")
+        return replace(report, failure=failure)
 
 
 def _reference_report(original: Subject, baseline: _Baseline) -> ReferenceReport:
