@@ -2,15 +2,21 @@
 
 import json
 import math
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli.model_options import DEFAULTS, Device, KVCacheDtype
+from quantkit.errors import OutputError
 from quantkit.runtime.settings import DtypeName
 
 if TYPE_CHECKING:
     from quantkit.evaluation import EvalReport
+
+Gate = partial(typer.Option, rich_help_panel="Gates: exit code 1 if one is not met")
+Output = partial(typer.Option, rich_help_panel="Reports")
 
 
 def eval_models(
@@ -19,22 +25,36 @@ def eval_models(
     ],
     candidates: Annotated[list[str], typer.Argument(help="Checkpoints made from it.")],
     data: Annotated[
-        str, typer.Option(help="Text: a file or folder (txt, jsonl, parquet), hf:dataset, or `docs`.")
-    ] = "docs",
-    windows: Annotated[int, typer.Option(help="Windows of text, spread evenly over it.")] = 24,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+        str | None,
+        typer.Option(help="Text: a file or folder (txt, jsonl, parquet), hf:dataset, or `docs` (default)."),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of text, spread evenly over it; default: 24.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window; default: 512.")] = None,
     device: Device = DEFAULTS.device,
     dtype: Annotated[
         DtypeName | None,
         typer.Option(help="Compute candidates in it; default: on a GPU the model's own, on a CPU float32."),
     ] = DEFAULTS.dtype,
     kv_cache_dtype: KVCacheDtype = DEFAULTS.kv_cache_dtype,
-    max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, in nats.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="What to run and which gates hold: quick, standard, full, or a YAML file."),
+    ] = None,
+    max_kl: Annotated[float | None, Gate(help="Mean KL divergence, in nats.")] = None,
     max_ppl_increase: Annotated[
-        str | None, typer.Option(help="Gate: perplexity over the original's, in percent.", metavar="P%")
+        str | None, Gate(help="Perplexity over the original's, in percent.", metavar="P%")
     ] = None,
     min_top1: Annotated[
-        float | None, typer.Option(help="Gate: how often both find the same token likeliest, 0 to 1.")
+        float | None, Gate(help="How often both find the same token likeliest, 0 to 1.")
+    ] = None,
+    min_recovery: Annotated[
+        str | None, Gate(help="Score of every task, in percent of the original's.", metavar="P%")
+    ] = None,
+    junit: Annotated[Path | None, Output(help="Gates as JUnit XML, for CI.", metavar="FILE.xml")] = None,
+    markdown: Annotated[
+        Path | None, Output(help="A summary in GitHub-flavoured Markdown.", metavar="FILE.md")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -42,13 +62,24 @@ def eval_models(
     from rich.console import Console
 
     from quantkit.cli.eval_display import Display, show
-    from quantkit.evaluation import Gates, describe_failure, evaluate, parse_percent
+    from quantkit.evaluation import (
+        Gates,
+        describe_failure,
+        evaluate,
+        parse_percent,
+        write_junit,
+        write_markdown,
+    )
 
     gates = Gates(
         max_kl=max_kl,
-        max_ppl_increase=None if max_ppl_increase is None else parse_percent(max_ppl_increase),
+        max_ppl_increase=parse_percent(max_ppl_increase, "--max-ppl-increase"),
         min_top1=min_top1,
+        min_recovery=parse_percent(min_recovery, "--min-recovery"),
     )
+    outputs = {write: path for write, path in ((write_junit, junit), (write_markdown, markdown)) if path}
+    for path in outputs.values():
+        _check_folder(path)
     with Display(Console(stderr=True)) as display:
         report = evaluate(
             reference,
@@ -59,6 +90,7 @@ def eval_models(
             device=device,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
+            suite=suite,
             gates=gates,
             listener=display,
         )
@@ -67,6 +99,8 @@ def eval_models(
         typer.echo(json.dumps(_finite(report.to_json()), indent=2, allow_nan=False))
     else:
         show(report)
+    for write, path in outputs.items():
+        write(report, path)
     for result in report.gates:
         if not result.passed:
             typer.echo(describe_failure(result), err=True)
@@ -82,6 +116,12 @@ def _fill_cards(report: "EvalReport") -> None:
         except (OSError, UnicodeDecodeError) as error:
             line = f"{candidate.path}: the figures are not in its README.md, which cannot be rewritten"
             typer.echo(f"{line} ({error})", err=True)
+
+
+def _check_folder(path: Path) -> None:
+    """Raise OutputError, before hours of work, if the file could not be written for want of a folder."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
 
 
 def _finite(value: Any) -> Any:

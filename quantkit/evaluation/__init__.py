@@ -3,6 +3,8 @@
 from quantkit.evaluation.card import fill_card
 from quantkit.evaluation.evaluate import Listener, evaluate
 from quantkit.evaluation.gates import Gates, describe_failure, parse_percent
+from quantkit.evaluation.junit import write_junit
+from quantkit.evaluation.markdown import write_markdown
 from quantkit.evaluation.report import (
     CandidateReport,
     Damage,
@@ -25,4 +27,6 @@ __all__ = [
     "evaluate",
     "fill_card",
     "parse_percent",
+    "write_junit",
+    "write_markdown",
 ]

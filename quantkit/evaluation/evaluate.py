@@ -20,6 +20,7 @@ from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalRe
 from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
 from quantkit.evaluation.serving import LoadModel, Serving, Setup, check_serving, load_served
 from quantkit.evaluation.subjects import Subject, check_comparable, check_length, open_subject
+from quantkit.evaluation.suites import plan_suite
 from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
 from quantkit.text import load_documents
 from quantkit.tokens import read_windows, tokenize
@@ -56,12 +57,13 @@ def evaluate(
     reference: str | Path,
     candidates: Sequence[str | Path],
     *,
-    data: str = "docs",
-    windows: int = 24,
-    length: int = 512,
+    data: str | None = None,
+    windows: int | None = None,
+    length: int | None = None,
     device: str | None = None,
     dtype: DtypeName | None = None,
     kv_cache_dtype: KVCacheDtypeName = "auto",
+    suite: str | Path | None = None,
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
     load: LoadModel = load_served,
@@ -69,16 +71,19 @@ def evaluate(
 ) -> EvalReport:
     """Perplexity, KL divergence and top-1 agreement of candidates, as they are served, against the original in float32.
 
-    reference, candidates: anything that is a SOURCE. data: a SPEC of text, of which `windows` windows of `length`
-    tokens, spread evenly, are run. device: None is a GPU if there is one. dtype: of the candidates; None is on a GPU
-    each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the candidates; auto: as each says. load:
-    how a checkpoint is run (default: this package's runtime). cache: where the reference's predictions are kept
-    (default: under QUANTKIT_CACHE). A candidate whose logits are not finite gets a row without figures and the
-    report does not pass; the others go on.
+    reference, candidates: anything that is a SOURCE. data: a SPEC of text (default: docs), of which `windows` windows
+    (24) of `length` tokens (512), spread evenly, are run. suite: a shipped suite's name, or a YAML file, that says
+    these, what else to run, and gates; what is given beside it wins. device: None is a GPU if there is one. dtype: of
+    the candidates; None is on a GPU each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the
+    candidates; auto: as each says. load: how a checkpoint is run (default: this package's runtime). cache: where the
+    reference's predictions are kept (default: under QUANTKIT_CACHE). A candidate whose logits are not finite gets a
+    row without figures and the report does not pass; the others go on.
     Memory: one model, a step's hidden states and 2^26 logits, whatever the amount of text. Raises EvaluationError if
     two checkpoints cannot be compared; GenerationError for a device that is not there, MemoryPlanError if it is too
     small; SourceError, TextError, UnsupportedModelError, SchemeError as reading and loading do.
     """
+    asked = plan_suite(suite, data=data, windows=windows, length=length, gates=gates)
+    data, windows, length = asked.data, asked.windows, asked.length
     _check_request(candidates, windows, length)
     setup = Setup.of(EngineSettings(device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype), length)
     original, *others = [open_subject(str(source), listener.say) for source in (reference, *candidates)]
@@ -99,7 +104,7 @@ def evaluate(
         device=source.exact.device_name,
         kv_cache_dtype=kv_cache_dtype,
         candidates=results,
-        gates=check_gates(gates, results),
+        gates=tuple(found for one in results for found in check_gates(asked.gates_of(one.path), one)),
         notes=tuple(run.notes),
     )
 

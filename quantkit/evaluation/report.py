@@ -34,6 +34,46 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Flip:
+    """An item that one model got right and the other wrong: `was_right` by the reference.
+
+    item: the document's id. reference, candidate: what each answered.
+    """
+
+    item: str
+    prompt: str
+    target: str
+    reference: str
+    candidate: str
+    was_right: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskComparison:
+    """One metric of one task, of one candidate; scores as lm-eval's, intervals 95 % over items.
+
+    group: "probe" or "task". chance: the score of guessing, where it is known. recovery: percent of the reference's
+    score, what is better being more. p_value: of no difference, by `test`; None with a single item.
+    """
+
+    task: str
+    group: str
+    metric: str
+    higher_is_better: bool
+    num_items: int
+    chance: float | None
+    reference: float
+    candidate: float
+    reference_ci: tuple[float, float]
+    candidate_ci: tuple[float, float]
+    recovery: float
+    recovery_ci: tuple[float, float] | None
+    p_value: float | None
+    test: str
+    flips: tuple[Flip, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceReport:
     """The original: perplexity in float32, and what computing in `dtype` on the same device costs.
 
@@ -63,17 +103,23 @@ class CandidateReport:
     bytes: int
     damage: Damage | None
     failure: str | None = None
+    tasks: tuple[TaskComparison, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateResult:
-    """One gate on one candidate; `value` is None where the candidate failed."""
+    """One gate on one candidate; `value` is None where the candidate failed.
+
+    task: the task and metric of a gate on recovery. interval: of 95 %, where the value has one.
+    """
 
     gate: str
     candidate: str
     limit: float
     value: float | None
     passed: bool
+    task: str | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,4 +169,5 @@ def _candidate_json(candidate: CandidateReport) -> dict[str, Any]:
         "bits_per_weight": candidate.bits_per_weight,
         "bytes": candidate.bytes,
         "failure": candidate.failure,
+        "tasks": [asdict(comparison) for comparison in candidate.tasks],
     }
