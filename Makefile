@@ -18,7 +18,7 @@ demo: $(READY)  ## quantize, evaluate and generate with a real small model, on t
 	$(QUANTKIT) generate demo/int4 "What is water made of?"
 
 test: check  ## what CI runs: check, then the end-to-end tests
-	$(BIN)/python -m pytest tests/e2e -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m "not long" -n auto --dist loadfile
 
 test-long: $(READY)  ## kills, full disks, a 3B model, a soak of the engine, load on a server: more than an hour
 	$(BIN)/python -m pytest tests -m long -s

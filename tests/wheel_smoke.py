@@ -35,6 +35,11 @@ def main() -> None:
             f"the installed copy is not the one imported: {location}"
         )
         assert "int4-all" in run(quantkit, "recipes", cwd=folder), "the wheel does not find its recipes"
+        suites = "from quantkit.evaluation.suites import shipped_suites as s; print(*s())"
+        assert "standard" in run(python, "-c", suites, cwd=folder), "the wheel does not find its suites"
+        probes = "from quantkit.evaluation.probes import task_folder as f; print(*f().iterdir())"
+        found = run(python, "-c", probes, cwd=folder)
+        assert "copying.yaml" in found and "_exact" in found, "the wheel does not find its probes"
         tables = "import quantkit_kernels.dispatch as d; print(*d.SHIPPED.glob('*.json'))"
         assert run(python, "-c", tables, cwd=folder).strip(), "the wheel has no table of routes"
         page = "from quantkit.server.page import HTML; print(HTML.decode())"

@@ -5,18 +5,23 @@ import math
 import shlex
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from quantkit.cli.model_options import DEFAULTS, Device, KVCacheDtype
+from quantkit.errors import OutputError
 from quantkit.runtime.settings import DtypeName
 
 if TYPE_CHECKING:
     from quantkit.evaluation import EvalReport
 
 NUM_EXAMPLES = 6  # of the worst positions on the page
+Task = partial(typer.Option, rich_help_panel="Tasks")
+Gate = partial(typer.Option, rich_help_panel="Gates: exit code 1 if one is not met")
+Output = partial(typer.Option, rich_help_panel="Reports")
 
 
 def eval_models(
@@ -30,10 +35,13 @@ def eval_models(
         ),
     ],
     data: Annotated[
-        str, typer.Option(help="Text: a file or folder (txt, jsonl, parquet), hf:dataset, or `docs`.")
-    ] = "docs",
-    windows: Annotated[int, typer.Option(help="Windows of text, spread evenly over it.")] = 24,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+        str | None,
+        typer.Option(help="Text: a file or folder (txt, jsonl, parquet), hf:dataset, or `docs` (default)."),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows of text, spread evenly over it; default: 24.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window; default: 512.")] = None,
     device: Device = DEFAULTS.device,
     dtype: Annotated[
         DtypeName | None,
@@ -44,24 +52,49 @@ def eval_models(
         Literal["auto", "quantkit", "transformers"],
         typer.Option(help="What runs the models; auto: quantkit, or transformers for what it does not have."),
     ] = "auto",
-    max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, in nats.")] = None,
-    max_ppl_increase: Annotated[
-        str | None, typer.Option(help="Gate: perplexity over the original's, in percent.", metavar="P%")
-    ] = None,
-    min_top1: Annotated[
-        float | None, typer.Option(help="Gate: how often both find the same token likeliest, 0 to 1.")
-    ] = None,
     where: Annotated[
         bool,
         typer.Option(
             "--where", help="Map the loss to linears, positions and kinds of tokens, by swapping linears."
         ),
     ] = False,
+    tasks: Annotated[
+        str | None,
+        Task(
+            help="Tasks, groups and tags of lm-eval, with commas between; `probes` need no download.",
+            metavar="A,B",
+        ),
+    ] = None,
+    limit: Annotated[int | None, Task(help="Items of each task, from the first.", min=1)] = None,
+    num_fewshot: Annotated[int | None, Task(help="Examples in front of each item.", min=0)] = None,
+    apply_chat_template: Annotated[
+        bool, Task("--apply-chat-template", help="Ask in the model's chat format.")
+    ] = False,
+    samples: Annotated[
+        Path | None,
+        Task(help="Where answers are logged, and found again; default: in the cache.", metavar="FOLDER"),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="What to run and which gates hold: quick, standard, full, or a YAML file."),
+    ] = None,
+    max_kl: Annotated[float | None, Gate(help="Mean KL divergence, in nats.")] = None,
+    max_ppl_increase: Annotated[
+        str | None, Gate(help="Perplexity over the original's, in percent.", metavar="P%")
+    ] = None,
+    min_top1: Annotated[
+        float | None, Gate(help="How often both find the same token likeliest, 0 to 1.")
+    ] = None,
+    min_recovery: Annotated[
+        str | None, Gate(help="Score of every task, in percent of the original's.", metavar="P%")
+    ] = None,
     page: Annotated[
         Path | None,
-        typer.Option(
-            "--report", help="All of it as one HTML page, with the worst positions.", metavar="FILE.html"
-        ),
+        Output("--report", help="All of it as one HTML page, with the worst positions.", metavar="FILE.html"),
+    ] = None,
+    junit: Annotated[Path | None, Output(help="Gates as JUnit XML, for CI.", metavar="FILE.xml")] = None,
+    markdown: Annotated[
+        Path | None, Output(help="A summary in GitHub-flavoured Markdown.", metavar="FILE.md")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -69,13 +102,26 @@ def eval_models(
     from rich.console import Console
 
     from quantkit.cli.eval_display import Display, show
-    from quantkit.evaluation import Gates, describe_failure, evaluate, parse_percent, write_page
+    from quantkit.evaluation import (
+        Gates,
+        describe_failure,
+        evaluate,
+        parse_percent,
+        write_junit,
+        write_markdown,
+        write_page,
+    )
 
     gates = Gates(
         max_kl=max_kl,
-        max_ppl_increase=None if max_ppl_increase is None else parse_percent(max_ppl_increase),
+        max_ppl_increase=parse_percent(max_ppl_increase, "--max-ppl-increase"),
         min_top1=min_top1,
+        min_recovery=parse_percent(min_recovery, "--min-recovery"),
     )
+    written = ((write_page, page), (write_junit, junit), (write_markdown, markdown))
+    outputs = {write: path for write, path in written if path}
+    for path in outputs.values():
+        _check_folder(path)
     with Display(Console(stderr=True)) as display:
         report = evaluate(
             reference,
@@ -89,17 +135,23 @@ def eval_models(
             backend=backend,
             where=where,
             examples=0 if page is None else NUM_EXAMPLES,
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            samples=samples,
+            suite=suite,
             gates=gates,
             listener=display,
         )
     report = replace(report, command=shlex.join(["quantkit", *sys.argv[1:]]))
     _fill_cards(report)
-    if page is not None:
-        write_page(report, page)
     if as_json:
         typer.echo(json.dumps(_finite(report.to_json()), indent=2, allow_nan=False))
     else:
         show(report)
+    for write, path in outputs.items():
+        write(report, path)
     for result in report.gates:
         if not result.passed:
             typer.echo(describe_failure(result), err=True)
@@ -115,6 +167,12 @@ def _fill_cards(report: "EvalReport") -> None:
         except (OSError, UnicodeDecodeError) as error:
             line = f"{candidate.path}: the figures are not in its README.md, which cannot be rewritten"
             typer.echo(f"{line} ({error})", err=True)
+
+
+def _check_folder(path: Path) -> None:
+    """Raise OutputError, before hours of work, if the file could not be written for want of a folder."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """What `quantkit eval` shows: how far it is, on stderr, and the table at the end."""
 
+import math
 import time
 from typing import Self
 
@@ -24,7 +25,7 @@ class Display:
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("windows, left"),
+            TextColumn("{task.fields[unit]}, left"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -32,7 +33,7 @@ class Display:
             speed_estimate_period=120,
         )
         self._task: TaskID | None = None
-        self._label = ""
+        self._label = self._unit = ""
         self._first = (0.0, 0)
         self._last_line = 0.0
 
@@ -47,17 +48,19 @@ class Display:
         """Print a remark."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def step(self, label: str, done: int, total: int, /) -> None:
+    def step(self, label: str, done: int, total: int, unit: str = "windows", /) -> None:
         """Move the bar, or print a line if one is due."""
         now = time.monotonic()
-        if self._task is None:
-            self._task = self._bar.add_task(label, total=total)
-            self._first = (now, done)
+        if self._task is None or unit != self._unit or (unit != "windows" and label != self._label):
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(label, total=total, unit=unit)
+            self._first, self._unit = (now, done), unit
         self._bar.update(self._task, description=label, completed=done, total=total)
         is_due = label != self._label or now - self._last_line > LINE_SECONDS
         if is_due and not self._console.is_terminal:
             self._last_line = now
-            self.say(f"{label}: {done} of {total} windows{self._time_left(now, done, total)}")
+            self.say(f"{label}: {done} of {total} {unit}{self._time_left(now, done, total)}")
         self._label = label
 
     def _time_left(self, now: float, done: int, total: int) -> str:
@@ -74,6 +77,16 @@ def show(report: EvalReport, console: Console | None = None) -> None:
     for candidate in report.candidates:
         if candidate.failure is not None:
             console.print(f"{candidate.path} {candidate.failure}.", markup=False, highlight=False)
+    asked = [candidate for candidate in report.candidates if candidate.tasks]
+    for candidate in asked:
+        console.print(_tasks_table(candidate))
+    if asked:
+        console.print(
+            "recovery: percent of the original's score, with its 95 % interval over items; p: of no difference; flips: "
+            "items that became right, and wrong.",
+            markup=False,
+            highlight=False,
+        )
     data = report.data
     console.print(
         f"{data.windows} windows of {data.length} tokens, from {data.spec} ({data.tokens:,} tokens). KL in nats "
@@ -122,6 +135,28 @@ def _figures(candidate: CandidateReport) -> tuple[str, ...]:
         f"{damage.top1:.3f}",
         *size,
     )
+
+
+def _tasks_table(candidate: CandidateReport) -> Table:
+    """Scores beside the original's; flips: from wrong to right, and from right to wrong."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(f"tasks of {candidate.path}", overflow="fold", min_width=10)
+    for column in ("items", "original", "candidate", "recovery", "p", "flips"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for found in candidate.tasks:
+        interval = "" if found.recovery_ci is None else " ({:.1f} to {:.1f})".format(*found.recovery_ci)
+        recovery = "" if math.isnan(found.recovery) else f"{found.recovery:.1f}%{interval}"
+        lost = sum(flip.was_right for flip in found.flips)
+        table.add_row(
+            Text(f"{found.task}, {found.metric}"),
+            str(found.num_items),
+            f"{found.reference:.4g}",
+            f"{found.candidate:.4g}",
+            recovery,
+            "" if found.p_value is None else f"{found.p_value:.3f}",
+            f"+{len(found.flips) - lost} -{lost}" if found.test == "McNemar, exact" else "",
+        )
+    return table
 
 
 def _size(num_bytes: int) -> str:

@@ -26,6 +26,8 @@ from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalRe
 from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
 from quantkit.evaluation.serving import LoadModel, Serving, Setup
 from quantkit.evaluation.subjects import AskedBackend, Subject
+from quantkit.evaluation.suites import Suite, plan_suite
+from quantkit.evaluation.tasks import AskedTask, TaskResult, TaskSession, compare_all
 from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
 from quantkit.text import load_documents
 from quantkit.tokens import read_windows, tokenize
@@ -38,8 +40,8 @@ class Listener(Protocol):
         """Something that the user should know."""
         ...
 
-    def step(self, label: str, done: int, total: int, /) -> None:
-        """`done` of `total` steps of the whole evaluation are finished; the last was one of `label`."""
+    def step(self, label: str, done: int, total: int, unit: str = "windows", /) -> None:
+        """`done` of `total` are finished, the last was one of `label`: of all windows, or of the requests of a task."""
         ...
 
 
@@ -49,7 +51,7 @@ class Silent:
     def say(self, line: str, /) -> None:
         """Ignore the line."""
 
-    def step(self, label: str, done: int, total: int, /) -> None:
+    def step(self, label: str, done: int, total: int, unit: str = "windows", /) -> None:
         """Ignore progress."""
 
 
@@ -60,15 +62,21 @@ def evaluate(
     reference: str | Path,
     candidates: Sequence[str | Path],
     *,
-    data: str = "docs",
-    windows: int = 24,
-    length: int = 512,
+    data: str | None = None,
+    windows: int | None = None,
+    length: int | None = None,
     device: str | None = None,
     dtype: DtypeName | None = None,
     kv_cache_dtype: KVCacheDtypeName = "auto",
     backend: AskedBackend = "auto",
     where: bool = False,
     examples: int = 0,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    samples: Path | None = None,
+    suite: str | Path | None = None,
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
     load: LoadModel = load_subject,
@@ -77,20 +85,37 @@ def evaluate(
     """Perplexity, KL divergence and top-1 agreement of candidates, as they are served, against the original in float32.
 
     reference: anything that is a SOURCE. candidates: likewise, GPTQ and AWQ checkpoints too, or "bnb:nf4" and
-    "bnb:int8", which are made from the reference. data: a SPEC of text, of which `windows` windows of `length`
-    tokens, spread evenly, are run. device: None is a GPU if there is one. dtype: of the candidates; None is on a GPU
-    each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the candidates; auto: as each says.
-    backend: what runs the models; auto: this package's runtime, or transformers where it lacks an architecture or a
-    format. where: map the damage of each to linears, positions and kinds of tokens. examples: so many of the worst
-    positions are continued by both models. load: how a model is run. cache: where the reference's predictions are
-    kept (default: under QUANTKIT_CACHE). A candidate whose logits are not finite, or one of several that cannot be
-    opened, compared or run, gets a row without figures and the report does not pass; the others go on.
+    "bnb:int8", which are made from the reference. suite: a shipped suite's name, or a YAML file, that says text,
+    tasks, map and gates; what is given beside it wins. data: a SPEC of text (default: docs), of which `windows`
+    windows (24) of `length` tokens (512), spread evenly, are run. device: None is a GPU if there is one. dtype: of
+    the candidates; None is on a GPU each one's own, with all kernels, on a CPU float32. kv_cache_dtype: of the
+    candidates; auto: as each says. backend: what runs the models; auto: this package's runtime, or transformers where
+    it lacks an architecture or a format. where: map the damage of each to linears, positions and kinds of tokens.
+    examples: so many of the worst positions are continued by both models. tasks: names of lm-eval's, asked of the
+    original too, in the dtype of candidates; limit, num_fewshot, apply_chat_template: as lm-eval has them; samples:
+    the folder where answers are logged and found again. load: how a model is run. cache: where the reference's
+    predictions are kept (default: under QUANTKIT_CACHE).
+    A candidate whose logits are not finite, or one of several that cannot be opened, compared or run, gets a row
+    without figures and the report does not pass; the others go on.
     Memory: one model, a step's hidden states and 2^26 logits, whatever the amount of text. Raises, for the reference
     or the only candidate, EvaluationError if they cannot be compared; GenerationError for a device that is not there,
     MemoryPlanError if it is too small; SourceError, UnsupportedModelError, SchemeError as reading and loading do;
     TextError for the text.
     """
+    asked = plan_suite(
+        suite,
+        data=data,
+        windows=windows,
+        length=length,
+        where=where or None,
+        tasks=tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        gates=gates,
+    )
+    data, windows, length = asked.data, asked.windows, asked.length
     _check_request(candidates, windows, length)
+    session = _session(asked, samples, apply_chat_template, listener)
     setup = Setup.of(EngineSettings(device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype), length)
     original = open_reference(str(reference), backend, setup, listener.say)
     documents = load_documents(data)
@@ -104,17 +129,36 @@ def evaluate(
     run.plan(source, sum(isinstance(candidate, Subject) for candidate in opened))
     run.begin(original, *opened)
     baseline = _run_reference(original, source, run)
+    answers = () if session is None else session.results(original, setup.candidate(original))
     results = tuple(_judge(candidate, baseline, run, is_only=len(opened) == 1) for candidate in opened)
-    results = _look_closer(results, original, run, where=where, examples=examples)
+    results = _look_closer(results, original, run, where=asked.where, examples=examples)
+    if session is not None:
+        results = tuple(_with_tasks(report, session, answers, run) for report in results)
     return EvalReport(
         reference=_reference_report(original, baseline),
         data=text,
         device=source.exact.device_name,
         kv_cache_dtype=kv_cache_dtype,
         candidates=results,
-        gates=check_gates(gates, results),
+        gates=tuple(found for one in results for found in check_gates(asked.gates_of(one.path), one)),
         notes=tuple(run.notes),
         environment=describe_environment(),
+    )
+
+
+def _session(
+    asked: Suite, samples: Path | None, apply_chat_template: bool, listener: Listener
+) -> TaskSession | None:
+    """The tasks, loaded; None if none is asked for."""
+    tasks = [AskedTask(task.name, task.limit, task.num_fewshot) for task in asked.tasks]
+    if not tasks:
+        return None
+    return TaskSession(
+        tasks,
+        samples=samples,
+        apply_chat_template=apply_chat_template,
+        say=listener.say,
+        step=listener.step,
     )
 
 
@@ -257,6 +301,22 @@ def _with_places(report: CandidateReport, original: Subject, run: _Run, *, where
     except EvaluationError as error:
         run.say(error.problem)
         return report
+
+
+def _with_tasks(
+    report: CandidateReport, session: TaskSession, reference: Sequence[TaskResult], run: _Run
+) -> CandidateReport:
+    """Compared with the original's answers; a candidate that cannot answer has failed."""
+    measured = run.measured.get(report.path)
+    if measured is None:
+        return report
+    try:
+        answers = session.results(measured.subject, run.setup.candidate(measured.subject))
+        return replace(report, tasks=compare_all(reference, answers))
+    except QuantkitError as error:
+        failure = f"cannot be asked: {error.problem}"
+        run.say(f"{report.path} {failure}")
+        return replace(report, failure=failure)
 
 
 def _reference_report(original: Subject, baseline: _Baseline) -> ReferenceReport:

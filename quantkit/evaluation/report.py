@@ -156,13 +156,18 @@ class CandidateReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateResult:
-    """One gate on one candidate; `value` is None where the candidate failed."""
+    """One gate on one candidate; `value` is None where the candidate failed.
+
+    task: the task and metric of a gate on recovery. interval: of 95 %, where the value has one.
+    """
 
     gate: str
     candidate: str
     limit: float
     value: float | None
     passed: bool
+    task: str | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,4 +227,5 @@ def _candidate_json(candidate: CandidateReport) -> dict[str, Any]:
         "kl_histogram": candidate.kl_histogram,
         "where": None if candidate.where is None else asdict(candidate.where),
         "worst": [asdict(example) for example in candidate.worst],
+        "tasks": [asdict(comparison) for comparison in candidate.tasks],
     }

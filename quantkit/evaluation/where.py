@@ -48,7 +48,6 @@ class Unit(NamedTuple):
     parts: tuple[str, ...]
 
 
-@torch.inference_mode()
 def map_linears(
     original: Checkpoint,
     candidate: Checkpoint,
@@ -67,6 +66,19 @@ def map_linears(
     with _on_device(original, device) as ours, _on_device(candidate, device) as theirs:
         weights = PairedWeights(ours, theirs, Target(device, torch.float32))
         decoder = build_decoder(read_spec(original), weights)
+    # not while loading: a GPU's tensors are written by another thread, which may not touch tensors of this mode
+    with torch.inference_mode():
+        return _map(original, decoder, weights, windows, advance)
+
+
+def _map(
+    original: Checkpoint,
+    decoder: Decoder,
+    weights: PairedWeights,
+    windows: Sequence[Tensor],
+    advance: Advance,
+) -> tuple[LinearDamage, ...]:
+    device = weights.target.device
     units = _units(weights.units)
     runs = _Runs(decoder, weights, windows, _new_cache(original, windows, device, _most_together(units)))
     found: list[list[float]] = []

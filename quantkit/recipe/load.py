@@ -29,7 +29,7 @@ def load_recipe(name_or_path: str, settings: tuple[str, ...] = ()) -> Recipe:
     Raises RecipeError naming file and line, or the setting, for anything that is not a valid recipe.
     """
     file = find_recipe(name_or_path)
-    content, lines = _parse(file)
+    content, lines = parse_yaml(file)
     for setting in settings:
         _apply(content, setting)
     try:
@@ -54,8 +54,8 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def _parse(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The YAML as plain data, and the line of every dotted path in it."""
+def parse_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A mapping in YAML as plain data, and the line of every dotted path in it. Raises RecipeError."""
     try:
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)

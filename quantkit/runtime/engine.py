@@ -84,6 +84,8 @@ class Engine:
     def _processed(self, plan: StepPlan, results: Results) -> list[Event]:
         """Events of the sequences that have not ended meanwhile."""
         events = []
+        if results.prompt_logprobs is not None:
+            _give_prompt_logprobs(plan, results.prompt_logprobs)
         sampling = list(plan.sampling())
         for sequence, is_nan in zip(sampling, results.is_nan, strict=True):
             if is_nan and sequence.finish is None:
@@ -95,10 +97,19 @@ class Engine:
         return events
 
 
+def _give_prompt_logprobs(plan: StepPlan, prompt_logprobs: list[TokenLogprobs]) -> None:
+    each = iter(prompt_logprobs)
+    for row in plan.rows:
+        count = row.sequence.params.prompt_logprobs
+        row.sequence.prompt_logprobs += [_likeliest(next(each), count) for _ in row.scored]
+
+
 def _wanted(sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
     """As many of the likeliest as the sequence asks for; a step computes as many as any of it does."""
     count = sequence.params.logprobs
-    if count is None or logprobs is None:
-        return None
+    return None if count is None or logprobs is None else _likeliest(logprobs, count)
+
+
+def _likeliest(logprobs: TokenLogprobs, count: int | None) -> TokenLogprobs:
     top_ids, top_logprobs = logprobs.top_ids[:count], logprobs.top_logprobs[:count]
     return logprobs._replace(top_ids=top_ids, top_logprobs=top_logprobs)

@@ -25,15 +25,19 @@ class Limits:
                 fix=f"give max_num_batched_tokens {least} or more, or lower max_num_seqs",
             )
 
+    def longest(self, sequence: Sequence) -> int:
+        """Tokens that it may have; the one that nobody sees, of a prompt that is only scored, is one more."""
+        return self.max_model_len + sequence.is_only_scored
+
     def check(self, sequence: Sequence, blocks: BlockManager) -> None:
         """Raises GenerationError if the model cannot take it, or all blocks together cannot hold it."""
-        num_prompt, longest = len(sequence.prompt_ids), self.max_model_len - 1
+        num_prompt, longest = len(sequence.prompt_ids), self.longest(sequence) - 1
         if not 1 <= num_prompt <= longest:
             raise GenerationError(
                 f"the prompt has {num_prompt} tokens, and the model takes {self.max_model_len} with the answer",
                 fix=f"shorten it to {longest} tokens" if num_prompt else "give a prompt that is not empty",
             )
-        num_most = min(sequence.limit, self.max_model_len)
+        num_most = min(sequence.limit, longest + 1)
         num_needed = blocks.num_needed(num_most - 1)  # the last token is never computed
         num_blocks = blocks.num_blocks - 1
         if num_needed > num_blocks:

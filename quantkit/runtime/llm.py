@@ -3,13 +3,13 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from quantkit.errors import GenerationError
-from quantkit.formats.checkpoint import open_checkpoint
+from quantkit.formats.checkpoint import Checkpoint, open_checkpoint
 from quantkit.formats.source import resolve_source
 from quantkit.runtime.models.families import read_spec
 from quantkit.runtime.outputs import RequestOutput
@@ -27,22 +27,25 @@ T = TypeVar("T")
 class LLM:
     """A model in memory, with its tokenizer.
 
-    model: a folder, hub id, .gguf file or "demo", quantized or not. revision: of a hub id. announce: told, in a line
-    each, of downloads and of the plan of a GPU's memory. settings: fields of `EngineSettings`, such as dtype, device,
-    kv_cache_dtype, max_model_len. Any thread may use it; steps, one at a time, compute the requests of all.
+    model: a folder, hub id, .gguf file or "demo", quantized or not, or a checkpoint that is open. revision: of a hub
+    id. announce: told, in a line each, of downloads and of the plan of a GPU's memory. settings: fields of
+    `EngineSettings`, such as dtype, device, kv_cache_dtype, max_model_len. Any thread may use it; steps, one at a time,
+    compute the requests of all.
     Raises QuantkitError.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Checkpoint,
         *,
         revision: str | None = None,
         announce: Callable[[str], None] = lambda line: None,
         **settings: Any,
     ) -> None:
         chosen = EngineSettings(**settings)
-        checkpoint = open_checkpoint(resolve_source(str(model), revision=revision, announce=announce))
+        if isinstance(model, str | Path):
+            model = open_checkpoint(resolve_source(str(model), revision=revision, announce=announce))
+        checkpoint = model
         # a wrong config.json is said to be, before the tokenizer stumbles over it
         spec = read_spec(checkpoint)
         with ThreadPoolExecutor(1) as beside:  # to import transformers takes as long as to load weights
@@ -56,7 +59,9 @@ class LLM:
             eos_ids=eos_ids,
             vocab_size=spec.vocab_size,
         )
-        self._ready: dict[str, deque[RequestOutput]] = {}  # outputs that nobody has taken, by request
+        self._ready: dict[
+            str, deque[RequestOutput]
+        ] = {}  # by request: outputs that nobody has taken, also of others
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # a stream that is collected ends itself wherever its thread is
 
@@ -74,6 +79,17 @@ class LLM:
         """
         encoded = [(prompt, self._encode(prompt)) for prompt in _as_list(prompts)]
         return self._complete(encoded, sampling_params, priority)
+
+    def as_completed(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Like `generate`: each output once it is there, with its prompt's number. To leave early ends the rest."""
+        encoded = [(prompt, self._encode(prompt)) for prompt in prompts]
+        return self._outputs(encoded, sampling_params, priority)
 
     def chat(
         self,
@@ -96,9 +112,10 @@ class LLM:
         params = sampling_params or SamplingParams()
         request_id = str(next(self._numbers))
         try:
-            self._submit(request_id, text, self._encode(prompt), params, priority, is_streamed=True)
+            ready: deque[RequestOutput] = deque()
+            self._submit(request_id, ready, text, self._encode(prompt), params, priority, is_streamed=True)
             while True:
-                output = self._next(request_id)
+                output = self._next(ready)
                 yield output
                 if output.finished:
                     return
@@ -111,24 +128,37 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
     ) -> list[RequestOutput]:
+        outputs = dict(self._outputs(prompts, params, priority))
+        return [outputs[number] for number in range(len(prompts))]
+
+    def _outputs(
+        self,
+        prompts: Sequence[tuple[Prompt | None, list[int]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
+    ) -> Iterator[tuple[int, RequestOutput]]:
         each_params = _for_each(
             "sampling_params", SamplingParams() if params is None else params, len(prompts)
         )
         each_priority = _for_each("priority", priority, len(prompts))
-        request_ids = [str(next(self._numbers)) for _ in prompts]
+        request_ids = {str(next(self._numbers)): number for number in range(len(prompts))}
+        ready: deque[RequestOutput] = deque()
         try:
             for request_id, (prompt, prompt_ids), its_params, its_priority in zip(
                 request_ids, prompts, each_params, each_priority, strict=True
             ):
                 text = prompt if isinstance(prompt, str) else None
-                self._submit(request_id, text, prompt_ids, its_params, its_priority, is_streamed=False)
-            return [self._next(request_id) for request_id in request_ids]
+                self._submit(request_id, ready, text, prompt_ids, its_params, its_priority, is_streamed=False)
+            for _ in prompts:
+                output = self._next(ready)
+                yield request_ids[output.request_id], output
         finally:
             self._end(request_ids)
 
     def _submit(
         self,
         request_id: str,
+        ready: deque[RequestOutput],
         text: str | None,
         prompt_ids: list[int],
         params: SamplingParams,
@@ -137,17 +167,17 @@ class LLM:
         is_streamed: bool,
     ) -> None:
         with self._lock:
-            self._ready[request_id] = deque()
+            self._ready[request_id] = ready
             self.requests.add(
                 request_id, text, prompt_ids, params, priority=priority, is_streamed=is_streamed
             )
 
-    def _next(self, request_id: str) -> RequestOutput:
-        """What comes next of a request, whoever else has requests in the engine."""
+    def _next(self, ready: deque[RequestOutput]) -> RequestOutput:
+        """What comes next of the requests that share it, whoever else has requests in the engine."""
         while True:
             with self._lock:
-                if self._ready[request_id]:
-                    return self._ready[request_id].popleft()
+                if ready:
+                    return ready.popleft()
                 self._step()
 
     def _step(self) -> None:
@@ -157,7 +187,7 @@ class LLM:
             if output.request_id in self._ready:  # not where ending it was interrupted
                 self._ready[output.request_id].append(output)
 
-    def _end(self, request_ids: Sequence[str]) -> None:
+    def _end(self, request_ids: Iterable[str]) -> None:
         """Forget requests; those that go on, after an error or an interrupt, or since nobody listens, are ended."""
         with self._lock:
             for request_id in request_ids:

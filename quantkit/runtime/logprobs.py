@@ -47,6 +47,8 @@ def _of_part(logits_BV: Tensor, token_ids_B: Tensor, num_likeliest: int) -> Logp
     total_B1 = logits_BV.logsumexp(dim=1, keepdim=True)
     chosen_B1 = logits_BV.gather(1, token_ids_B[:, None])
     rank_B = 1 + (logits_BV > chosen_B1).sum(dim=1)
-    top_BL, top_ids_BL = topk(logits_BV, min(max(num_likeliest, 1), logits_BV.shape[1]))
-    top_BL, top_ids_BL = top_BL[:, :num_likeliest], top_ids_BL[:, :num_likeliest]
+    if num_likeliest:
+        top_BL, top_ids_BL = topk(logits_BV, min(num_likeliest, logits_BV.shape[1]))
+    else:
+        top_BL, top_ids_BL = logits_BV[:, :0], token_ids_B[:, None][:, :0]
     return Logprobs((chosen_B1 - total_B1)[:, 0], rank_B, top_ids_BL, top_BL - total_B1)

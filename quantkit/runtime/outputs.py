@@ -18,7 +18,8 @@ from quantkit.runtime.tokenizer import Tokenizer
 class NewToken(NamedTuple):
     """What the engine says of a sequence after a step. num_cached_tokens: of its prompt, found in the cache.
 
-    token_id: None where it ended without one, since the model's logits were no numbers.
+    token_id: None where it ended without one, since the model's logits were no numbers. prompt_logprobs: of the last
+    tokens of its prompt.
     """
 
     sequence_id: int
@@ -26,6 +27,7 @@ class NewToken(NamedTuple):
     finish: FinishReason | None
     logprobs: TokenLogprobs | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Logprob(NamedTuple):
@@ -63,7 +65,10 @@ class RequestMetrics(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """Of one request: all its answers, or, in a delta, those that have something new."""
+    """Of one request: all its answers, or, in a delta, those that have something new.
+
+    prompt_logprobs: by token id, of each token of the prompt, None of those that were not asked for; None if none was.
+    """
 
     request_id: str
     prompt: str | None
@@ -72,6 +77,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class Processed(NamedTuple):
@@ -110,7 +116,7 @@ class OutputProcessor:
         for token in new_tokens:
             answer = self._answers[token.sequence_id]
             answer.add(token)
-            answer.request.saw_token(token.num_cached_tokens, now)
+            answer.request.saw_token(token, now, self._tokenizer)
             touched[answer.request.request_id] = answer.request
             if answer.finish_reason is not None:
                 answer.request.num_unfinished -= 1
@@ -158,11 +164,18 @@ class _Request:
         self._arrival = arrival
         self._first_token: float | None = None
         self._num_cached_tokens = 0
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
-    def saw_token(self, num_cached_tokens: int, now: float) -> None:
+    def saw_token(self, token: NewToken, now: float, tokenizer: Tokenizer) -> None:
         """A token of one of its answers came."""
-        if self._first_token is None:
-            self._first_token, self._num_cached_tokens = now, num_cached_tokens
+        if self._first_token is not None:
+            return
+        self._first_token, self._num_cached_tokens = now, token.num_cached_tokens
+        if token.prompt_logprobs:
+            num_without = len(self._prompt_token_ids) - len(token.prompt_logprobs)
+            scored = zip(self._prompt_token_ids[num_without:], token.prompt_logprobs, strict=True)
+            self._prompt_logprobs = [None] * num_without
+            self._prompt_logprobs += [_by_token(token_id, each, tokenizer) for token_id, each in scored]
 
     def output(self, now: float) -> RequestOutput:
         """What is new, or, of one that is not streamed, everything."""
@@ -175,6 +188,7 @@ class _Request:
             finished=is_finished,
             num_cached_tokens=self._num_cached_tokens,
             metrics=RequestMetrics(self._arrival, self._first_token, now if is_finished else None),
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
@@ -204,7 +218,7 @@ class _Answer:
         """One token on; ends the answer if the engine says so, or if its text reaches a stop string."""
         self.is_new = True
         self.finish_reason = token.finish
-        if token.token_id is not None:
+        if token.token_id is not None and self._params.max_tokens:
             self._add_token(token, token.token_id)
         if token.finish is not None and not isinstance(self._stop_reason, str):
             self._add_text(self._detokenizer.flush())
@@ -247,13 +261,15 @@ class _Answer:
 
     def _add_logprobs(self, token_id: int, logprobs: TokenLogprobs) -> None:
         self._cumulative_logprob += logprobs.logprob
-        likeliest = zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
-        each = {other: (value, rank) for rank, (other, value) in enumerate(likeliest, start=1)}
-        each.setdefault(token_id, (logprobs.logprob, logprobs.rank))
-        decode = self._tokenizer.decode_one
-        self._logprobs.append(
-            {
-                other: Logprob(value, rank, decode(other, skip_special_tokens=False))
-                for other, (value, rank) in each.items()
-            }
-        )
+        self._logprobs.append(_by_token(token_id, logprobs, self._tokenizer))
+
+
+def _by_token(token_id: int, logprobs: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
+    """Of a token and of those that were likeliest in its place."""
+    likeliest = zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+    each = {other: (value, rank) for rank, (other, value) in enumerate(likeliest, start=1)}
+    each.setdefault(token_id, (logprobs.logprob, logprobs.rank))
+    return {
+        other: Logprob(value, rank, tokenizer.decode_one(other, skip_special_tokens=False))
+        for other, (value, rank) in each.items()
+    }

@@ -32,7 +32,10 @@ class PrefixCache:
         At least one token is left to compute. What it waits for is looked for again when nobody computes it any more.
         """
         self.hash_known(sequence)
-        findable = sequence.block_hashes[: self._blocks.num_shareable(len(sequence.token_ids) - 1)]
+        num_most = len(sequence.token_ids) - 1
+        if sequence.num_scored < len(sequence.targets):  # of tokens in the cache there are no logits
+            num_most = min(num_most, sequence.num_scored)
+        findable = sequence.block_hashes[: self._blocks.num_shareable(num_most)]
         if self._is_awaited(sequence, findable, computing):
             return [], True
         shared = self._blocks.find(findable)

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llguidance import LLMatcher
 
@@ -107,14 +107,16 @@ class Requests:
         params.check_token_ids(self._vocab_size)
         _check_prompt(prompt_ids, self._vocab_size)
         matcher = matcher or self.matcher(params)
+        computed, scored = _scored(prompt_ids, params)
         sequences = [
             EngineSequence(
                 sequence_id=number,
-                prompt_ids=prompt_ids,
+                prompt_ids=computed,
                 params=params.answer(index),
                 eos_ids=self._eos_ids,
                 priority=priority,
                 arrival=number,
+                **scored,
             )
             for index, number in zip(range(params.n), self._numbers, strict=False)
         ]
@@ -195,6 +197,26 @@ def _check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
+def _scored(prompt_ids: list[int], params: SamplingParams) -> tuple[list[int], dict[str, Any]]:
+    """What a sequence computes of the prompt, and its fields that say what is scored.
+
+    Where nothing is generated, the last token is not computed, only its probability.
+    """
+    if params.prompt_logprobs is None:
+        return prompt_ids, {}
+    first = max(1, params.prompt_logprobs_start)
+    if first >= len(prompt_ids):
+        raise GenerationError(
+            f"prompt_logprobs from token {first} on of a prompt of {len(prompt_ids)}: there are none",
+            fix="give a smaller prompt_logprobs_start, or a longer prompt: its first token has no probability",
+        )
+    computed = prompt_ids if params.max_tokens else prompt_ids[:-1]
+    return computed, {"targets": prompt_ids[1:], "num_scored": first - 1}
+
+
 def _new_token(event: Event) -> NewToken:
     sequence = event.sequence
-    return NewToken(sequence.sequence_id, event.token_id, event.finish, event.logprobs, sequence.num_cached)
+    return NewToken(
+        sequence.sequence_id, event.token_id, event.finish, event.logprobs, sequence.num_cached,
+        sequence.prompt_logprobs,
+    )  # fmt: skip

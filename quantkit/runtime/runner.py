@@ -2,7 +2,7 @@
 
 Nothing here waits for the device but `InFlight.wait`.
 
-Shape suffixes: T tokens of a step, B sequences of a step, R rows of device state, E hidden size, V vocab.
+Shape suffixes: T tokens of a step, P scored ones, B sequences, R rows of device state or of P, E hidden size, V vocab.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.runtime.graphs import Capture, ChunkGraphs, ChunkInputs, DecodeGraphs, SampledLogits
-from quantkit.runtime.logprobs import Logprobs, TokenLogprobs
+from quantkit.runtime.logprobs import Logprobs, TokenLogprobs, logprobs_of
 from quantkit.runtime.masks import Masks
 from quantkit.runtime.model import Model
 from quantkit.runtime.packed import send
@@ -26,22 +26,28 @@ from quantkit_kernels.paged_kv import BLOCK_SIZE, Pages
 
 
 class Results(NamedTuple):
-    """Of a step, for each row that samples, in the order of the plan. is_nan: the token means nothing."""
+    """Of a step, for each row that samples, in the order of the plan. is_nan: the token means nothing.
+
+    prompt_logprobs: of every scored token of all rows.
+    """
 
     token_ids: list[int]
     is_nan: list[bool]
     logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs] | None
 
 
 class InFlight:
     """The results of a launched step, on their way to the host."""
 
-    def __init__(self, sampled: Sampled) -> None:
-        tensors = [sampled.token_ids_B, sampled.is_nan_B, *(sampled.logprobs or ())]
-        self._tensors = tensors
+    def __init__(self, sampled: Sampled, prompt_logprobs: Logprobs | None) -> None:
+        self._sampled = sampled
+        self._prompt_logprobs = prompt_logprobs
         self._done: torch.cuda.Event | None = None
         if sampled.token_ids_B.is_cuda:
-            self._tensors = [_to_pinned(tensor) for tensor in tensors]
+            token_ids_B, is_nan_B = _to_pinned(sampled.token_ids_B), _to_pinned(sampled.is_nan_B)
+            self._sampled = Sampled(token_ids_B, is_nan_B, _all_to_pinned(sampled.logprobs))
+            self._prompt_logprobs = _all_to_pinned(prompt_logprobs)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
@@ -49,14 +55,17 @@ class InFlight:
         """Block until the device has got there."""
         if self._done is not None:
             self._done.synchronize()
-        token_B, is_nan_B, *logprobs = self._tensors
-        return Results(
-            token_B.tolist(), is_nan_B.tolist(), Logprobs(*logprobs).of_tokens() if logprobs else None
-        )
+        token_ids_B, is_nan_B, logprobs = self._sampled
+        each = [None if of is None else of.of_tokens() for of in (logprobs, self._prompt_logprobs)]
+        return Results(token_ids_B.tolist(), is_nan_B.tolist(), *each)
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _all_to_pinned(logprobs: Logprobs | None) -> Logprobs | None:
+    return None if logprobs is None else Logprobs(*map(_to_pinned, logprobs))
 
 
 class Runner:
@@ -110,9 +119,9 @@ class Runner:
         self._sampler.assign([_new_row(item) for item in self._rows.claim(plan.rows)])
         self._rows.update(plan.rows)
         rows, lengths = _sampling(plan.rows)
-        parts = self._logits(plan)
+        parts, prompt_logprobs = self._logits(plan)
         if not rows:
-            return InFlight(self._nothing)
+            return InFlight(self._nothing, prompt_logprobs)
         logits_BV, row_B, length_B = (
             torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True)
         )
@@ -121,29 +130,32 @@ class Runner:
         masks = Masks.of([sequence.mask for sequence in plan.sampling()], self._device)
         sampled = self._sampler.sample(logits_BV, row_B, length_B.long(), work, masks)
         self._rows.last_token_R.index_copy_(0, row_B, sampled.token_ids_B)
-        return InFlight(sampled)
+        return InFlight(sampled, prompt_logprobs)
 
-    def _logits(self, plan: StepPlan) -> list[SampledLogits]:
+    def _logits(self, plan: StepPlan) -> tuple[list[SampledLogits], Logprobs | None]:
         """Of the sequences that sample, in the order of the plan: from a graph of each kind, or from one eager step.
 
-        Two graphs read the weights twice, which takes less time than the launches that they save.
+        Two graphs read the weights twice, which takes less time than the launches that they save. Graphs keep no hidden
+        states, so a step that scores is eager. Returns with them the log probabilities of what is scored.
         """
         single, chunks = plan.rows[: plan.num_decode], plan.rows[plan.num_decode :]
         decode, chunk = self._decode_graphs, self._chunk_graphs
         num_tokens = sum(item.num_new for item in chunks)
         if decode is None or chunk is None or not decode.takes(len(single)):
-            return [self._eager(single, chunks)]
-        if not chunk.takes(num_tokens, len(chunks)):
-            return [self._eager(single, chunks)]
+            return self._eager(single, chunks)
+        if not chunk.takes(num_tokens, len(chunks)) or any(item.scored for item in plan.rows):
+            return self._eager(single, chunks)
         if not chunks:
-            return [decode.run(*_sampling(single))]
+            return [decode.run(*_sampling(single))], None
         ended = chunk.run(_chunk_parts(chunks))
         if not single:
-            return [ended]
+            return [ended], None
         kept = ended._replace(logits_BV=ended.logits_BV.clone())  # the next graph may compute in their memory
-        return [decode.run(*_sampling(single)), kept]
+        return [decode.run(*_sampling(single)), kept], None
 
-    def _eager(self, single: Sequence[Scheduled], chunks: Sequence[Scheduled]) -> SampledLogits:
+    def _eager(
+        self, single: Sequence[Scheduled], chunks: Sequence[Scheduled]
+    ) -> tuple[list[SampledLogits], Logprobs | None]:
         """Any step, outside of graphs."""
         sent = send((*_sampling(single), *_chunk_parts(chunks)), self._device)
         row_B, length_B, inputs = sent[0], sent[1], ChunkInputs(*sent[2:])
@@ -153,12 +165,34 @@ class Runner:
         if chunks:
             steps.append(self._chunk_step(inputs, max(item.num_new for item in chunks), _longest(chunks)))
         hidden_TE = self._decoder(_joined(steps), self._pools)
+        prompt_logprobs = self._prompt_logprobs(hidden_TE, [*single, *chunks])
         last_S = torch.cat((self._offsets[: len(single)], inputs.last_S + len(single)))
-        return SampledLogits(
+        sampled = SampledLogits(
             self._decoder.logits(hidden_TE[last_S]) if len(last_S) else hidden_TE,
             torch.cat((row_B, inputs.row_S)),
             torch.cat((length_B, inputs.length_S)),
         )
+        return [sampled], prompt_logprobs
+
+    def _prompt_logprobs(self, hidden_TE: Tensor, rows: Sequence[Scheduled]) -> Logprobs | None:
+        """Of what is scored, as many logits at a time as a step may sample from: memory is planned for these."""
+        places: list[int] = []
+        targets: list[int] = []
+        first = 0
+        for item in rows:
+            places += (first + token - item.start for token in item.scored)
+            targets += item.sequence.targets[item.scored.start : item.scored.stop]
+            first += item.num_new
+        if not places:
+            return None
+        num_likeliest = max(item.sequence.params.prompt_logprobs or 0 for item in rows)
+        most = self._rows.padding_row
+        sent = [torch.split(part.long(), most) for part in send((places, targets), self._device)]
+        parts = [
+            logprobs_of(self._decoder.logits(hidden_TE[place_R]), target_R, num_likeliest)
+            for place_R, target_R in zip(*sent, strict=True)
+        ]
+        return Logprobs(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     def _decode_logits(self, row_B: Tensor, length_B: Tensor, max_context: int) -> Tensor:
         """A decode step for any lengths up to max_context: what a graph holds."""

@@ -32,6 +32,9 @@ class SamplingParams:
     prompt and answer, and multiplies the negative ones. logprobs: report each token's, and of so many likeliest ones,
     before all of the above. skip_special_tokens: they have no text. structured_outputs: what the answer has to be,
     whatever else is asked for; it ends where that may end, so with neither min_tokens nor ignore_eos.
+
+    prompt_logprobs: like logprobs, of the prompt's own tokens, from number prompt_logprobs_start on; what is before
+    that may come from the prefix cache. With them, max_tokens may be 0: the prompt is scored, and nothing generated.
     """
 
     n: int = 1
@@ -53,12 +56,15 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
 
     def __post_init__(self) -> None:
         self._take_stops()
         self._check_numbers()
         self._check_collections()
         self._check_structure()
+        self._check_prompt_logprobs()
 
     @property
     def has_penalties(self) -> bool:
@@ -67,8 +73,13 @@ class SamplingParams:
         return penalties != (0, 0, 1)
 
     def answer(self, number: int) -> "SamplingParams":
-        """The parameters of one of `n` answers: seeds follow one another."""
+        """The parameters of one of `n` answers: seeds follow one another.
+
+        Where nothing is to be generated it is one token, which nobody sees: a step ends with the next token.
+        """
         seed = None if self.seed is None else (self.seed + number) & MAX_SEED
+        if self.max_tokens == 0:
+            return replace(self, max_tokens=1, ignore_eos=True, stop_token_ids=())
         return replace(self, n=1, seed=seed)
 
     def check_token_ids(self, vocab_size: int) -> None:
@@ -88,7 +99,7 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         self._check_integer("n", 1, MAX_SEQUENCES)
-        self._check_integer("max_tokens", 1, MAX_NUM_TOKENS)
+        self._check_integer("max_tokens", 1 if self.prompt_logprobs is None else 0, MAX_NUM_TOKENS)
         self._check_integer("min_tokens", 0, MAX_NUM_TOKENS)
         self._check(
             "min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens, {self.max_tokens}"
@@ -127,6 +138,15 @@ class SamplingParams:
             object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**wanted))
         for name in ("min_tokens", "ignore_eos"):
             self._check(name, not (wanted and getattr(self, name)), "it without structured_outputs")
+
+    def _check_prompt_logprobs(self) -> None:
+        self._check_integer("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._check_integer("prompt_logprobs_start", 0, MAX_NUM_TOKENS)
+        if self.prompt_logprobs is None:
+            self._check("prompt_logprobs_start", self.prompt_logprobs_start == 0, "it with prompt_logprobs")
+        else:
+            self._check("n", self.n == 1, "1 with prompt_logprobs")
+            self._check("max_tokens", bool(self.max_tokens or not self.structured_outputs), "1 or more")
 
     def _check_integer(self, name: str, least: int, most: int, *, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -106,7 +106,7 @@ class Scheduler:
         for sequence in sequences:
             self._limits.check(sequence, self._blocks)
         for sequence in sequences:
-            sequence.limit = min(sequence.limit, self._limits.max_model_len)
+            sequence.limit = min(sequence.limit, self._limits.longest(sequence))
             self._prefixes.hash_known(sequence)
             self._enqueue(sequence)
 
@@ -119,10 +119,12 @@ class Scheduler:
 
     def launched(self, plan: StepPlan) -> None:
         """The device will compute the plan: what it fills may be shared, by steps launched later."""
-        for sequence, _, start, num_new, samples, _ in plan.rows:
+        for sequence, _, start, num_new, samples, _, scored in plan.rows:
             assert sequence.num_computed == start, "a plan is launched once, before anything else happens"
             sequence.num_computed = start + num_new
             sequence.num_in_flight += samples
+            if scored:
+                sequence.num_scored = scored.stop
             self._prefixes.publish(sequence)
 
     def processed(self, plan: StepPlan, token_ids: Iterable[int]) -> list[Update]:

@@ -16,6 +16,8 @@ from quantkit.runtime.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantkit.runtime.logprobs import TokenLogprobs
+
 
 class FinishReason(StrEnum):
     STOP = "stop"  # a stop token or a stop string
@@ -33,6 +35,8 @@ class Sequence:
     eos_ids: the model's own stop tokens. priority, arrival: smaller is earlier, priority first; sequence_id decides
     where both are the same. All other fields are the scheduler's to write, but mask: the tokens that its grammar allows
     next, int32 words of 32 bits on the host; None: it has no grammar. A token in flight decides what comes after it.
+    targets: the token after each of the prompt's, of those whose log probabilities are asked for; num_scored: of them,
+    launched, or not asked for.
     """
 
     sequence_id: int
@@ -41,6 +45,8 @@ class Sequence:
     eos_ids: frozenset[int]
     priority: int = 0
     arrival: int = 0
+    targets: list[int] = field(default_factory=list)
+    num_scored: int = 0
 
     order: tuple[int, int, int] = field(init=False)  # smaller is more important
     stop_ids: frozenset[int] = field(
@@ -64,6 +70,7 @@ class Sequence:
     num_cached: int = 0  # of the prompt, found in the cache when it first got a row
     finish: FinishReason | None = None
     mask: "Tensor | None" = None
+    prompt_logprobs: list["TokenLogprobs"] = field(default_factory=list)  # of targets, those seen
 
     def __post_init__(self) -> None:
         self.order = (self.priority, self.arrival, self.sequence_id)
@@ -71,6 +78,11 @@ class Sequence:
         self.stop_ids = own_ids if self.params.ignore_eos else own_ids | self.eos_ids
         self.limit = len(self.prompt_ids) + self.params.max_tokens
         self.token_ids = list(self.prompt_ids)
+
+    @property
+    def is_only_scored(self) -> bool:
+        """Whether its last target is no part of it: the model is asked for this one's probability, and no more."""
+        return len(self.targets) == len(self.prompt_ids)
 
     @property
     def num_tokens(self) -> int:

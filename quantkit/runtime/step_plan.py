@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 from quantkit.runtime.sequence import Sequence
 
+NONE = range(0)
+
 
 class Scheduled(NamedTuple):
     """Tokens start … start + num_new − 1 of a sequence, in one step.
 
     A token that the host does not know yet is the row's last one on the device. With a new `generation` the row has a
     new owner, or its owner new blocks. samples: the last token is among them, so the step samples the next one.
+    scored: those of the tokens whose targets' log probabilities are wanted.
     """
 
     sequence: Sequence
@@ -19,6 +22,7 @@ class Scheduled(NamedTuple):
     num_new: int
     samples: bool
     generation: int
+    scored: range
 
 
 class StepPlan(NamedTuple):
@@ -44,4 +48,7 @@ def schedule_tokens(sequence: Sequence, num_new: int) -> Scheduled:
     assert sequence.row is not None, "what runs has a row"
     start = sequence.num_computed
     samples = start + num_new == sequence.num_tokens
-    return Scheduled(sequence, sequence.row, start, num_new, samples, sequence.generation)
+    scored = NONE
+    if sequence.targets:
+        scored = range(max(start, sequence.num_scored), min(start + num_new, len(sequence.targets)))
+    return Scheduled(sequence, sequence.row, start, num_new, samples, sequence.generation, scored)

@@ -24,6 +24,7 @@ from quantkit.runtime.llm import LLM
 from quantkit.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from quantkit.runtime.requests import Requests
 from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.start import chosen_device
 from quantkit.runtime.tokenizer import Tokenizer
 from quantkit.server.logs import log_as_json, logger
 from quantkit.server.messages import (
@@ -48,6 +49,7 @@ from quantkit.server.messages import (
 from quantkit_kernels.paged_kv import BLOCK_SIZE
 
 RECEIVE_BYTES = 1 << 18
+CPU_NICENESS = 5  # of the threads that multiply: HTTP, which shares their cores, answers before a step is done
 LEAST = -9999.0  # log probability: JSON has no infinity
 
 
@@ -152,6 +154,8 @@ def main() -> None:
     (start,) = connection.receive(waits=True)
     assert isinstance(start, Start), "the first message says what to load"
     try:
+        if chosen_device(start.settings.get("device")).type == "cpu":
+            os.nice(CPU_NICENESS)
         llm = LLM(start.model, announce=lambda line: connection.send(Progress(line)), **start.settings)
     except QuantkitError as error:
         connection.send(CannotStart(error.problem, error.fix))

@@ -95,7 +95,9 @@ def write(folder: Path, scheme: Scheme | None, *, is_attention_16_bit: bool = Fa
             out.write(encode_header(tensors))
             for name, (dtype, shape) in tensors.items():
                 out.write(as_bytes(values(name, dtype, shape, noise)))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     modules = {f"model.layers.{layer}.{name}": schemes[name] for layer in range(LAYERS) for name in LINEARS}
     quantization = write_quantization({**modules, "lm_head": None}, None)
     config = CONFIG if scheme is None else {**CONFIG, "quantization_config": quantization}

@@ -6,12 +6,14 @@ import torch
 from quantkit.formats.checkpoint import open_checkpoint
 from quantkit.runtime import graphs
 from quantkit.runtime.load import load_model
+from quantkit.runtime.sampling_params import SamplingParams
+from quantkit.runtime.sequence import Sequence
 from quantkit.runtime.settings import EngineSettings
 from quantkit.runtime.start import start_engine
 from quantkit_kernels.paged_kv import BLOCK_SIZE
 from tests.gpu.test_decoder import folder  # noqa: F401
 from tests.tiny_models import tokens
-from tests.unit.runtime.test_engine import answers
+from tests.unit.runtime.test_engine import answers, run, sequence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +77,31 @@ def test_200_sequences_at_once_equal_each_alone(folder):  # noqa: F811
         assert answers(engine, many[:some], max_tokens=16) == together[:some]
     eager = engine_of(folder("gpu-llama", "int4"), **settings, eager=True)
     assert answers(eager, many, max_tokens=16) == together
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scores_are_those_of_the_model_and_change_nothing_beside_them(scheme, folder):  # noqa: F811
+    """To what bf16 does to a logit; what generates beside it goes on as it would alone."""
+    started = start(folder("gpu-llama", scheme), batch_invariant=True)
+    engine, many = started.engine, prompts()[1:]
+    alone = answers(engine, many, max_tokens=20)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0).answer(0)
+    scored = [
+        Sequence(
+            sequence_id=100 + at, arrival=100 + at, prompt_ids=prompt[:-1], targets=prompt[1:], params=params,
+            eos_ids=frozenset(), num_scored=at % len(prompt[1:]),
+        )
+        for at, prompt in enumerate(many)
+    ]  # fmt: skip
+    generating = [sequence(at, prompt, max_tokens=20) for at, prompt in enumerate(many)]
+    engine.add(*generating, *scored)
+    run(engine)
+    assert [each.token_ids[len(each.prompt_ids) :] for each in generating] == alone
+    for at, (each, prompt) in enumerate(zip(scored, many, strict=True)):
+        logprobs_TV = started.model.logits(torch.tensor(prompt))[:-1].log_softmax(dim=-1)
+        expected_T = logprobs_TV.gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+        found_T = torch.tensor([one.logprob for one in each.prompt_logprobs])
+        torch.testing.assert_close(found_T, expected_T[at % len(prompt[1:]) :], atol=0.05, rtol=0.02)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -1,6 +1,7 @@
 """The verb: one JSON object or a table on stdout, the rest on stderr, and the exit code."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ def test_json_is_one_object_with_the_promised_keys(world, capsys):
             "limit": 10.0,
             "value": candidate["kl_mean"],
             "passed": True,
+            "task": None,
+            "interval": candidate["kl_ci"],
         }
     ]
     assert "windows" in err
@@ -137,6 +140,25 @@ def test_failed_gates_exit_with_1_and_say_by_how_much(world, capsys):
         assert f"candidate: {option} not met" in err
 
 
+def test_a_suite_decides_unless_an_option_does_and_leaves_files_for_ci(world, capsys):
+    (world / "mine.yaml").write_text(
+        "data: text.txt\nwindows: 3\nlength: 16\nthresholds: {max_kl: 1.0e-6, min_top1: 0.0}\n"
+    )
+    files = ["--junit", "gates.xml", "--markdown", "summary.md"]
+    command = ["eval", "original", "candidate", "--suite", "mine.yaml", "--device", "cpu", *files, "--json"]
+    assert run(command) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["data"]["spec"], report["data"]["windows"]) == ("text.txt", 3)
+    assert "candidate: --max-kl 1e-06 not met: KL" in err and "excludes" in err
+    cases = ElementTree.parse(world / "gates.xml").getroot().findall(".//testcase")
+    assert [len(case) for case in cases] == [0, 1, 0]
+    assert (world / "summary.md").read_text(encoding="utf-8").startswith("## ❌ 1 of 2 gates not met")
+    assert run([*command, "--max-kl", "100", "--windows", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["data"]["windows"] == 2 and report["gates"][0]["limit"] == 100.0
+
+
 def test_one_window_has_no_interval(world, capsys):
     assert (
         run(
@@ -193,6 +215,11 @@ def test_nan_weights_are_a_verdict_not_a_crash(world, capsys):
         (["--windows", "0"], "--windows 0"),
         (["--windows", "100000"], "100000 windows of 16"),
         (["--data", "absent.txt"], "absent.txt"),
+        (["--suite", "quik"], "--suite quik"),
+        (["--min-recovery", "most"], "--min-recovery most"),
+        (["--min-recovery", "90%"], "--min-recovery"),
+        (["--junit", "absent/gates.xml"], "there is no folder absent"),
+        (["--markdown", "absent/summary.md"], "there is no folder absent"),
     ],
 )
 def test_mistakes_are_two_lines_and_exit_with_2(world, capsys, arguments, finding):

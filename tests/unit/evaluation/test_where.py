@@ -182,7 +182,7 @@ def test_other_families(tmp_path, family):
     tensors[linear] = noisy(tensors[linear], 0.3)
     save_file(tensors, file, metadata={"format": "pt"})
     found = damage_map(original, candidate)
-    units = [damage for damage in found.values() if damage.kl_in > 0]
+    units = [damage for damage in found.values() if damage.kl_in > 1e-6]  # equal experts: rounding
     assert units and units[0].layer == 1
     assert units[0].kl_in == pytest.approx(kl(original, candidate), rel=1e-3)
 
