@@ -3,7 +3,7 @@
 import time
 from collections import deque
 
-from quantkit.server.errors import overloaded
+from quantkit.server.errors import invalid, overloaded
 
 PACE = 32  # ends of sequences that the pace is taken from
 MOST_SECONDS = 60
@@ -23,7 +23,13 @@ class Admission:
         self._ends: deque[float] = deque(maxlen=PACE)
 
     def admit(self, num_sequences: int, num_prompt_tokens: int) -> None:
-        """Count a request in. Raises ApiError, a 429, if too much waits."""
+        """Count a request in. Raises ApiError: a 429 if too much waits, a 400 if it never fits."""
+        if num_sequences > self._max_sequences:
+            raise invalid(
+                f"{num_sequences} answers in one request, of all its prompts together; this server takes at most "
+                f"{self._max_sequences}",
+                param="n",
+            )
         if self.num_sequences + num_sequences > self._max_sequences:
             raise overloaded("too many requests wait for their turn", retry_after=self._retry_after())
         num_waiting = self.num_waiting_tokens + num_prompt_tokens

@@ -19,6 +19,13 @@ def test_sequences_are_bounded_and_come_back():
     admission.admit(3, 10)
 
 
+def test_what_never_fits_is_not_told_to_come_back():
+    admission = Admission(max_sequences=3, max_waiting_tokens=100)
+    with pytest.raises(ApiError, match=r"4 answers .* at most 3") as refused:
+        admission.admit(4, 10)
+    assert (refused.value.status, refused.value.param, refused.value.headers) == (400, "n", {})
+
+
 def test_one_prompt_may_wait_however_long():
     admission = Admission(max_sequences=9, max_waiting_tokens=100)
     admission.admit(1, 1000)
