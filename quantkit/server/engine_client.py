@@ -153,11 +153,11 @@ class EngineClient(asyncio.Protocol):
 
     def _take(self, message: Message) -> None:
         match message:
-            case Stepped(begun, deltas, stats):
+            case Stepped(begun, began, deltas, stats):
                 self._metrics.stepped(stats)
                 for part in begun:
                     if (generation := self._generations.get(part)) is not None:
-                        self._admission.begun(generation.begin(part))
+                        self._admission.begun(generation.begin(part, began))
                 now = time.monotonic()
                 for delta in deltas:
                     self._put(delta, now)

@@ -173,11 +173,13 @@ def serve_once(llm: LLM, connection: Connection, inbox: Inbox) -> None:
     requests = llm.requests
     for message in connection.receive(waits=not requests.has_work):
         inbox.take(message)
+    began = time.monotonic()  # and not after the step: on a CPU, it has computed the prompts by then
     begun, outputs = _step(requests, connection) if requests.has_work else ([], [])
     stats = requests.stats
     connection.send(
         Stepped(
             begun,
+            began,
             [_delta(output, llm.tokenizer) for output in outputs],
             Stats(
                 stats.num_waiting,

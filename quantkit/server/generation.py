@@ -5,7 +5,6 @@ pieces; one who does not read at all is cut off when too much lies here.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
@@ -71,9 +70,9 @@ class Generation:
     def times(self) -> Times:
         return Times(self._arrival, self._begun, self._first_token, self._last_token)
 
-    def begin(self, part: str) -> int:
+    def begin(self, part: str, now: float) -> int:
         """One of its prompts waits no longer; returns how many tokens it has."""
-        self._begun = self._begun or time.monotonic()
+        self._begun = self._begun or now
         return self.waiting.pop(part)
 
     def put(self, delta: Delta, now: float) -> float | None:

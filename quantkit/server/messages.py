@@ -120,9 +120,10 @@ class Stats(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """What a step brought. begun: requests that wait no longer."""
+    """What a step brought. begun: requests that wait no longer, since `time`, by the system's monotonic clock."""
 
     begun: list[str]
+    time: float
     deltas: list[Delta]
     stats: Stats
 
@@ -153,8 +154,8 @@ class Decoder:
             yield _stepped(*fields) if tag == Stepped.__name__ else KINDS[tag](*fields)
 
 
-def _stepped(begun: list[str], deltas: list[list[Any]], stats: list[Any]) -> Stepped:
-    return Stepped(begun, [_delta(*fields) for fields in deltas], Stats(*stats))
+def _stepped(begun: list[str], time: float, deltas: list[list[Any]], stats: list[Any]) -> Stepped:
+    return Stepped(begun, time, [_delta(*fields) for fields in deltas], Stats(*stats))
 
 
 def _delta(request_id: str, choices: list[list[Any]], *rest: Any) -> Delta:

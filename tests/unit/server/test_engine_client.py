@@ -72,7 +72,7 @@ def submit(client, *prompts, params=BOTH, is_streamed=True):
 
 
 def stepped(begun=(), *deltas):
-    return Stepped(list(begun), list(deltas), STATS)
+    return Stepped(list(begun), 0.0, list(deltas), STATS)
 
 
 def last(part, num_answers=2):
@@ -97,6 +97,17 @@ def test_what_was_counted_is_given_back_with_the_last_token():
             client.end(generation)  # its reader is done, too
             assert admission.num_sequences == 0
             assert len(await anext(generation.pieces())) == 4
+
+    asyncio.run(story())
+
+
+def test_a_request_waits_until_its_first_step_began():
+    async def story():
+        async with connected() as (client, engine, _):
+            generation = submit(client, [1])
+            (part,) = generation.parts
+            await engine.say(stepped([part], last(part))._replace(time=0.25))
+            assert generation.times.begun == 0.25
 
     asyncio.run(story())
 

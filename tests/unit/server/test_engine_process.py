@@ -1,6 +1,7 @@
 """The engine's end: messages in, a step, messages out, with a tiny model and no socket."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -63,6 +64,20 @@ def test_an_answer_comes_in_deltas(llm, connection):
     assert [delta.is_finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
     assert [message.begun for message in connection.sent if message.begun] == [["a"]]
     assert connection.sent[-1].stats.num_running == 0
+
+
+def test_a_request_has_begun_when_its_first_step_began(llm, connection, monkeypatch):
+    launch, launched = llm.started.engine._runner.launch, []
+
+    def noted(plan):
+        launched.append(time.monotonic())
+        return launch(plan)
+
+    monkeypatch.setattr(llm.started.engine._runner, "launch", noted)
+    before = time.monotonic()
+    run(llm, connection, submit("a", [5, 6, 7]))
+    (first,) = (message for message in connection.sent if message.begun)
+    assert before <= first.time <= launched[0]
 
 
 def test_log_probabilities_of_tokens_that_are_no_characters_are_of_bytes(llm, connection):

@@ -40,9 +40,10 @@ MESSAGES = [
     CannotStart("no", "yes"),
     Refused("7-0", "too long", "shorten it"),
     Failed("7-0", "out of memory"),
-    Stepped([], [], Stats(0, 0, 0.0, 0, 0, 0)),
+    Stepped([], 0.5, [], Stats(0, 0, 0.0, 0, 0, 0)),
     Stepped(
         ["7-0"],
+        1.25,
         [
             Delta(
                 "7-0",
