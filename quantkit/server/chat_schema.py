@@ -24,11 +24,17 @@ class Message(Body):
 
 
 class AssistantMessage(Body):
-    """As answers have it that clients send back: refusal is null, and content may be if there are calls."""
+    """As answers have it that clients send back: content may be null if there are calls.
+
+    What else OpenAI's have is empty: `model_dump()` of its client writes all of it.
+    """
 
     role: Literal["assistant"]
     content: Text | None = None
     refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
     tool_calls: list[CallMade] | None = None
 
 
