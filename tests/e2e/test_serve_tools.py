@@ -142,6 +142,7 @@ def test_no_tools_are_called_where_none_may_be(client):
         ({"response_format": json_schema({"$ref": "http://example.com"})}, "response_format"),
         ({"response_format": {"type": "json_object"}, "extra_body": {"min_tokens": 2}}, "min_tokens"),
         ({"response_format": {"type": "json_object"}, "extra_body": {"ignore_eos": True}}, "ignore_eos"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {}}, "response_format.type"),
         ({"tool_choice": "required"}, "tool_choice"),
