@@ -52,6 +52,12 @@ def requested_tools(body: ChatBody, support: ToolSupport | None) -> RequestedToo
     names = [function.name for function in functions]
     if len(set(names)) < len(names):
         raise invalid("two tools have the same name", param="tools")
+    for place, function in enumerate(functions):
+        if (function.parameters or {}).get("type", "object") != "object":
+            raise invalid(
+                f"the parameters of {function.name!r} are no object: give a schema of type 'object'",
+                param=f"tools[{place}].function.parameters",
+            )
     if choice == "none":
         return None
     if support is None:

@@ -24,6 +24,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "now", "strict": True}},
 ]
+NO_PARAMETERS = {"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}
 NO_OBJECT = {"id": "1", "function": {"name": "f", "arguments": "1"}}
 IDS = byte_tokenizer()
 BRIEF = {
@@ -150,6 +151,7 @@ def test_no_tools_are_called_where_none_may_be(client):
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
         ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [*TOOLS, NO_PARAMETERS], "tool_choice": "required"}, f"tools[{len(TOOLS)}].function.parameters"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [NO_OBJECT]}]},
