@@ -59,6 +59,8 @@ class Gate:
                 headers = {**error.headers, "Connection": "close"}  # what is left of the body is not read
                 await JsonResponse(error.body(), error.status, headers)(scope, receive, send)
                 return
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}  # uvicorn, whose scope stays as it is, leaves the body out
             await self._app(scope, body.receive, send)
         finally:
             self._num_bytes -= body.num_bytes

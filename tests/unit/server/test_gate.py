@@ -26,7 +26,9 @@ def gate(app=echo, keys=()):
     return Gate(app, api_keys=keys, metrics=Metrics("m"), paths=PATHS)
 
 
-async def request(app, *pieces, path="/v1/completions", headers=None, seconds=0.0, then="http.disconnect"):
+async def request(
+    app, *pieces, path="/v1/completions", headers=None, seconds=0.0, then="http.disconnect", method="POST"
+):
     """Status, headers and body; pieces of the request's body come after so many seconds each."""
     sent = []
     queue = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces[:-1]]
@@ -43,7 +45,7 @@ async def request(app, *pieces, path="/v1/completions", headers=None, seconds=0.
         sent.append(message)
 
     raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": "POST", "path": path, "headers": raw, "client": ("1.2.3.4", 5)}
+    scope = {"type": "http", "method": method, "path": path, "headers": raw, "client": ("1.2.3.4", 5)}
     await app(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in sent[1:])
     return sent[0]["status"], dict(sent[0]["headers"]), body
@@ -53,6 +55,14 @@ def test_a_body_in_pieces_arrives_whole():
     status, headers, body = asyncio.run(request(gate(), b"ab", b"", b"c"))
     assert (status, body) == (200, b"abc")
     assert len(headers[b"x-request-id"]) == 32
+
+
+def test_head_is_answered_as_get_is():
+    async def method(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": scope["method"].encode()})
+
+    assert asyncio.run(request(gate(method), path="/health", method="HEAD"))[::2] == (200, b"GET")
 
 
 def test_too_long_and_too_slow(monkeypatch):
