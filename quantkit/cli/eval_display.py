@@ -140,7 +140,7 @@ def _figures(candidate: CandidateReport) -> tuple[str, ...]:
 def _tasks_table(candidate: CandidateReport) -> Table:
     """Scores beside the original's; flips: from wrong to right, and from right to wrong."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(f"tasks of {candidate.path}", overflow="fold", min_width=10)
+    table.add_column(Text(f"tasks of {candidate.path}"), overflow="fold", min_width=10)
     for column in ("items", "original", "candidate", "recovery", "p", "flips"):
         table.add_column(column, justify="right", no_wrap=True)
     for found in candidate.tasks:

@@ -1,12 +1,16 @@
 """The verb: one JSON object or a table on stdout, the rest on stderr, and the exit code."""
 
 import json
+from io import StringIO
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 
+from quantkit.cli.eval_display import show
 from quantkit.cli.main import run
+from tests.evaluation_reports import candidate, comparison, report
 from tests.packers import write_packed_llama
 from tests.tiny_llama import tiny_tensors, write_tiny_llama
 
@@ -241,3 +245,9 @@ def test_card_of_a_folder_of_ours_is_filled_and_a_locked_one_is_no_failure(world
     card.write_bytes(EVALUATION_START.encode() + b"\xff" + EVALUATION_END.encode())
     assert quantkit_eval() == 0
     assert "candidate: the figures are not in its README.md" in capsys.readouterr().err
+
+
+def test_names_of_folders_are_no_markup():
+    out, name = StringIO(), "runs/[red]int4[/blue]"
+    show(report(candidate(name, tasks=(comparison(),))), Console(file=out, width=200))
+    assert f"tasks of {name}" in out.getvalue() and out.getvalue().count(name) == 2
