@@ -4,12 +4,13 @@ The section lies between two markers that `quantize` writes; nothing outside of 
 that lacks them.
 """
 
+import math
 import os
 import tempfile
 from pathlib import Path
 
 from quantkit.card import EVALUATION_END, EVALUATION_START
-from quantkit.evaluation.report import LAYER, CandidateReport, EvalReport
+from quantkit.evaluation.report import LAYER, CandidateReport, EvalReport, TaskComparison
 
 NUM_WORST = 5
 
@@ -70,10 +71,16 @@ def _task_rows(candidate: CandidateReport) -> list[tuple[str, str, str]]:
         (
             f"{task.task}, {task.metric}",
             f"{task.reference:.4g}",
-            f"{task.candidate:.4g} (recovery {task.recovery:.1f} %{_interval(task.recovery_ci)})",
+            f"{task.candidate:.4g} ({_recovery(task)})",
         )
         for task in candidate.tasks
     ]
+
+
+def _recovery(task: TaskComparison) -> str:
+    if math.isnan(task.recovery):
+        return "recovery not known"
+    return f"recovery {task.recovery:.1f} %{_interval(task.recovery_ci)}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

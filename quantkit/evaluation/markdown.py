@@ -1,5 +1,6 @@
 """The report as GitHub-flavoured Markdown, for the summary of a CI job or a comment: verdict, table, what failed."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def _figures(report: EvalReport) -> str:
 
 
 def _candidate_row(candidate: CandidateReport) -> tuple[str, ...]:
-    size = (f"{candidate.bits_per_weight:.2f}", f"{candidate.bytes / 1e6:.0f}")
+    size = (_number(candidate.bits_per_weight, ".2f"), f"{candidate.bytes / 1e6:.0f}" if candidate.bytes else "")
     damage = candidate.damage
     if damage is None:
         return (_cell(candidate.path), "broken", "", "", "", *size)
@@ -85,7 +86,7 @@ def _task_row(found: TaskComparison) -> tuple[str, ...]:
         str(found.num_items),
         f"{found.reference:.3f}",
         f"{found.candidate:.3f}",
-        f"{found.recovery:.1f} %",
+        _number(found.recovery, ".1f", " %"),
         "" if low_high is None else f"{low_high[0]:.1f} … {low_high[1]:.1f}",
         "" if found.p_value is None else f"{found.p_value:.3g}",
     )
@@ -113,6 +114,11 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     head, *body = rows
     lines = [head, ("---",) * len(head), *body]
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    """Nothing for a figure that is not known."""
+    return "" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
 def _cell(text: str) -> str:

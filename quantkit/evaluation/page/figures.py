@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from quantkit.evaluation.report import CandidateReport, EvalReport, LinearDamage
+from quantkit.evaluation.report import CandidateReport, EvalReport, LinearDamage, TaskComparison
 
 Interval = tuple[float, float]
 DASH = "\u2013"  # where there is no figure, and between two
@@ -34,6 +34,20 @@ def size(num_bytes: int) -> str:
 def percent(fraction: float) -> str:
     """0.6423 as "64.2 %"."""
     return f"{100 * fraction:.1f} %"
+
+
+def recovery(task: TaskComparison, *, interval: bool = True) -> str:
+    """With its interval; a dash where the original's score has none."""
+    if math.isnan(task.recovery):
+        return DASH
+    ends = task.recovery_ci if interval else None
+    return f"{task.recovery:.1f} %" + ("" if ends is None else f" ({ends[0]:.1f}{DASH}{ends[1]:.1f})")
+
+
+def is_worse(task: TaskComparison) -> bool:
+    """By the scores, which there are even where recovery is not known."""
+    loss = task.reference - task.candidate
+    return loss > 0 if task.higher_is_better else loss < 0
 
 
 def short_name(path: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from quantkit.evaluation.page.figures import DASH, Interval, names
+from quantkit.evaluation.page.figures import DASH, Interval, is_worse, names, recovery
 from quantkit.evaluation.page.html import Html, element, folded, note, section, table
 from quantkit.evaluation.page.plot import LinearScale, drawing, line
 from quantkit.evaluation.page.verdict import SIGNIFICANT
@@ -73,7 +73,7 @@ def _original(task: TaskComparison, scale: LinearScale) -> Html:
 def _candidate(name: str, task: TaskComparison, scale: LinearScale) -> Html:
     bar = _bar(name, task.candidate, task.candidate_ci, task.chance, scale)
     luck = element("strong", _luck(task)) if _luck(task) else None
-    value = _value(task.candidate, element("small", " ", _recovery(task), " ", luck))
+    value = _value(task.candidate, element("small", " ", recovery(task), " ", luck))
     return element("div", element("span", name, class_="name"), bar, value, class_="skill")
 
 
@@ -97,18 +97,11 @@ def _bar(name: str, score: float, interval: Interval, chance: float | None, scal
     )
 
 
-def _recovery(task: TaskComparison) -> str:
-    interval = (
-        "" if task.recovery_ci is None else f" ({task.recovery_ci[0]:.1f}{DASH}{task.recovery_ci[1]:.1f})"
-    )
-    return f"{task.recovery:.1f} %{interval}"
-
-
 def _luck(task: TaskComparison) -> str:
     """What says that a difference is no luck; nothing where it may be."""
     if task.p_value is None or task.p_value >= SIGNIFICANT:
         return ""
-    return f"{'worse' if task.recovery < 100 else 'better'}, p = {task.p_value:.2g}"
+    return f"{'worse' if is_worse(task) else 'better'}, p = {task.p_value:.2g}"
 
 
 def _table(rows: Sequence[Row]) -> Html:
@@ -135,7 +128,7 @@ def _table(rows: Sequence[Row]) -> Html:
             ),
             f"{task.reference:.4g} ({task.reference_ci[0]:.3g} to {task.reference_ci[1]:.3g})",
             f"{task.candidate:.4g} ({task.candidate_ci[0]:.3g} to {task.candidate_ci[1]:.3g})",
-            *(_recovery(task), DASH if task.p_value is None else f"{task.p_value:.2g}", task.test),
+            *(recovery(task), DASH if task.p_value is None else f"{task.p_value:.2g}", task.test),
         )
         for name, task in rows
     ]

@@ -1,7 +1,7 @@
 """The verdict: a sentence for each candidate, on its gates, on what it saves, and on what it loses beyond noise."""
 
 from quantkit.evaluation.gates import describe_failure
-from quantkit.evaluation.page.figures import DASH, names, nats, percent, size
+from quantkit.evaluation.page.figures import DASH, is_worse, names, nats, percent, recovery, size
 from quantkit.evaluation.page.html import Child, Html, element
 from quantkit.evaluation.report import CandidateReport, Damage, EvalReport
 
@@ -87,8 +87,12 @@ def _beside_noise(dtype: str, damage: Damage) -> str:
 def _tasks(candidate: CandidateReport) -> str:
     if not candidate.tasks:
         return ""
-    worse = [task for task in candidate.tasks if task.recovery < 100 and (task.p_value or 1) < SIGNIFICANT]
+    worse = [
+        task
+        for task in candidate.tasks
+        if is_worse(task) and task.p_value is not None and task.p_value < SIGNIFICANT
+    ]
     if not worse:
         return f" None of {len(candidate.tasks)} task scores is worse beyond luck."
-    shown = ", ".join(f"{task.task} ({task.recovery:.1f} %, p = {task.p_value:.2g})" for task in worse)
+    shown = ", ".join(f"{task.task} ({recovery(task, interval=False)}, p = {task.p_value:.2g})" for task in worse)
     return f" Worse beyond luck on {len(worse)} of {len(candidate.tasks)} task scores: {shown}."

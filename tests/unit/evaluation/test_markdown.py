@@ -1,9 +1,12 @@
 """The Markdown summary: verdict first, tables that stay tables whatever is in them, what failed, what changed."""
 
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
+from quantkit.evaluation.candidates import Broken
 from quantkit.evaluation.gates import Gates
 from quantkit.evaluation.markdown import MAX_FLIPS, markdown, write_markdown
 from tests.evaluation_reports import candidate, comparison, flip, report
@@ -60,3 +63,10 @@ def test_the_file_is_replaced_as_a_whole(tmp_path):
     file = tmp_path / "summary.md"
     write_markdown(report(candidate("a")), file)
     assert file.read_text(encoding="utf-8").startswith("## ✅") and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_not_known_is_left_out():
+    unknown = Broken("gone", "cannot be evaluated").report()
+    task = replace(comparison(), reference=0.0, candidate=0.0, recovery=math.nan)
+    text = markdown(report(unknown, candidate("a", tasks=(task,))))
+    assert "| 0.000 | 0.000 |  |" in text and "nan" not in text and "| gone | broken |  |  |  |  |  |" in text

@@ -1,5 +1,6 @@
 """The report as a page: well formed, self-contained, with text as text and the report's own figures."""
 
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -192,3 +193,11 @@ def test_written_whole_or_not_at_all(report, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_page(report, file)
     assert file.read_bytes() == before
+
+
+def test_a_loss_whose_recovery_is_not_known_is_a_loss_however_sure(report):
+    unknown = {"recovery": math.nan, "recovery_ci": None, "higher_is_better": False}
+    lost = replace(comparison("lost_all", "task", 0.1, p_value=0.0), reference=0.0, candidate=5.0, **unknown)
+    first, *others = report.candidates
+    page = render_page(replace(report, candidates=(replace(first, tasks=(lost,)), *others)))
+    assert "lost_all (–, p = 0)" in page and "worse, p = 0" in page and "nan %" not in page
