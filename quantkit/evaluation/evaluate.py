@@ -60,7 +60,7 @@ SILENT = Silent()
 
 def evaluate(
     reference: str | Path,
-    candidates: Sequence[str | Path],
+    candidates: Sequence[str | Path] | str | Path,
     *,
     data: str | None = None,
     windows: int | None = None,
@@ -75,7 +75,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
-    samples: Path | None = None,
+    samples: str | Path | None = None,
     suite: str | Path | None = None,
     gates: Gates = NO_GATES,
     listener: Listener = SILENT,
@@ -102,6 +102,7 @@ def evaluate(
     MemoryPlanError if it is too small; SourceError, UnsupportedModelError, SchemeError as reading and loading do;
     TextError for the text.
     """
+    candidates = _names(candidates)
     asked = plan_suite(
         suite,
         data=data,
@@ -120,7 +121,7 @@ def evaluate(
     original = open_reference(str(reference), backend, setup, listener.say)
     documents = load_documents(data)
     opened = open_candidates(
-        list(map(str, candidates)), original, documents, backend=backend, setup=setup, announce=listener.say
+        candidates, original, documents, backend=backend, setup=setup, announce=listener.say
     )
     with tokenize(documents, original.tokenizer) as tokens:
         text = DataInfo(spec=data, tokens=len(tokens), hash=tokens.text_hash, windows=windows, length=length)
@@ -147,7 +148,7 @@ def evaluate(
 
 
 def _session(
-    asked: Suite, samples: Path | None, apply_chat_template: bool, listener: Listener
+    asked: Suite, samples: str | Path | None, apply_chat_template: bool, listener: Listener
 ) -> TaskSession | None:
     """The tasks, loaded; None if none is asked for."""
     tasks = [AskedTask(task.name, task.limit, task.num_fewshot) for task in asked.tasks]
@@ -213,7 +214,13 @@ class _Baseline(NamedTuple):
     noise_floor: float
 
 
-def _check_request(candidates: Sequence[str | Path], windows: int, length: int) -> None:
+def _names(candidates: Sequence[str | Path] | str | Path) -> list[str]:
+    """Each once, as figures and gates are found by name; a single one may stand without a list."""
+    several = [candidates] if isinstance(candidates, str | Path) else candidates
+    return list(dict.fromkeys(map(str, several)))
+
+
+def _check_request(candidates: Sequence[str], windows: int, length: int) -> None:
     if not candidates:
         raise EvaluationError(
             "no candidate to evaluate", fix="name at least one: quantkit eval REFERENCE CANDIDATE"

@@ -44,13 +44,13 @@ class TaskSession:
         self,
         asked: Sequence[AskedTask],
         *,
-        samples: Path | None,
+        samples: str | Path | None,
         apply_chat_template: bool,
         say: Callable[[str], None],
         step: Progress,
     ) -> None:
         self._tasks = load_tasks(asked, say=say)
-        self._samples = samples or cache_dir() / "samples"
+        self._samples = Path(samples) if samples else cache_dir() / "samples"
         self._apply_chat_template = apply_chat_template
         self._say = say
         self._step = step

@@ -360,3 +360,17 @@ def test_a_candidate_without_tokenizer_is_refused(world):
     (world.path / "small" / "tokenizer.json").unlink()
     with pytest.raises(SourceError, match=re.escape(str(world.path / "small"))):
         world.run("small")
+
+
+def test_a_candidate_named_twice_is_run_once(world):
+    report = world.run("small", "small", "large", gates=Gates(max_kl=100))
+    assert [(world.path / name).name for name in (one.path for one in report.candidates)] == ["small", "large"]
+    assert len(report.gates) == 2 and len(world.loader.loads) == 4
+
+
+def test_one_candidate_needs_no_list(world):
+    options = {"data": str(world.path / "text.txt"), "windows": 1, "length": LENGTH, "device": "cpu"}
+    small = world.path / "small"
+    for name in (small, str(small)):
+        report = evaluate(world.path / "original", name, load=world.loader, cache=world.cache, **options)
+        assert [one.path for one in report.candidates] == [str(small)]
