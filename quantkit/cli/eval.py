@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from quantkit.cli.model_options import DEFAULTS, Device, KVCacheDtype
-from quantkit.errors import OutputError
+from quantkit.errors import EvaluationError, OutputError
 from quantkit.runtime.settings import DtypeName
 
 if TYPE_CHECKING:
@@ -112,6 +112,9 @@ def eval_models(
         write_page,
     )
 
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise EvaluationError(f"--tasks {tasks!r}: names no task", fix="give one, such as --tasks probes")
     gates = Gates(
         max_kl=max_kl,
         max_ppl_increase=parse_percent(max_ppl_increase, "--max-ppl-increase"),
@@ -121,7 +124,7 @@ def eval_models(
     written = ((write_page, page), (write_junit, junit), (write_markdown, markdown))
     outputs = {write: path for write, path in written if path}
     for path in outputs.values():
-        _check_folder(path)
+        _check_place(path)
     with Display(Console(stderr=True)) as display:
         report = evaluate(
             reference,
@@ -135,7 +138,7 @@ def eval_models(
             backend=backend,
             where=where,
             examples=0 if page is None else NUM_EXAMPLES,
-            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            tasks=names,
             limit=limit,
             num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
@@ -169,8 +172,10 @@ def _fill_cards(report: "EvalReport") -> None:
             typer.echo(f"{line} ({error})", err=True)
 
 
-def _check_folder(path: Path) -> None:
-    """Raise OutputError, before hours of work, if the file could not be written for want of a folder."""
+def _check_place(path: Path) -> None:
+    """Raise OutputError, before hours of work, if the file could not be written: no such folder, or a folder of this name."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder", fix="give the name of a file")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
 

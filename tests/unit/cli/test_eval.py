@@ -224,6 +224,8 @@ def test_nan_weights_are_a_verdict_not_a_crash(world, capsys):
         (["--min-recovery", "90%"], "--min-recovery"),
         (["--junit", "absent/gates.xml"], "there is no folder absent"),
         (["--markdown", "absent/summary.md"], "there is no folder absent"),
+        (["--report", "candidate"], "candidate: is a folder"),
+        (["--tasks", ","], "--tasks ','"),
     ],
 )
 def test_mistakes_are_two_lines_and_exit_with_2(world, capsys, arguments, finding):
