@@ -173,7 +173,7 @@ def _fill_cards(report: "EvalReport") -> None:
 
 
 def _check_place(path: Path) -> None:
-    """Raise OutputError, before hours of work, if the file could not be written: no such folder, or a folder of this name."""
+    """Raise OutputError, before hours of work, for a file without a folder, and for one that is a folder."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder", fix="give the name of a file")
     if not path.parent.is_dir():

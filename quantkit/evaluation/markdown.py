@@ -53,7 +53,10 @@ def _figures(report: EvalReport) -> str:
 
 
 def _candidate_row(candidate: CandidateReport) -> tuple[str, ...]:
-    size = (_number(candidate.bits_per_weight, ".2f"), f"{candidate.bytes / 1e6:.0f}" if candidate.bytes else "")
+    size = (
+        _number(candidate.bits_per_weight, ".2f"),
+        f"{candidate.bytes / 1e6:.0f}" if candidate.bytes else "",
+    )
     damage = candidate.damage
     if damage is None:
         return (_cell(candidate.path), "broken", "", "", "", *size)

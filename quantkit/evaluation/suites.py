@@ -82,6 +82,11 @@ def plan_suite(
         "thresholds": suite.thresholds.overridden_by(gates),
         "candidates": {pattern: own.overridden_by(gates) for pattern, own in suite.candidates.items()},
     }
+    least = {"limit": 1, "num_fewshot": 0}
+    for name, value in each.items():
+        if value < least[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise EvaluationError(f"{option} {value}: out of range", fix=f"give {least[name]} or more")
     planned = suite.model_copy(update=changes | _set(given))
     if each and not requests:
         raise EvaluationError("--limit and --num-fewshot are of tasks: there are none", fix=_TASKS_FIX)

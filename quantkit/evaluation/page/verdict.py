@@ -94,5 +94,7 @@ def _tasks(candidate: CandidateReport) -> str:
     ]
     if not worse:
         return f" None of {len(candidate.tasks)} task scores is worse beyond luck."
-    shown = ", ".join(f"{task.task} ({recovery(task, interval=False)}, p = {task.p_value:.2g})" for task in worse)
+    shown = ", ".join(
+        f"{task.task} ({recovery(task, interval=False)}, p = {task.p_value:.2g})" for task in worse
+    )
     return f" Worse beyond luck on {len(worse)} of {len(candidate.tasks)} task scores: {shown}."

@@ -323,6 +323,7 @@ def test_other_ids_of_the_tokenizer_are_refused(world):
         ({"windows": 0}, EvaluationError, "--windows 0"),
         ({"windows": -3}, EvaluationError, "--windows -3"),
         ({"length": 1}, EvaluationError, "--length 1"),
+        ({"tasks": ["probe_cloze"], "limit": 0}, EvaluationError, "--limit 0: out of range"),
         ({"length": 129}, EvaluationError, "--length 129: .*original has 128 positions"),
         ({"device": "cuda:99"}, GenerationError, "'cuda:99' is not here"),
         ({"dtype": "int8"}, GenerationError, "dtype 'int8'"),
@@ -364,7 +365,10 @@ def test_a_candidate_without_tokenizer_is_refused(world):
 
 def test_a_candidate_named_twice_is_run_once(world):
     report = world.run("small", "small", "large", gates=Gates(max_kl=100))
-    assert [(world.path / name).name for name in (one.path for one in report.candidates)] == ["small", "large"]
+    assert [(world.path / name).name for name in (one.path for one in report.candidates)] == [
+        "small",
+        "large",
+    ]
     assert len(report.gates) == 2 and len(world.loader.loads) == 4
 
 

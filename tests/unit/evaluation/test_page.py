@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from quantkit.evaluation.page import render_page, write_page
-from quantkit.evaluation.page.figures import nats, nats_range, size
+from quantkit.evaluation.page.figures import DASH, nats, nats_range, size
 from quantkit.evaluation.page.html import VOID, element
 from quantkit.evaluation.page.plot import LinearScale, LogScale
 from quantkit.evaluation.page.verdict import headline, standing
@@ -200,4 +200,4 @@ def test_a_loss_whose_recovery_is_not_known_is_a_loss_however_sure(report):
     lost = replace(comparison("lost_all", "task", 0.1, p_value=0.0), reference=0.0, candidate=5.0, **unknown)
     first, *others = report.candidates
     page = render_page(replace(report, candidates=(replace(first, tasks=(lost,)), *others)))
-    assert "lost_all (–, p = 0)" in page and "worse, p = 0" in page and "nan %" not in page
+    assert f"lost_all ({DASH}, p = 0)" in page and "worse, p = 0" in page and "nan %" not in page
