@@ -49,7 +49,9 @@ from quantkit.server.messages import (
 from quantkit_kernels.paged_kv import BLOCK_SIZE
 
 RECEIVE_BYTES = 1 << 18
-CPU_NICENESS = 5  # of the threads that multiply: HTTP, which shares their cores, answers before a step is done
+CPU_NICENESS = (
+    5  # of the threads that multiply: HTTP, which shares their cores, answers before a step is done
+)
 LEAST = -9999.0  # log probability: JSON has no infinity
 
 

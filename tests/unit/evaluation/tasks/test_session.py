@@ -134,7 +134,8 @@ def test_a_damaged_last_line_is_asked_again(world):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_continues(kill, world):
     script = (
-        "import sys; from pathlib import Path; from quantkit.evaluation.tasks import library\n"
+        "import signal, sys; from pathlib import Path; from quantkit.evaluation.tasks import library\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background ignores it
         "library.data_dir = lambda name: Path(sys.argv[1]) / name\n"
         "from quantkit.cli.main import run\n"
         "sys.exit(run(sys.argv[2:]))"
