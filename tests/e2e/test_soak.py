@@ -11,7 +11,7 @@ import random
 import resource
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,7 +118,7 @@ class Soak:
         prompt_ids, params = self.requests[number]
         priority, is_streamed = self.random.choice([-1, 0, 0, 0, 1]), self.random.random() < 0.5
         request_id = str(next(self.llm._numbers))
-        self.llm._submit(request_id, None, prompt_ids, params, priority, is_streamed=is_streamed)
+        self.llm._submit(request_id, deque(), None, prompt_ids, params, priority, is_streamed=is_streamed)
         self.open[request_id] = number, defaultdict(lambda: ["", [], None])
         answers = self.llm.requests._outputs._requests[request_id].answers
         self.sequence_ids[request_id] = [answer.sequence_id for answer in answers]
