@@ -27,7 +27,7 @@ from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window,
 from quantkit.evaluation.serving import LoadModel, Serving, Setup
 from quantkit.evaluation.subjects import AskedBackend, Subject
 from quantkit.evaluation.suites import Suite, plan_suite
-from quantkit.evaluation.tasks import AskedTask, TaskResult, TaskSession, compare_all
+from quantkit.evaluation.tasks import TaskResult, TaskSession, compare_all
 from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
 from quantkit.text import load_documents
 from quantkit.tokens import read_windows, tokenize
@@ -151,11 +151,10 @@ def _session(
     asked: Suite, samples: str | Path | None, apply_chat_template: bool, listener: Listener
 ) -> TaskSession | None:
     """The tasks, loaded; None if none is asked for."""
-    tasks = [AskedTask(task.name, task.limit, task.num_fewshot) for task in asked.tasks]
-    if not tasks:
+    if not asked.tasks:
         return None
     return TaskSession(
-        tasks,
+        asked.tasks,
         samples=samples,
         apply_chat_template=apply_chat_template,
         say=listener.say,

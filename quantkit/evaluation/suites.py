@@ -21,7 +21,7 @@ class _Strict(BaseModel):
 
 
 class TaskRequest(_Strict):
-    """A task of lm-eval, or a probe. limit: items, from the first; None: all. num_fewshot: None: the task's own."""
+    """A task, group or tag of lm-eval. limit: items, from the first; None: all. num_fewshot: None: the task's own."""
 
     name: str
     limit: int | None = Field(default=None, ge=1)

@@ -9,19 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantkit.errors import EvaluationError, QuantkitError, first_line
+from quantkit.evaluation.suites import TaskRequest
 from quantkit.evaluation.tasks.quiet import quiet
 from quantkit.resources import data_dir
 
 PROBES = "probes"  # the tag of our own
 RANDOM_SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234  # lm-eval's own defaults
-
-
-class AskedTask(NamedTuple):
-    """A task, group or tag of lm-eval. limit: items, from the first; None: all. num_fewshot: None: the task's own."""
-
-    name: str
-    limit: int | None = None
-    num_fewshot: int | None = None
 
 
 class LoadedTask(NamedTuple):
@@ -38,7 +31,7 @@ class LoadedTask(NamedTuple):
 
 
 def load_tasks(
-    asked: Sequence[AskedTask], *, say: Callable[[str], None], include: Iterable[Path] = ()
+    asked: Sequence[TaskRequest], *, say: Callable[[str], None], include: Iterable[Path] = ()
 ) -> list[LoadedTask]:
     """The tasks of those names, groups and tags taken apart, each once. include: folders with more task files.
 

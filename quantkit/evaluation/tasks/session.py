@@ -14,9 +14,10 @@ from quantkit.evaluation.backends import load_subject
 from quantkit.evaluation.report import TaskComparison
 from quantkit.evaluation.serving import Serving
 from quantkit.evaluation.subjects import Subject
+from quantkit.evaluation.suites import TaskRequest
 from quantkit.evaluation.tasks.chat import ChatFormat
 from quantkit.evaluation.tasks.compare import compare_results
-from quantkit.evaluation.tasks.library import AskedTask, load_tasks
+from quantkit.evaluation.tasks.library import load_tasks
 from quantkit.evaluation.tasks.run import TaskResult, run_task
 from quantkit.evaluation.tasks.sample_log import SampleLog
 from quantkit.runtime.llm import LLM
@@ -42,7 +43,7 @@ class TaskSession:
 
     def __init__(
         self,
-        asked: Sequence[AskedTask],
+        asked: Sequence[TaskRequest],
         *,
         samples: str | Path | None,
         apply_chat_template: bool,

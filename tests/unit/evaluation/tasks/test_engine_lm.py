@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from quantkit import LLM
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.tasks.library import AskedTask, load_tasks
+from quantkit.evaluation.suites import TaskRequest
+from quantkit.evaluation.tasks.library import load_tasks
 from quantkit.evaluation.tasks.run import build_requests
 from tests.byte_tokenizer import TEMPLATE
 from tests.lm_eval_tasks import TASKS, write_tasks
@@ -33,7 +34,7 @@ def saved(tmp_path, byte_tokenizer, monkeypatch):
 @pytest.fixture
 def tasks(tmp_path):
     folder = write_tasks(tmp_path / "tasks")
-    return {one.name: one for one in load_tasks([AskedTask("tiny")], say=print, include=[folder])}
+    return {one.name: one for one in load_tasks([TaskRequest(name="tiny")], say=print, include=[folder])}
 
 
 def ours(folder, **settings):

@@ -17,7 +17,8 @@ from quantkit import LLM
 from quantkit.cli.main import run
 from quantkit.errors import EvaluationError
 from quantkit.evaluation import evaluate
-from quantkit.evaluation.tasks import AskedTask, statistics
+from quantkit.evaluation.suites import TaskRequest
+from quantkit.evaluation.tasks import statistics
 from quantkit.evaluation.tasks.engine_lm import EngineLM
 from quantkit.evaluation.tasks.library import load_tasks
 from quantkit.evaluation.tasks.quiet import quiet
@@ -75,7 +76,7 @@ def test_scores_are_those_of_lm_evals_evaluator(world):
         model = AutoModelForCausalLM.from_pretrained(world / folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(world / folder)
         tokenizer.pad_token = tokenizer.eos_token
-        loaded = load_tasks([AskedTask("tiny", 9, 1)], say=print)
+        loaded = load_tasks([TaskRequest(name="tiny", limit=9, num_fewshot=1)], say=print)
         with quiet():
             lm = transformers_lm(model, tokenizer, batch_size=4)
             tasks = {"tasks": {one.name: one.task for one in loaded}}
@@ -228,7 +229,7 @@ def test_false_alarms_under_noise_of_the_dtype(world, monkeypatch):
     """The original against itself, in bf16 and float32: 200 draws of its items, each pair in random order."""
     monkeypatch.setattr(statistics, "SLOW_RESAMPLES", 200)
     write_tasks(world / "eval" / "probes", num_items=100, seed=1)
-    (loaded,) = load_tasks([AskedTask("tiny_cloze")], say=print)
+    (loaded,) = load_tasks([TaskRequest(name="tiny_cloze")], say=print)
     values = []
     for dtype in ("float32", "bfloat16"):
         llm = LLM(world / "original", dtype=dtype, device="cpu")
