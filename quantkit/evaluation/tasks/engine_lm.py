@@ -99,13 +99,22 @@ class EngineLM(TemplateLM):
                 )
             prompts.append((context + continuation)[-(self.max_length + 1) :])
             starts.append(len(prompts[-1]) - len(continuation))
-        order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours share what they begin with
         params = [
-            SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=starts[index])
-            for index in order
+            SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=start) for start in starts
         ]
-        for place, output in self._llm.as_completed([prompts[index] for index in order], params):
-            yield order[place], _scored(output, starts[order[place]])
+        for index, output in self._outputs(prompts, params):
+            yield index, _scored(output, starts[index])
+
+    def _outputs(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Outputs as they arrive, with their prompts' numbers. Raises EvaluationError."""
+        order = sorted(range(len(prompts)), key=prompts.__getitem__)  # neighbours share what they begin with
+        outputs = self._llm.as_completed([prompts[at] for at in order], [params[at] for at in order])
+        for place, output in outputs:
+            if output.outputs[0].finish_reason is FinishReason.ERROR:
+                raise _not_finite()
+            yield order[place], output
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: in windows as long as the model, each token once, with as much before it as fits."""
@@ -143,12 +152,8 @@ class EngineLM(TemplateLM):
                     fix="leave out this task, or raise max_model_len",
                 )
             prompts.append(self.tok_encode(context)[-room:])
-        order = sorted(range(len(prompts)), key=prompts.__getitem__)
         texts: dict[int, str] = {}
-        outputs = self._llm.as_completed([prompts[at] for at in order], [params[at] for at in order])
-        for place, output in outputs:
-            index = order[place]
-            _check_finite(output)
+        for index, output in self._outputs(prompts, params):
             text = self.tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
             texts[index] = postprocess_generated_text(text, stop=stops[index], think_end_token=None)
             self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
@@ -179,7 +184,6 @@ def _sampling_params(chosen: dict[str, Any], stops: list[str], identity: str) ->
 
 
 def _scored(output: RequestOutput, start: int) -> Answer:
-    _check_finite(output)
     prompt_logprobs = output.prompt_logprobs
     assert prompt_logprobs is not None, "they were asked for"
     scored = [
@@ -190,11 +194,6 @@ def _scored(output: RequestOutput, start: int) -> Answer:
     if math.isnan(total):
         raise _not_finite()
     return total, all(one.rank == 1 for one in scored)
-
-
-def _check_finite(output: RequestOutput) -> None:
-    if output.outputs[0].finish_reason is FinishReason.ERROR:
-        raise _not_finite()
 
 
 def _not_finite() -> EvaluationError:
