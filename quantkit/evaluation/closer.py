@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import EvaluationError
-from quantkit.evaluation.positions import by_class, by_position, worst_spots
+from quantkit.evaluation.positions import Spot, by_class, by_position, worst_spots
 from quantkit.evaluation.report import DamageMap, WorstExample
 from quantkit.evaluation.scores import WindowScores
-from quantkit.evaluation.serving import LoadModel, Serving, Setup
+from quantkit.evaluation.serving import LoadModel, Model, Setup
 from quantkit.evaluation.subjects import Subject
 from quantkit.evaluation.where import Advance, map_linears
 
@@ -20,15 +20,25 @@ CONTEXT_TOKENS, CONTINUATION_TOKENS = 40, 24
 
 
 class Measured(NamedTuple):
-    """A candidate, and how it did on every window."""
+    """A candidate, and how it did on every window. written: what it writes at its worst positions, `spots`."""
 
     subject: Subject
     scores: Sequence[WindowScores]
+    spots: Sequence[Spot]
+    written: Sequence[str]
 
     @property
     def kl_per_window(self) -> list[Tensor]:
         """At every position, float64 [T] each."""
         return [window.kl_T for window in self.scores]
+
+
+def measure(
+    candidate: Subject, scores: Sequence[WindowScores], windows: Sequence[Tensor], model: Model, examples: int
+) -> Measured:
+    """With `examples` of its worst positions, written on by the model that is still there."""
+    spots = worst_spots(scores, examples)
+    return Measured(candidate, scores, spots, _write(candidate, model, _texts(spots, windows)))
 
 
 def draw_map(
@@ -63,26 +73,19 @@ def draw_map(
     )
 
 
-def continue_worst(
+def worst_examples(
     original: Subject,
     candidates: Sequence[Measured],
     windows: Sequence[Tensor],
     setup: Setup,
     load: LoadModel,
-    count: int,
 ) -> list[tuple[WorstExample, ...]]:
-    """The `count` worst positions of each candidate, with what the original in float32 and the candidate write there.
-
-    Models are loaded one after another, the original last.
-    """
-    spots = [worst_spots(candidate.scores, count) for candidate in candidates]
-    prompts = [[windows[spot.window][: spot.position + 1] for spot in chosen] for chosen in spots]
-    written = [
-        _write(subject, setup.candidate(subject), texts, load)
-        for (subject, _), texts in zip(candidates, prompts, strict=True)
-    ]
-    all_prompts = [text for texts in prompts for text in texts]
-    references = iter(_write(original, setup.exact(original), all_prompts, load))
+    """Worst positions of each, with what the original in float32, loaded once, and the candidate write there."""
+    texts = [_texts(candidate.spots, windows) for candidate in candidates]
+    all_texts = [text for of_one in texts for text in of_one]
+    if not all_texts:
+        return [() for _ in candidates]
+    references = iter(_write(original, load(original, setup.exact(original)), all_texts))
     decode = original.tokenizer.decode
     return [
         tuple(
@@ -92,19 +95,21 @@ def continue_worst(
                 candidate=answer,
                 kl=spot.kl,
             )
-            for spot, text, answer in zip(*columns, strict=True)
+            for spot, text, answer in zip(candidate.spots, of_one, candidate.written, strict=True)
         )
-        for columns in zip(spots, prompts, written, strict=True)
+        for candidate, of_one in zip(candidates, texts, strict=True)
     ]
 
 
-def _write(subject: Subject, serving: Serving, prompts: Sequence[Tensor], load: LoadModel) -> list[str]:
+def _texts(spots: Sequence[Spot], windows: Sequence[Tensor]) -> list[Tensor]:
+    """What stands before the tokens that differ."""
+    return [windows[spot.window][: spot.position + 1] for spot in spots]
+
+
+def _write(subject: Subject, model: Model, texts: Sequence[Tensor]) -> list[str]:
     """Greedy continuations, none beyond the model's positions."""
-    if not prompts:
-        return []
-    model = load(subject, serving)
     written = []
-    for text in prompts:
+    for text in texts:
         room = CONTINUATION_TOKENS if subject.max_positions is None else subject.max_positions - len(text)
         written.append(subject.tokenizer.decode(model.greedy(text, min(CONTINUATION_TOKENS, room))))
     return written

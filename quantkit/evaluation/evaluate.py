@@ -17,7 +17,7 @@ from quantkit.errors import EvaluationError, QuantkitError
 from quantkit.evaluation.backends import load_subject
 from quantkit.evaluation.cache import TensorCache
 from quantkit.evaluation.candidates import Broken, open_candidates, open_reference
-from quantkit.evaluation.closer import Measured, continue_worst, draw_map
+from quantkit.evaluation.closer import Measured, draw_map, measure, worst_examples
 from quantkit.evaluation.environment import describe_environment
 from quantkit.evaluation.gates import NO_GATES, Gates, check_gates
 from quantkit.evaluation.positions import histogram
@@ -125,14 +125,14 @@ def evaluate(
     )
     with tokenize(documents, original.tokenizer) as tokens:
         text = DataInfo(spec=data, tokens=len(tokens), hash=tokens.text_hash, windows=windows, length=length)
-        run = _Run(list(read_windows(tokens, windows, length)), setup, load, listener)
+        run = _Run(list(read_windows(tokens, windows, length)), setup, load, listener, examples)
     source = Reference(original, setup, load, cache or TensorCache(cache_dir() / "reference"), run.say)
     run.plan(source, sum(isinstance(candidate, Subject) for candidate in opened))
     run.begin(original, *opened)
     baseline = _run_reference(original, source, run)
     answers = () if session is None else session.results(original, setup.candidate(original))
     results = tuple(_judge(candidate, baseline, run, is_only=len(opened) == 1) for candidate in opened)
-    results = _look_closer(results, original, run, where=asked.where, examples=examples)
+    results = _look_closer(results, original, run, where=asked.where)
     if session is not None:
         results = tuple(_with_tasks(report, session, answers, run) for report in results)
     return EvalReport(
@@ -163,12 +163,18 @@ def _session(
 
 
 class _Run:
-    """What every part needs: the windows, how to load and run a model, and whom to tell how far we are."""
+    """What every part needs: the windows, how to load and run a model, and whom to tell how far we are.
 
-    def __init__(self, windows: list[Tensor], setup: Setup, load: LoadModel, listener: Listener) -> None:
+    examples: so many of a candidate's worst positions are written on.
+    """
+
+    def __init__(
+        self, windows: list[Tensor], setup: Setup, load: LoadModel, listener: Listener, examples: int
+    ) -> None:
         self.windows = windows
         self.setup = setup
         self.load = load
+        self.examples = examples
         self.notes: list[str] = []
         self.measured: dict[str, Measured] = {}
         self._listener = listener
@@ -270,18 +276,16 @@ def _run_candidate(candidate: Subject, serving: Serving, baseline: _Baseline, ru
     for ids_T, logits in zip(run.windows, predictions, strict=True):
         scores.append(score_window(baseline.source.window(ids_T), logits, ids_T))
         run.advance(candidate.name)
-    run.measured[candidate.name] = Measured(candidate, scores)
+    run.measured[candidate.name] = measure(candidate, scores, run.windows, model, run.examples)
     return summarise(scores, baseline.ppl, baseline.noise_floor)
 
 
 def _look_closer(
-    reports: tuple[CandidateReport, ...], original: Subject, run: _Run, *, where: bool, examples: int
+    reports: tuple[CandidateReport, ...], original: Subject, run: _Run, *, where: bool
 ) -> tuple[CandidateReport, ...]:
     """Reports with what was asked for beside their figures; no model is in memory."""
     reports = tuple(_with_places(report, original, run, where=where) for report in reports)
-    if not examples:
-        return reports
-    worst = continue_worst(original, list(run.measured.values()), run.windows, run.setup, run.load, examples)
+    worst = worst_examples(original, list(run.measured.values()), run.windows, run.setup, run.load)
     found = dict(zip(run.measured, worst, strict=True))
     return tuple(replace(report, worst=found.get(report.path, ())) for report in reports)
 
