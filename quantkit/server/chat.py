@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from starlette.requests import Request
 
-from quantkit.runtime.sampling_params import MAX_LOGPROBS
 from quantkit.server.answers import Answer
 from quantkit.server.chat_schema import (
     ChatBody,
@@ -64,13 +63,7 @@ def _num_likeliest(body: ChatBody) -> int | None:
         if body.top_logprobs is not None:
             raise invalid("top_logprobs needs logprobs to be true", param="top_logprobs")
         return None
-    number = body.top_logprobs or 0
-    if not 0 <= number <= MAX_LOGPROBS:
-        raise invalid(
-            f"top_logprobs {number} makes no sense; give a whole number from 0 to {MAX_LOGPROBS}",
-            param="top_logprobs",
-        )
-    return number
+    return body.top_logprobs or 0
 
 
 class NumberedCall(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from quantkit.runtime.sampling_params import MAX_LOGPROBS
 from quantkit.server.limits import MAX_MESSAGES
 from quantkit.server.schema import Body, FinishReason, SamplingBody, Usage
 from quantkit.server.tool_schema import AnswerCall, CallMade, ToolChoice, Tools
@@ -86,7 +87,7 @@ class ChatBody(SamplingBody):
     messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
