@@ -12,6 +12,8 @@ from rich.text import Text
 
 from quantkit.cli.output import table_console
 from quantkit.evaluation import CandidateReport, EvalReport
+from quantkit.evaluation.page.figures import size
+from quantkit.evaluation.tasks.statistics import MCNEMAR
 
 LINE_SECONDS = 30.0
 
@@ -113,18 +115,18 @@ def _table(report: EvalReport) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     original = report.reference
     noise = f"noise {original.kl_noise_floor:.4f}"
-    size = (f"{original.bits_per_weight:.2f}", _size(original.bytes))
-    table.add_row(Text(original.path), f"{original.ppl:.2f}", "", noise, "", "", "", *size)
+    sizes = (f"{original.bits_per_weight:.2f}", size(original.bytes))
+    table.add_row(Text(original.path), f"{original.ppl:.2f}", "", noise, "", "", "", *sizes)
     for candidate in report.candidates:
         table.add_row(Text(candidate.path), *_figures(candidate))
     return table
 
 
 def _figures(candidate: CandidateReport) -> tuple[str, ...]:
-    size = (f"{candidate.bits_per_weight:.2f}", _size(candidate.bytes)) if candidate.bytes else ("", "")
+    sizes = (f"{candidate.bits_per_weight:.2f}", size(candidate.bytes)) if candidate.bytes else ("", "")
     damage = candidate.damage
     if damage is None:
-        return ("broken", *[""] * 5, *size)
+        return ("broken", *[""] * 5, *sizes)
     interval = "" if damage.kl_ci is None else f" ±{(damage.kl_ci[1] - damage.kl_ci[0]) / 2:.4f}"
     return (
         f"{damage.ppl:.2f}",
@@ -133,7 +135,7 @@ def _figures(candidate: CandidateReport) -> tuple[str, ...]:
         f"{damage.kl_median:.4f}",
         f"{damage.kl_p99:.2f}",
         f"{damage.top1:.3f}",
-        *size,
+        *sizes,
     )
 
 
@@ -154,10 +156,6 @@ def _tasks_table(candidate: CandidateReport) -> Table:
             f"{found.candidate:.4g}",
             recovery,
             "" if found.p_value is None else f"{found.p_value:.3f}",
-            f"+{len(found.flips) - lost} -{lost}" if found.test == "McNemar, exact" else "",
+            f"+{len(found.flips) - lost} -{lost}" if found.test == MCNEMAR else "",
         )
     return table
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.0f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"

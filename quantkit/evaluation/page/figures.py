@@ -6,6 +6,7 @@ from pathlib import Path
 from quantkit.evaluation.report import CandidateReport, EvalReport, LinearDamage, TaskComparison
 
 Interval = tuple[float, float]
+SIGNIFICANT = 0.05
 DASH = "\u2013"  # where there is no figure, and between two
 
 
@@ -42,6 +43,11 @@ def recovery(task: TaskComparison, *, interval: bool = True) -> str:
         return DASH
     ends = task.recovery_ci if interval else None
     return f"{task.recovery:.1f} %" + ("" if ends is None else f" ({ends[0]:.1f}{DASH}{ends[1]:.1f})")
+
+
+def is_beyond_luck(task: TaskComparison) -> bool:
+    """Whether a change, better or worse, is more than luck."""
+    return task.p_value is not None and task.p_value < SIGNIFICANT
 
 
 def is_worse(task: TaskComparison) -> bool:

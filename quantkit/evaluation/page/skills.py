@@ -2,10 +2,17 @@
 
 from collections.abc import Sequence
 
-from quantkit.evaluation.page.figures import DASH, Interval, is_worse, names, recovery
+from quantkit.evaluation.page.figures import (
+    DASH,
+    SIGNIFICANT,
+    Interval,
+    is_beyond_luck,
+    is_worse,
+    names,
+    recovery,
+)
 from quantkit.evaluation.page.html import Html, element, folded, note, section, table
 from quantkit.evaluation.page.plot import LinearScale, drawing, line
-from quantkit.evaluation.page.verdict import SIGNIFICANT
 from quantkit.evaluation.report import EvalReport, Flip, TaskComparison
 
 GROUPS = {"probe": "Probes", "task": "Tasks"}
@@ -99,7 +106,7 @@ def _bar(name: str, score: float, interval: Interval, chance: float | None, scal
 
 def _luck(task: TaskComparison) -> str:
     """What says that a difference is no luck; nothing where it may be."""
-    if task.p_value is None or task.p_value >= SIGNIFICANT:
+    if not is_beyond_luck(task):
         return ""
     return f"{'worse' if is_worse(task) else 'better'}, p = {task.p_value:.2g}"
 

@@ -1,11 +1,19 @@
 """The verdict: a sentence for each candidate, on its gates, on what it saves, and on what it loses beyond noise."""
 
 from quantkit.evaluation.gates import describe_failure
-from quantkit.evaluation.page.figures import DASH, is_worse, names, nats, percent, recovery, size
+from quantkit.evaluation.page.figures import (
+    DASH,
+    is_beyond_luck,
+    is_worse,
+    names,
+    nats,
+    percent,
+    recovery,
+    size,
+)
 from quantkit.evaluation.page.html import Child, Html, element
 from quantkit.evaluation.report import CandidateReport, Damage, EvalReport
 
-SIGNIFICANT = 0.05
 MARKS = {
     "meets": "✓ meets its gates",
     "misses": "✗ misses its gates",
@@ -87,11 +95,7 @@ def _beside_noise(dtype: str, damage: Damage) -> str:
 def _tasks(candidate: CandidateReport) -> str:
     if not candidate.tasks:
         return ""
-    worse = [
-        task
-        for task in candidate.tasks
-        if is_worse(task) and task.p_value is not None and task.p_value < SIGNIFICANT
-    ]
+    worse = [task for task in candidate.tasks if is_worse(task) and is_beyond_luck(task)]
     if not worse:
         return f" None of {len(candidate.tasks)} task scores is worse beyond luck."
     shown = ", ".join(
