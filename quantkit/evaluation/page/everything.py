@@ -47,7 +47,9 @@ def _figures(candidate: CandidateReport) -> tuple[str, ...]:
 
 def _gate(gate: GateResult) -> tuple[str, ...]:
     value = DASH if gate.value is None else f"{gate.value:.4g}"
-    return gate.gate.replace("_", " "), f"{gate.limit:g}", value, "met" if gate.passed else "missed"
+    name = gate.gate.replace("_", " ")
+    name = name if gate.task is None else f"{name} of {gate.task}"
+    return name, f"{gate.limit:g}", value, "met" if gate.passed else "missed"
 
 
 def environment(report: EvalReport) -> Html:

@@ -12,6 +12,7 @@ from quantkit.evaluation.page.figures import DASH, nats, nats_range, size
 from quantkit.evaluation.page.html import VOID, element
 from quantkit.evaluation.page.plot import LinearScale, LogScale
 from quantkit.evaluation.page.verdict import headline, standing
+from quantkit.evaluation.report import GateResult
 from tests.reports import candidate, comparison, rich_report
 
 
@@ -201,3 +202,20 @@ def test_a_loss_whose_recovery_is_not_known_is_a_loss_however_sure(report):
     first, *others = report.candidates
     page = render_page(replace(report, candidates=(replace(first, tasks=(lost,)), *others)))
     assert f"lost_all ({DASH}, p = 0)" in page and "worse, p = 0" in page and "nan %" not in page
+
+
+def test_gates_of_tasks_are_told_apart():
+    report = rich_report()
+    gates = tuple(
+        GateResult(
+            gate="min_recovery",
+            candidate=report.candidates[0].path,
+            task=task,
+            limit=95.0,
+            value=90.0,
+            passed=False,
+        )
+        for task in ("probe_copying (acc)", "arc_easy (acc)")
+    )
+    shown = Page(render_page(replace(report, gates=gates))).text
+    assert {"min recovery of probe_copying (acc)", "min recovery of arc_easy (acc)"} <= set(shown)
