@@ -1,15 +1,16 @@
 """Reports of evaluations that nobody ran, for what shows them."""
 
+from dataclasses import replace
+
 from quantkit.evaluation.gates import Gates, check_gates
 from quantkit.evaluation.report import (
     CandidateReport,
     Damage,
-    DataInfo,
     EvalReport,
     Flip,
-    ReferenceReport,
     TaskComparison,
 )
+from tests.reports import DATA, REFERENCE
 
 
 def comparison(task="probe_copying", recovery=100.0, interval=None, flips=()):
@@ -69,16 +70,8 @@ def report(*candidates, gates=None):
     """All gates are for all candidates."""
     gates = gates or Gates()
     return EvalReport(
-        reference=ReferenceReport(
-            path="original",
-            content_hash="0" * 64,
-            dtype="bfloat16",
-            ppl=10.0,
-            kl_noise_floor=0.001,
-            bits_per_weight=16.0,
-            bytes=400,
-        ),
-        data=DataInfo(spec="docs", tokens=1000, hash="0" * 64, windows=4, length=16),
+        reference=replace(REFERENCE, path="original", ppl=10.0, kl_noise_floor=0.001, bytes=400),
+        data=replace(DATA, tokens=1000, windows=4, length=16),
         device="cpu",
         kv_cache_dtype="auto",
         candidates=candidates,

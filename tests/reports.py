@@ -22,6 +22,16 @@ NASTY = (
 )
 KINDS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 NUM_LAYERS = 12
+REFERENCE = ReferenceReport(
+    path="demo",
+    content_hash="ab" * 32,
+    dtype="bfloat16",
+    ppl=46.47,
+    kl_noise_floor=0.00099,
+    bits_per_weight=16.0,
+    bytes=269_000_000,
+)
+DATA = DataInfo(spec="docs", tokens=112_965, hash="9b" * 32, windows=24, length=512)
 
 
 def damage_map(scale: float) -> DamageMap:
@@ -130,16 +140,8 @@ def rich_report() -> EvalReport:
     )
     values = [one.damage and one.damage.kl_mean for one in candidates]
     return EvalReport(
-        reference=ReferenceReport(
-            path="demo",
-            content_hash="ab" * 32,
-            dtype="bfloat16",
-            ppl=46.47,
-            kl_noise_floor=0.00099,
-            bits_per_weight=16.0,
-            bytes=269_000_000,
-        ),
-        data=DataInfo(spec="docs", tokens=112_965, hash="9b" * 32, windows=24, length=512),
+        reference=REFERENCE,
+        data=DATA,
         device="cpu",
         kv_cache_dtype="auto",
         candidates=candidates,

@@ -7,8 +7,9 @@ import pytest
 
 from quantkit.card import EVALUATION_END, EVALUATION_START, first_card, read_evaluation
 from quantkit.evaluation.card import fill_card
-from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
-from tests.reports import rich_report
+from quantkit.evaluation.report import Damage
+from tests.evaluation_reports import candidate, report
+from tests.reports import DATA, REFERENCE, rich_report
 
 DAMAGE = Damage(
     ppl=62.9,
@@ -23,37 +24,10 @@ DAMAGE = Damage(
 
 
 def report_on(path, damage=DAMAGE, failure=None):
-    candidate = CandidateReport(
-        kind="16-bit",
-        backend="quantkit",
-        path=str(path),
-        dtype="float16",
-        kernels="torch",
-        bits_per_weight=4.25,
-        bytes=113_000_000,
-        damage=damage,
-        failure=failure,
-    )
-    reference = ReferenceReport(
-        path="org/model",
-        content_hash="ab" * 32,
-        dtype="bfloat16",
-        ppl=46.47,
-        kl_noise_floor=0.00099,
-        bits_per_weight=16.0,
-        bytes=269_000_000,
-    )
-    data = DataInfo(spec="docs", tokens=112_965, hash="9b" * 32, windows=24, length=512)
-    report = EvalReport(
-        reference=reference,
-        data=data,
-        device="cpu",
-        kv_cache_dtype="int8",
-        candidates=(candidate,),
-        gates=(),
-        notes=(),
-    )
-    return report, candidate
+    found = {"dtype": "float16", "bytes": 113_000_000, "damage": damage, "failure": failure}
+    evaluated = replace(candidate(str(path)), **found)
+    reference = replace(REFERENCE, path="org/model")
+    return replace(report(evaluated), reference=reference, data=DATA, kv_cache_dtype="int8"), evaluated
 
 
 @pytest.fixture
