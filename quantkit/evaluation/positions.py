@@ -60,9 +60,8 @@ def by_class(
     for ids_T, kl_T in zip(windows, kl_per_window, strict=True):
         for (first, second), kl in zip(pairwise(ids_T.tolist()), kl_T.tolist(), strict=False):
             before = decode([first])
-            text = decode([first, second])[
-                len(before) :
-            ]  # some tokenizers drop the space before a lone token
+            # some tokenizers drop the space before a lone token
+            text = decode([first, second])[len(before) :]
             kls[token_class(text, before)].append(kl)
     total = sum(map(len, kls.values()))
     ordered = sorted(kls.items(), key=lambda item: -sum(item[1]))

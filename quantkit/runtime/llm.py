@@ -59,9 +59,8 @@ class LLM:
             eos_ids=eos_ids,
             vocab_size=spec.vocab_size,
         )
-        self._ready: dict[
-            str, deque[RequestOutput]
-        ] = {}  # by request: outputs that nobody has taken, also of others
+        # by request: outputs that nobody has taken, also of others that share the queue
+        self._ready: dict[str, deque[RequestOutput]] = {}
         self._numbers = itertools.count()
         self._lock = threading.RLock()  # a stream that is collected ends itself wherever its thread is
 

@@ -23,9 +23,8 @@ EVENT_HEADERS = [
     (b"x-accel-buffering", b"no"),  # proxies that would collect events
 ]
 DONE = b"data: [DONE]\n\n"
-encode = json.JSONEncoder(
-    allow_nan=False, separators=(",", ":")
-).encode  # ASCII; json.dumps makes an encoder each time
+# ASCII; json.dumps makes an encoder each time
+encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 class JsonResponse(Response):

@@ -49,9 +49,7 @@ from quantkit.server.messages import (
 from quantkit_kernels.paged_kv import BLOCK_SIZE
 
 RECEIVE_BYTES = 1 << 18
-CPU_NICENESS = (
-    5  # of the threads that multiply: HTTP, which shares their cores, answers before a step is done
-)
+CPU_NICENESS = 5  # of threads that multiply: HTTP, on the same cores, answers before a step is done
 LEAST = -9999.0  # log probability: JSON has no infinity
 
 
@@ -122,7 +120,7 @@ class Inbox:
                 self._compiling.discard(request_id)
                 self._requests.end(request_id)
             case Ping():
-                pass
+                pass  # what the step says at its end is the answer
             case _:
                 raise AssertionError(f"{type(message).__name__} is not for the engine")
 

@@ -114,10 +114,8 @@ class Server:
         def on_signal() -> None:
             (self._stop_now if self._stop.is_set() else self._stop).set()
 
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # uvicorn's own handlers would close the socket at once
+        # uvicorn's own handlers would close the socket at once
+        for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal)
 
     async def _live(self, context: Context) -> int:

@@ -81,9 +81,7 @@ def check_transformers(subject: Subject, serving: Serving) -> tuple[str, ...]:
             quantizer = AutoHfQuantizer.from_config(section, pre_quantized=True)
             quantizer.validate_environment(device_map={"": serving.target.device})
             is_dequantized = quantizer.quantization_config.to_dict().get("dequantize") is True
-    except (
-        Exception
-    ) as error:  # ImportError of a package that is missing, ValueError of a method that is not known
+    except Exception as error:  # ImportError of a missing package, ValueError of an unknown method
         raise SourceError(
             f"{subject.name} is quantized with {method}, which transformers cannot run here ({first_line(error)})",
             fix="install what it names, or evaluate a version of this model in another format",
@@ -111,9 +109,8 @@ def load_transformers(subject: Subject, serving: Serving, **options: Any) -> Tra
             )
             _check_complete(subject, loading)
             for parameter in model.parameters():
-                if (
-                    parameter.dtype == torch.bfloat16
-                ):  # in which it leaves what it dequantizes, whatever was asked for
+                # in which it leaves what it dequantizes, whatever was asked for
+                if parameter.dtype == torch.bfloat16:
                     parameter.data = parameter.data.to(target.dtype)
             # what is unpacked at its first use is so now, while nobody sees the bars
             model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=target.device), use_cache=False)

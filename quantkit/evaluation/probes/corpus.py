@@ -24,9 +24,8 @@ def paragraphs() -> tuple[str, ...]:
     """Paragraphs of prose, each on one line, in an order that has nothing to do with their topics."""
     calibration = " ".join(" ".join(load_documents(DOCS, use="calibrate")).split())
     texts = dict.fromkeys(" ".join(block.split()) for block in _blocks())
-    unique = [
-        text for text in texts if _is_prose(text) and text not in calibration
-    ]  # topics share paragraphs
+    # topics share paragraphs
+    unique = [text for text in texts if _is_prose(text) and text not in calibration]
     Random(DOCS).shuffle(unique)
     return tuple(unique)
 
