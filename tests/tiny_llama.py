@@ -87,3 +87,16 @@ def write_tiny_llama(folder: Path, tensors: dict[str, torch.Tensor] | None = Non
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     write_tokenizer(folder)
     return folder
+
+
+def write_tiny_pair(root: Path) -> Path:
+    """Folders `original` and `moved`, whose weights are a little off, and a text: what an evaluation needs."""
+    write_tiny_llama(root / "original")
+    generator = torch.Generator().manual_seed(1)
+    moved = {
+        name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).bfloat16()
+        for name, tensor in tiny_tensors().items()
+    }
+    write_tiny_llama(root / "moved", moved)
+    (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. Why?\n\n" * 30)
+    return root

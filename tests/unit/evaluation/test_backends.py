@@ -29,6 +29,7 @@ from tests.tiny_llama import (
     LAYERS,
     tiny_tensors,
     write_tiny_llama,
+    write_tiny_pair,
     write_tokenizer,
 )
 from tests.tiny_models import quantize_tiny
@@ -50,17 +51,7 @@ def quiet():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Folders `original` and `moved`, whose weights are a little off, and a text."""
-    root = tmp_path_factory.mktemp("backends")
-    write_tiny_llama(root / "original")
-    generator = torch.Generator().manual_seed(1)
-    moved = {
-        name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).bfloat16()
-        for name, tensor in tiny_tensors().items()
-    }
-    write_tiny_llama(root / "moved", moved)
-    (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. Why?\n\n" * 30)
-    return root
+    return write_tiny_pair(tmp_path_factory.mktemp("backends"))
 
 
 def run(world, *candidates, reference="original", **options):

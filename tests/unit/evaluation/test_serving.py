@@ -9,7 +9,7 @@ from quantkit.evaluation.cache import TensorCache
 from quantkit.runtime.load import load_model
 from quantkit.text import load_documents
 from quantkit.tokens import load_tokenizer, read_windows, tokenize
-from tests.tiny_llama import tiny_tensors, write_tiny_llama
+from tests.tiny_llama import write_tiny_pair
 from tests.tiny_models import save_tiny, tokens
 
 WINDOWS, LENGTH = 5, 40
@@ -17,16 +17,7 @@ WINDOWS, LENGTH = 5, 40
 
 @pytest.fixture
 def world(tmp_path):
-    """Folders `original` and `moved`, whose weights are a little off, and a text."""
-    write_tiny_llama(tmp_path / "original")
-    generator = torch.Generator().manual_seed(1)
-    moved = {
-        name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).bfloat16()
-        for name, tensor in tiny_tensors().items()
-    }
-    write_tiny_llama(tmp_path / "moved", moved)
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. Why?\n\n" * 30)
-    return tmp_path
+    return write_tiny_pair(tmp_path)
 
 
 def run(world, candidate="original", **options):
