@@ -16,7 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quantkit.server.answers import JsonResponse
 from quantkit.server.errors import ApiError, client_gone, overloaded
 from quantkit.server.generation import Generation
-from quantkit.server.limits import BODY_SECONDS, MAX_BODIES_BYTES, MAX_BODY_BYTES, MAX_REQUEST_ID_CHARS
+from quantkit.server.limits import (
+    BODY_SECONDS,
+    MAX_BODIES_BYTES,
+    MAX_BODY_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_REQUEST_ID_CHARS,
+)
 from quantkit.server.logs import logger
 from quantkit.server.metrics import Metrics
 
@@ -52,6 +58,7 @@ class Gate:
         body = _Body(receive)
         try:
             try:
+                _check_headers(scope)
                 self._check_key(scope)
                 if scope["method"] in METHODS_WITH_BODY:
                     await self._read(scope, body)
@@ -189,6 +196,12 @@ def _generation_fields(generation: Generation) -> dict[str, object]:
         "ttft_seconds": None if first is None else round(first - arrival, 4),
         "finish": generation.error.code if generation.error else generation.finish_reasons,
     }
+
+
+def _check_headers(scope: Scope) -> None:
+    """Raises ApiError if they are too long: uvicorn bounds only what has not arrived whole."""
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        raise ApiError(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes", code="headers_too_large")
 
 
 def _digest(key: bytes) -> bytes:

@@ -73,6 +73,13 @@ def test_too_long_and_too_slow(monkeypatch):
     assert asyncio.run(request(gate(), b"x", b"x", seconds=0.1))[0] == 408
 
 
+def test_long_headers_are_refused(monkeypatch):
+    monkeypatch.setattr(module, "MAX_HEADER_BYTES", 10)
+    assert asyncio.run(request(gate(), b"", headers={"name": "123456"}))[0] == 200
+    assert asyncio.run(request(gate(), b"", headers={"name": "1234567"}))[0] == 431
+    assert asyncio.run(request(gate(), b"", headers={"name": "1234", "more": "5"}))[0] == 431
+
+
 def test_who_leaves_before_the_body_is_there_reaches_nobody():
     async def unreachable(scope, receive, send):
         raise AssertionError("not for applications")
