@@ -31,7 +31,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 
 def create_app(context: Context) -> ASGIApp:
     """Everything that HTTP reaches. Its documentation pages are off: they load scripts from another host."""
-    app = FastAPI(title="quantkit", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+    app = FastAPI(
+        title="quantkit",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=ERRORS,
+    )
     _add_generation(app, context)
     _add_models(app, context)
     _add_tokens(app, context)
