@@ -48,6 +48,8 @@ class Admission:
         """Sequences run or wait no longer."""
         self.num_sequences -= num_sequences
         self._ends.extend([time.monotonic()] * num_sequences)
+        if not self.num_sequences:  # time without work says nothing of the pace
+            self._ends.clear()
 
     def _retry_after(self) -> int:
         """Seconds until some of what waits will have ended, at the pace of the last ends."""

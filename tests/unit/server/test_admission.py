@@ -19,6 +19,32 @@ def test_sequences_are_bounded_and_come_back():
     admission.admit(3, 10)
 
 
+def test_time_without_work_says_nothing_of_the_pace(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("quantkit.server.admission.time.monotonic", lambda: now)
+    admission = Admission(max_sequences=2, max_waiting_tokens=100)
+
+    def retry_after():
+        with pytest.raises(ApiError) as refused:
+            admission.admit(2, 1)
+        return int(refused.value.headers["Retry-After"])
+
+    admission.admit(2, 2)
+    admission.ended(1)
+    now = 10.0
+    admission.admit(1, 1)
+    admission.ended(1)
+    assert retry_after() == 1 + 10 // 2
+    admission.ended(1)  # nothing is left to do
+    now = 1000.0
+    admission.admit(2, 2)
+    admission.ended(1)
+    now = 1001.0
+    admission.admit(1, 1)
+    admission.ended(1)
+    assert retry_after() == 1
+
+
 def test_what_never_fits_is_not_told_to_come_back():
     admission = Admission(max_sequences=3, max_waiting_tokens=100)
     with pytest.raises(ApiError, match=r"4 answers .* at most 3") as refused:
