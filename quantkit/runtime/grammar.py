@@ -28,6 +28,7 @@ LIMITS = LLParserLimits(
 # any tokens that make up a text that is prescribed; to find the usual ones takes seconds if it is long
 FREE_TOKENS = '%llguidance {"no_forcing": true}\n'
 MAX_ERROR_CHARS = 300
+NO_ANSWER = "NoExtensionBias"  # llguidance's word for it
 NUM_KEPT = 16  # compiled grammars
 
 
@@ -90,7 +91,8 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokens, grammar, limits=LIMITS, log_level=0)
         matcher.compute_bitmask()  # finds out if nothing can begin it
         if matcher.is_error():
-            raise refused(_shortened(matcher.get_error()))
+            problem = matcher.get_error()
+            raise refused("no answer fits it" if NO_ANSWER in problem else _shortened(problem))
         return matcher
 
     def _make_tokens(self) -> LLTokenizer:

@@ -137,7 +137,9 @@ class SamplingParams:
         if isinstance(wanted, Mapping):
             object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**wanted))
         for name in ("min_tokens", "ignore_eos"):
-            self._check(name, not (wanted and getattr(self, name)), "it without structured_outputs")
+            self._check(
+                name, not (wanted and getattr(self, name)), "it without structured_outputs (JSON, a grammar)"
+            )
 
     def _check_prompt_logprobs(self) -> None:
         self._check_integer("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
