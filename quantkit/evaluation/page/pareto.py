@@ -12,6 +12,7 @@ from quantkit.evaluation.report import EvalReport
 HEIGHT, TOP, BOTTOM = 340, 14, 300  # pixels; between the last two is the plot
 NARROW = 330  # pixels of a phone's plot, in which labels must not meet
 LETTER, LABEL_HEIGHT = 6.6, 15
+ORIGINAL = "original"
 
 
 class _Point(NamedTuple):
@@ -80,7 +81,7 @@ def _drawing(report: EvalReport, points: Sequence[_Point], floor: float) -> Html
         _steps([_place(point, x_scale, y_scale) for point in frontier]),
         [_mark(point, x_scale, y_scale, is_best=point in frontier) for point in points],
         _original(report, x_scale, y_scale) if floor else None,
-        _labels(points, x_scale, y_scale),
+        _labels(points, x_scale, y_scale, *([_original_label(report, x_scale, y_scale)] if floor else [])),
     )
 
 
@@ -127,7 +128,13 @@ def _original(report: EvalReport, x_scale: LinearScale, y_scale: LogScale) -> li
     """In 16 bits: what it loses against itself in float32."""
     x, y = x_scale.at(report.reference.bytes), _y(report.reference.kl_noise_floor, y_scale)
     mark = element("circle", cx=f"{100 * x:.3f}%", cy=y, r=5, class_="hollow")
-    return [mark, words(x, y - 12, "original", "quiet", anchor="end", dx=6)]
+    return [mark, words(x, y - 12, ORIGINAL, "quiet", anchor="end", dx=6)]
+
+
+def _original_label(report: EvalReport, x_scale: LinearScale, y_scale: LogScale) -> _Label:
+    width = LETTER * len(ORIGINAL)
+    left = x_scale.at(report.reference.bytes) * NARROW + 6 - width
+    return _Label(left, _y(report.reference.kl_noise_floor, y_scale) - 16, width)
 
 
 def _steps(places: Sequence[tuple[float, float]]) -> list[Html]:
@@ -146,10 +153,10 @@ def _mark(point: _Point, x_scale: LinearScale, y_scale: LogScale, *, is_best: bo
     return element("g", element("title", title), line(x, low, x, high, "whisker"), dot)
 
 
-def _labels(points: Sequence[_Point], x_scale: LinearScale, y_scale: LogScale) -> list[Html]:
+def _labels(points: Sequence[_Point], x_scale: LinearScale, y_scale: LogScale, *others: _Label) -> list[Html]:
     """Beside their marks, moved up or down until they meet neither each other nor a mark, on a narrow screen either."""
     places = [_place(point, x_scale, y_scale) for point in points]
-    taken = [_Label(x * NARROW - 6, y, 12) for x, y in places]
+    taken = [*others, *(_Label(x * NARROW - 6, y, 12) for x, y in places)]
     found = []
     for point, (x, y) in zip(points, places, strict=True):
         is_left = x > 0.5

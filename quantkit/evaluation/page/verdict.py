@@ -1,5 +1,7 @@
 """The verdict: a sentence for each candidate, on its gates, on what it saves, and on what it loses beyond noise."""
 
+import math
+
 from quantkit.evaluation.gates import describe_failure
 from quantkit.evaluation.page.figures import (
     DASH,
@@ -11,7 +13,7 @@ from quantkit.evaluation.page.figures import (
     recovery,
     size,
 )
-from quantkit.evaluation.page.html import Child, Html, element
+from quantkit.evaluation.page.html import Child, Html, element, folded
 from quantkit.evaluation.report import CandidateReport, Damage, EvalReport
 
 MARKS = {
@@ -20,6 +22,7 @@ MARKS = {
     "broken": "✗ broken",
     "measured": "measured",
 }
+MOST_NAMED = 3  # scores and gates; a card of more is not read
 
 
 def headline(report: EvalReport) -> str:
@@ -63,9 +66,17 @@ def _verdict(report: EvalReport, candidate: CandidateReport) -> Html:
             if damage is None
             else _sentence(report, candidate, damage),
         ),
-        element("ul", reasons) if reasons and damage is not None else None,
+        None if damage is None else _reasons(reasons),
         class_="card",
     )
+
+
+def _reasons(reasons: list[Html]) -> Child:
+    if not reasons:
+        return None
+    shown, rest = reasons[:MOST_NAMED], reasons[MOST_NAMED:]
+    more = folded(f"{len(rest)} more", element("ul", rest), on_paper=True) if rest else None
+    return [element("ul", shown), more]
 
 
 def _sentence(report: EvalReport, candidate: CandidateReport, damage: Damage) -> list[Child]:
@@ -98,7 +109,10 @@ def _tasks(candidate: CandidateReport) -> str:
     worse = [task for task in candidate.tasks if is_worse(task) and is_beyond_luck(task)]
     if not worse:
         return f" None of {len(candidate.tasks)} task scores is worse beyond luck."
+    worse.sort(key=lambda task: task.recovery if math.isfinite(task.recovery) else -math.inf)
     shown = ", ".join(
-        f"{task.task} ({recovery(task, interval=False)}, p = {task.p_value:.2g})" for task in worse
+        f"{task.task} ({recovery(task, interval=False)}, p = {task.p_value:.2g})"
+        for task in worse[:MOST_NAMED]
     )
-    return f" Worse beyond luck on {len(worse)} of {len(candidate.tasks)} task scores: {shown}."
+    more = f", and {len(worse) - MOST_NAMED} that lost less" if len(worse) > MOST_NAMED else ""
+    return f" Worse beyond luck on {len(worse)} of {len(candidate.tasks)} task scores: {shown}{more}."

@@ -117,6 +117,25 @@ def test_the_verdict_comes_first_and_says_what_was_missed(report, page):
     )
 
 
+def test_a_card_names_the_worst_scores_and_folds_all_gates_but_the_first(report):
+    lost = {"a": 0.05, "b": 0.4, "c": 0.3, "d": 0.01, "e": 0.2}
+    tasks = tuple(comparison(name, "task", loss, p_value=0.001) for name, loss in lost.items())
+    worse = candidate("/out/worse", 0.4, 152_000_000, tasks=tasks)
+    gates = [
+        GateResult(gate="min_recovery", candidate=worse.path, task=name, limit=99.0, value=98.0, passed=False)
+        for name in lost
+    ]
+    page = render_page(replace(report, candidates=(worse,), gates=tuple(gates)))
+    words = Page(page).words
+    assert (
+        "on 5 of 5 task scores: b (55.6 %" in words
+        and "e (77.8 %, p = 0.001), and 2 that lost less." in words
+    )
+    card = page[page.index("<article") : page.index("</article>")]
+    folded = card[card.index("<details") :]
+    assert "2 more" in folded and folded.count("<li>") == 2 and card.count("<li>") == 5
+
+
 def test_a_loss_within_noise_is_called_that(report):
     quiet = replace(report, candidates=(candidate("/out/same", 0.0010, 190_000_000, tasks=()),), gates=())
     assert "no more than the noise of bfloat16" in Page(render_page(quiet)).words
