@@ -7,7 +7,7 @@ disk; then each candidate runs alone.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def evaluate(
     backend: AskedBackend = "auto",
     where: bool = False,
     examples: int = 0,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | str = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
     apply_chat_template: bool = False,
@@ -109,14 +109,17 @@ def evaluate(
         windows=windows,
         length=length,
         where=where or None,
-        tasks=tasks,
+        tasks=[tasks] if isinstance(tasks, str) else tasks,
         limit=limit,
         num_fewshot=num_fewshot,
         gates=gates,
     )
     data, windows, length = asked.data, asked.windows, asked.length
-    _check_request(candidates, windows, length)
-    session = _session(asked, samples, apply_chat_template, listener)
+    _check_request(candidates, windows, length, backend)
+    remarks: list[str] = []
+    session = _session(asked, samples, apply_chat_template, listener, remarks)
+    if tasks and session is not None:
+        asked = asked.limited_to(session.names | gates.tasks.keys())
     setup = Setup.of(EngineSettings(device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype), length)
     original = open_reference(str(reference), backend, setup, listener.say)
     documents = load_documents(data)
@@ -142,22 +145,32 @@ def evaluate(
         kv_cache_dtype=kv_cache_dtype,
         candidates=results,
         gates=tuple(found for one in results for found in check_gates(asked.gates_of(one.path), one)),
-        notes=tuple(run.notes),
+        notes=(*run.notes, *remarks),
         environment=describe_environment(),
     )
 
 
 def _session(
-    asked: Suite, samples: str | Path | None, apply_chat_template: bool, listener: Listener
+    asked: Suite,
+    samples: str | Path | None,
+    apply_chat_template: bool,
+    listener: Listener,
+    remarks: list[str],
 ) -> TaskSession | None:
-    """The tasks, loaded; None if none is asked for."""
+    """The tasks, loaded; None if none is asked for. remarks: takes what is said of them, once each."""
     if not asked.tasks:
         return None
+
+    def say(line: str) -> None:
+        if line not in remarks:
+            remarks.append(line)
+            listener.say(line)
+
     return TaskSession(
         asked.tasks,
         samples=samples,
         apply_chat_template=apply_chat_template,
-        say=listener.say,
+        say=say,
         step=listener.step,
     )
 
@@ -225,7 +238,7 @@ def _names(candidates: Sequence[str | Path] | str | Path) -> list[str]:
     return list(dict.fromkeys(map(str, several)))
 
 
-def _check_request(candidates: Sequence[str], windows: int, length: int) -> None:
+def _check_request(candidates: Sequence[str], windows: int, length: int, backend: str) -> None:
     if not candidates:
         raise EvaluationError(
             "no candidate to evaluate", fix="name at least one: quantkit eval REFERENCE CANDIDATE"
@@ -234,6 +247,10 @@ def _check_request(candidates: Sequence[str], windows: int, length: int) -> None
         raise EvaluationError(f"--windows {windows}: there has to be one", fix="use --windows 24")
     if length < 2:
         raise EvaluationError(f"--length {length}: too short to predict a next token", fix="use --length 512")
+    if backend not in get_args(AskedBackend):
+        raise EvaluationError(
+            f"--backend {backend}: there is none", fix=f"use one of {', '.join(get_args(AskedBackend))}"
+        )
 
 
 def _run_reference(original: Subject, source: Reference, run: _Run) -> _Baseline:

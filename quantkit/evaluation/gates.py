@@ -1,7 +1,7 @@
 """Limits that a candidate has to meet, and by how much it does not."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
@@ -56,9 +56,14 @@ class Gates:
         return self.min_recovery is not None or bool(self.tasks)
 
     def overridden_by(self, stronger: "Gates") -> "Gates":
-        """These limits, but for those that `stronger` has."""
+        """These limits, but for those that `stronger` has; its limit of every task leaves none of single ones."""
         changes = {name: limit for name in _FIELDS if (limit := getattr(stronger, name)) is not None}
-        return replace(self, **changes, tasks={**self.tasks, **stronger.tasks})
+        kept = self.tasks if stronger.min_recovery is None else {}
+        return replace(self, **changes, tasks={**kept, **stronger.tasks})
+
+    def limited_to(self, tasks: Collection[str]) -> "Gates":
+        """Without limits of other tasks than these."""
+        return replace(self, tasks={name: limit for name, limit in self.tasks.items() if name in tasks})
 
 
 _FIELDS = ("max_kl", "max_ppl_increase", "min_top1", "min_recovery")
@@ -145,7 +150,8 @@ def describe_failure(result: GateResult) -> str:
     """One line: which candidate misses which gate, by how much, and whether that may be chance."""
     failure = f"{result.candidate}: {describe_gate(result)} not met"
     if result.value is None:
-        return f"{failure}: no figures"
+        unknown = "no recovery is known: the original scores 0, or it was not asked"
+        return f"{failure}: {'no figures' if result.task is None else unknown}"
     figure = _FIGURES.get(result.gate)
     what, unit = ("recovery", "%") if figure is None else (figure.what, figure.unit)
     excess = abs(result.value - result.limit)

@@ -1,7 +1,7 @@
 """Suites: what an evaluation runs and which limits hold, read from YAML; options given beside a suite win."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +58,13 @@ class Suite(_Strict):
             if fnmatchcase(name, pattern):
                 gates = gates.overridden_by(own)
         return gates
+
+    def limited_to(self, tasks: Collection[str]) -> "Suite":
+        """Without limits of other tasks than these, which are asked instead of the suite's own."""
+        candidates = {pattern: own.limited_to(tasks) for pattern, own in self.candidates.items()}
+        return self.model_copy(
+            update={"thresholds": self.thresholds.limited_to(tasks), "candidates": candidates}
+        )
 
 
 def plan_suite(

@@ -56,6 +56,11 @@ class TaskSession:
         self._say = say
         self._step = step
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the tasks; those of groups and tags each by itself."""
+        return frozenset(loaded.name for loaded in self._tasks)
+
     def results(self, subject: Subject, serving: Serving) -> tuple[TaskResult, ...]:
         """One for each task. Raises EvaluationError if the model cannot answer, OutputError of the log, as LLM does."""
         folder = self._samples / f"{Path(subject.name).name}-{_identity(subject, serving)}"

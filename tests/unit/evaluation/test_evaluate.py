@@ -324,6 +324,8 @@ def test_other_ids_of_the_tokenizer_are_refused(world):
         ({"windows": -3}, EvaluationError, "--windows -3"),
         ({"length": 1}, EvaluationError, "--length 1"),
         ({"tasks": ["probe_cloze"], "limit": 0}, EvaluationError, "--limit 0: out of range"),
+        ({"tasks": "probe_clozure"}, EvaluationError, "probe_clozure"),
+        ({"backend": "hf"}, EvaluationError, "--backend hf: there is none"),
         ({"length": 129}, EvaluationError, "--length 129: .*original has 128 positions"),
         ({"device": "cuda:99"}, GenerationError, "'cuda:99' is not here"),
         ({"dtype": "int8"}, GenerationError, "dtype 'int8'"),

@@ -36,7 +36,7 @@ def test_shipped_suites_parse_and_know_their_probes():
         suite = load_suite(name)
         named = {request.name for request in suite.tasks}
         assert {task for task in named if task.startswith("probe_")} <= probes
-        assert suite.thresholds.tasks.keys() <= named
+        assert suite.thresholds.tasks.keys() <= (named | probes if "probes" in named else named)
 
 
 def test_a_suite_is_read(suite_file):
@@ -70,6 +70,15 @@ def test_what_is_given_beside_a_suite_wins(suite_file):
     assert (suite.windows, suite.length) == (4, 32)
     assert [(task.limit, task.num_fewshot) for task in suite.tasks] == [(7, None), (7, 1)]
     assert [task.name for task in plan_suite(suite_file, tasks=("arc_easy",)).tasks] == ["arc_easy"]
+    assert plan_suite(suite_file, gates=Gates(min_recovery=95.0)).thresholds.tasks == {}
+
+
+def test_other_tasks_than_the_suites_leave_its_limits_behind(suite_file):
+    suite = plan_suite(suite_file, tasks=("arc_easy",))
+    assert suite.limited_to({"arc_easy"}).thresholds == Gates(
+        max_kl=0.1, max_ppl_increase=5.0, min_recovery=90.0
+    )
+    assert suite.limited_to({"probe_copying"}) == suite
 
 
 @pytest.mark.parametrize(
