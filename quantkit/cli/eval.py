@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -122,8 +123,8 @@ def eval_models(
         min_recovery=parse_percent(min_recovery, "--min-recovery"),
     )
     written = ((write_page, page), (write_junit, junit), (write_markdown, markdown))
-    outputs = {write: path for write, path in written if path}
-    for path in outputs.values():
+    outputs = [(write, path) for write, path in written if path]
+    for _, path in outputs:
         _check_place(path)
     with Display(Console(stderr=True)) as display:
         report = evaluate(
@@ -153,11 +154,10 @@ def eval_models(
         typer.echo(json.dumps(_finite(report.to_json()), indent=2, allow_nan=False))
     else:
         show(report)
-    for write, path in outputs.items():
-        write(report, path)
     for result in report.gates:
         if not result.passed:
             typer.echo(describe_failure(result), err=True)
+    _write_all(report, outputs)
     return 0 if report.passed else 1
 
 
@@ -178,6 +178,23 @@ def _check_place(path: Path) -> None:
         raise OutputError(f"{path}: is a folder", fix="give the name of a file")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
+
+
+def _write_all(
+    report: "EvalReport", outputs: "Sequence[tuple[Callable[[EvalReport, Path], None], Path]]"
+) -> None:
+    """Write what can be written. Raises OutputError, after that, for what cannot."""
+    problems = []
+    for write, path in outputs:
+        try:
+            write(report, path)
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}")
+    if problems:
+        raise OutputError(
+            f"not written: {'; '.join(problems)}",
+            fix="make room, or name other places; the same command takes what was computed from the cache",
+        )
 
 
 def _finite(value: Any) -> Any:

@@ -12,9 +12,9 @@ from quantkit.formats.durable import write_atomically
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 
 
-def write_junit(report: EvalReport, path: Path) -> None:
+def write_junit(report: EvalReport, path: str | Path) -> None:
     """Write the file, whole or not at all. Raises OSError."""
-    write_atomically(path, junit(report))
+    write_atomically(Path(path), junit(report))
 
 
 def junit(report: EvalReport) -> bytes:

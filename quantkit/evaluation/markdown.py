@@ -15,9 +15,11 @@ MAX_CHARS = 160  # of a prompt's end or an answer
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$@&])")
 
 
-def write_markdown(report: EvalReport, path: Path) -> None:
+def write_markdown(report: EvalReport, path: str | Path) -> None:
     """Write the file, whole or not at all. Raises OSError."""
-    write_atomically(path, markdown(report).encode("utf-8", "replace"))  # names of files may be no UTF-8
+    write_atomically(
+        Path(path), markdown(report).encode("utf-8", "replace")
+    )  # names of files may be no UTF-8
 
 
 def markdown(report: EvalReport) -> str:

@@ -39,9 +39,9 @@ def render_page(report: EvalReport) -> str:
     return f"<!doctype html>\n{element('html', _head(f'{name}: {headline(report)}'), body, lang='en')}\n"
 
 
-def write_page(report: EvalReport, path: Path) -> None:
+def write_page(report: EvalReport, path: str | Path) -> None:
     """Write the page, whole or not at all. Raises OSError if the folder cannot be written."""
-    write_atomically(path, render_page(report).encode(errors="replace"))
+    write_atomically(Path(path), render_page(report).encode(errors="replace"))
 
 
 def _head(title: str) -> Html:

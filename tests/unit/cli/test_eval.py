@@ -163,6 +163,15 @@ def test_a_suite_decides_unless_an_option_does_and_leaves_files_for_ci(world, ca
     assert report["data"]["windows"] == 2 and report["gates"][0]["limit"] == 100.0
 
 
+def test_a_file_that_cannot_be_written_costs_no_other_and_no_figure(world, capsys):
+    (world / ".page.html.partial").mkdir()  # what it would be written to first
+    assert quantkit_eval("--report", "page.html", "--markdown", "summary.md", "--max-kl", "1e-6") == 2
+    out, err = capsys.readouterr()
+    assert "candidate" in out and "--max-kl 1e-06 not met" in err
+    assert "error: not written: page.html: Is a directory" in err
+    assert (world / "summary.md").exists() and not (world / "page.html").exists()
+
+
 def test_one_window_has_no_interval(world, capsys):
     assert (
         run(
