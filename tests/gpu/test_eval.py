@@ -41,6 +41,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tiny_models.CONFIGS["gpu-eval"] = LlamaConfig(**SIZES | {"vocab_size": VOCAB_SIZE})
     source = save_tiny("gpu-eval", root / "source", dtype=torch.bfloat16)
+    write_tokenizer(source)
     for name, scheme in (TRIED | WEIGHTS_ALONE).items():
         write_tokenizer(quantize_tiny(source, root / name, scheme))
     (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. Why?\n\n" * 100)
@@ -126,7 +127,7 @@ def test_packed_weights_are_dequantized_on_the_device(method, tmp_path):
 def test_bitsandbytes_runs_beside_ours(world):
     pytest.importorskip("bitsandbytes")
     report = evaluate(
-        world / "bf16",
+        world / "source",
         ["bnb:int8", "bnb:nf4", world / "int4"],
         data=str(world / "text.txt"),
         windows=10,
