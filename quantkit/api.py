@@ -16,7 +16,7 @@ def quantize(
     settings: Sequence[str] = (),
     revision: str | None = None,
     calib: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     overwrite: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
     announce: Callable[[str], None] | None = None,
@@ -24,7 +24,8 @@ def quantize(
     """Quantize a checkpoint into a folder; an interrupted run of the same plan continues.
 
     source: a folder, hub id, .gguf file or "demo". recipe: a shipped recipe's name or a YAML file. settings:
-    "KEY=VALUE" changes of the recipe. calib: SPEC of the calibration text. device: "cpu" or "cuda", for calibration.
+    "KEY=VALUE" changes of the recipe. calib: SPEC of the calibration text. device: "cpu" or "cuda", for calibration;
+    None: a GPU if there is one.
     on_step: told of every tensor that is done. announce: told, in a line,
     what will take a while. Raises QuantkitError.
     """

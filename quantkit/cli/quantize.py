@@ -33,7 +33,10 @@ def quantize(
             metavar="SPEC", help="Calibration text: a file or folder, `hf:DATASET`, `docs` or `self`."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where calibration computes: cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where calibration computes: cpu or cuda; default: a GPU if there is one."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its costs; write nothing.")
     ] = False,
@@ -76,7 +79,7 @@ def _print_dry_run(
     settings: Sequence[str],
     revision: str | None,
     calib: str | None,
-    device: str,
+    device: str | None,
     as_json: bool,
 ) -> None:
     from quantkit.cli.output import table_console

@@ -59,21 +59,21 @@ def calibration_spec(
     return calib
 
 
-def choose_device(name: str) -> torch.device:
-    """The device to calibrate on. Raises QuantkitError if there is none of that name."""
-    if name not in {"cpu", "cuda"}:
+def choose_device(name: str | None) -> torch.device:
+    """The device to calibrate on; None: a GPU if there is one. Raises QuantkitError if there is none of that name."""
+    if name not in {None, "cpu", "cuda"}:
         raise QuantkitError(f"--device {name}: not a device", fix="use --device cpu or --device cuda")
-    if name == "cuda":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a driver that is missing or too old; said below
-            is_there = torch.cuda.is_available()
-        if not is_there:
-            raise QuantkitError(
-                f"--device cuda: torch {torch.__version__} finds no usable GPU",
-                fix="use --device cpu, or install the CUDA build of torch and a driver",
-            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is missing or too old; said below
+        has_gpu = name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise QuantkitError(
+            f"--device cuda: torch {torch.__version__} finds no usable GPU",
+            fix="use --device cpu, or install the CUDA build of torch and a driver",
+        )
+    if has_gpu:
         deterministic_cublas()
-    return torch.device(name)
+    return torch.device("cuda" if has_gpu else "cpu")
 
 
 def read_tokens(
@@ -96,7 +96,8 @@ def read_tokens(
     less = (
         f", fewer than the {wanted.samples} asked for: the text has no more" if count < wanted.samples else ""
     )
-    announce(f"calibrating on {count} x {length} tokens of {spec}{less}")
+    place = f", on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    announce(f"calibrating on {count} x {length} tokens of {spec}{less}{place}")
     if tokens.roles is not None:
         announce(f"roles of its conversations: {tokens.roles}")
     return tokens

@@ -63,7 +63,7 @@ def dry_run(
     folder: Path | None = None,
     where: str = "recipe",
     calib: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> DryRun:
     """Plan a run; raises what `quantize_checkpoint` would raise before writing. The calibration text is read.

@@ -46,7 +46,7 @@ def prepare(
     *,
     where: str,
     calib: str | None,
-    device: str,
+    device: str | None,
     announce: Callable[[str], None],
 ) -> Prepared:
     """Plan a run; raises QuantkitError for what is known to fail. folder: of the output; None: not said yet."""
@@ -62,7 +62,8 @@ def prepare(
         check_apart(source, folder)
         refuse_foreign(folder)
         check_companions(source)
-    return Prepared(checkpoint, plan, spec, entries, choose_device(device))
+    needed = device if spec is not None or device is not None else "cpu"  # without data, no GPU is touched
+    return Prepared(checkpoint, plan, spec, entries, choose_device(needed))
 
 
 def refuse_foreign(folder: Path) -> FolderState:

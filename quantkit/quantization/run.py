@@ -49,7 +49,7 @@ def quantize_checkpoint(
     where: str = "recipe",
     overwrite: bool = False,
     calib: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     announce: Callable[[str], None] = lambda line: None,
     limits: Limits = DEFAULT_LIMITS,
@@ -57,7 +57,8 @@ def quantize_checkpoint(
     """Quantize a checkpoint folder into another, or continue an interrupted run of the same plan.
 
     base: the source's name on the card. where: the recipe's name in errors. calib: SPEC of the calibration text; a
-    recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for calibration.
+    recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for
+    calibration; None: a GPU if there is one.
     announce: told, in a line, what will take a while. Raises QuantkitError before anything is written, except for
     weights and inputs that are not finite, or a model that transformers does not build, which are met on the way: then
     what was written is removed, since it cannot be continued.

@@ -15,6 +15,7 @@ from quantkit.errors import CalibrationError, OutputError, RecipeError, SourceEr
 from quantkit.formats.folder import FolderState, folder_state
 from quantkit.formats.stage import STAGE_NAME
 from quantkit.quantization import dry_run, quantize_checkpoint
+from quantkit.quantization.calibrated import choose_device
 from quantkit.quantization.progress import Step
 from quantkit.recipe import load_recipe
 from quantkit.verify import verify_checkpoint
@@ -450,3 +451,13 @@ def test_tokens_whose_keys_overflow_are_counted(overflowing, tmp_path):
     quantize_checkpoint(source, load_recipe("kv-int8", SMALL), tmp_path / "out", calib=text)
     observed = json.loads((tmp_path / "out" / "quantkit.json").read_text())["observed"]
     assert observed["excluded_rows"] == {"00000": 1, "00001": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_gpu", "found"),
+    [(None, True, "cuda"), (None, False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+)
+def test_a_gpu_is_used_if_there_is_one_and_nobody_minds(monkeypatch, asked, has_gpu, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("quantkit.quantization.calibrated.deterministic_cublas", lambda: None)
+    assert choose_device(asked).type == found
