@@ -25,9 +25,8 @@ def quantize(
 
     source: a folder, hub id, .gguf file or "demo". recipe: a shipped recipe's name or a YAML file. settings:
     "KEY=VALUE" changes of the recipe. calib: SPEC of the calibration text. device: "cpu" or "cuda", for calibration;
-    None: a GPU if there is one.
-    on_step: told of every tensor that is done. announce: told, in a line,
-    what will take a while. Raises QuantkitError.
+    None: a GPU if there is one. on_step: told of every tensor that is done. announce: told, in a line, what will take
+    a while. Raises QuantkitError.
     """
     chosen = load_recipe(str(recipe), tuple(settings))
     path = resolve_source(str(source), revision=revision, announce=announce)

@@ -57,11 +57,10 @@ def quantize_checkpoint(
     """Quantize a checkpoint folder into another, or continue an interrupted run of the same plan.
 
     base: the source's name on the card. where: the recipe's name in errors. calib: SPEC of the calibration text; a
-    recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for
-    calibration; None: a GPU if there is one.
-    announce: told, in a line, what will take a while. Raises QuantkitError before anything is written, except for
-    weights and inputs that are not finite, or a model that transformers does not build, which are met on the way: then
-    what was written is removed, since it cannot be continued.
+    recipe that needs some and gets none takes the documentation of Python. device: "cpu" or "cuda", for calibration;
+    None: a GPU if there is one. announce: told, in a line, what will take a while. Raises QuantkitError before
+    anything is written, except for weights and inputs that are not finite, or a model that transformers does not
+    build, which are met on the way: then what was written is removed, since it cannot be continued.
     """
     started = time.monotonic()
     checkpoint, plan, spec, entries, chosen = prepare(
