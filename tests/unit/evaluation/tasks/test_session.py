@@ -216,6 +216,20 @@ def test_a_candidate_without_a_chat_template_cannot_be_asked_in_it(world, byte_t
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ messages[0] + 1 }}", "unsupported operand"),
+    ],
+)
+def test_a_candidate_whose_chat_template_fails_cannot_be_asked_in_it(world, template, reason):
+    (world / "candidate" / "chat_template.jinja").write_text(template)
+    failure = evaluated(world, "tiny_choice", apply_chat_template=True).candidates[0].failure
+    assert "candidate: its chat template cannot be used" in failure and reason in failure
+
+
 def test_drawn_answers_are_as_many_as_are_asked_for(world):
     file = world / "eval" / "probes" / "tiny_writing.yaml"
     file.write_text(
