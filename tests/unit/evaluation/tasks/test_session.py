@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from tokenizers import processors
 
 from quantkit import LLM
 from quantkit.cli.main import run
@@ -228,6 +229,19 @@ def test_a_candidate_whose_chat_template_fails_cannot_be_asked_in_it(world, temp
     (world / "candidate" / "chat_template.jinja").write_text(template)
     failure = evaluated(world, "tiny_choice", apply_chat_template=True).candidates[0].failure
     assert "candidate: its chat template cannot be used" in failure and reason in failure
+
+
+def test_answers_of_another_tokenizer_or_other_stop_tokens_are_not_found_again(world, byte_tokenizer):
+    """The same weights read other tokens, or stop elsewhere: what the log holds is no answer of theirs."""
+    first = evaluated(world, "tiny_choice")
+    byte_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    byte_tokenizer.save_pretrained(world / "candidate")
+    assert figures(evaluated(world, "tiny_choice")) != figures(first)
+    (world / "candidate" / "generation_config.json").write_text('{"eos_token_id": 40}')
+    evaluated(world, "tiny_choice")
+    assert sum(file.parent.name.startswith("candidate-") for file in lines(world)) == 3
 
 
 def test_drawn_answers_are_as_many_as_are_asked_for(world):
