@@ -1,6 +1,7 @@
 """The verb: one JSON object or a table on stdout, the rest on stderr, and the exit code."""
 
 import json
+import os
 from io import StringIO
 from xml.etree import ElementTree
 
@@ -234,10 +235,14 @@ def test_nan_weights_are_a_verdict_not_a_crash(world, capsys):
         (["--junit", "absent/gates.xml"], "there is no folder absent"),
         (["--markdown", "absent/summary.md"], "there is no folder absent"),
         (["--report", "candidate"], "candidate: is a folder"),
+        (["--markdown", "pipe"], "pipe: is a pipe or a device"),
+        (["--markdown", "stdout"], "stdout: is a pipe or a device"),
         (["--tasks", ","], "--tasks ','"),
     ],
 )
 def test_mistakes_are_two_lines_and_exit_with_2(world, capsys, arguments, finding):
+    os.mkfifo(world / "pipe")
+    (world / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
     assert quantkit_eval(*arguments) == 2
     out, err = capsys.readouterr()
     problem, fix = err.strip().splitlines()
