@@ -133,6 +133,24 @@ def test_a_damaged_last_line_is_asked_again(world):
         assert json.loads(each[-1])["request"] == json.loads(before[file][-1])["request"]
 
 
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("tiny_choice", {"request": [5]}),
+        ("tiny_choice", {"answer": ["-1", True]}),
+        ("tiny_text", {"answer": None}),
+        ("tiny_writing", {"answer": [-1.0, True]}),
+    ],
+)
+def test_a_line_that_holds_no_answer_is_asked_again(world, task, change):
+    first = evaluated(world, task, limit=2)
+    before = lines(world)
+    for file, (line, *others) in before.items():
+        file.write_text("\n".join([json.dumps(json.loads(line) | change), *others, ""]))
+    assert figures(evaluated(world, task, limit=2)) == figures(first)
+    assert [len(each) for each in lines(world).values()] == [len(each) + 1 for each in before.values()]
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_continues(kill, world):
     script = (
