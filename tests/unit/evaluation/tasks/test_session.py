@@ -209,6 +209,13 @@ def test_a_task_that_nobody_knows(world, capsys):
     assert "tiny_choise" in error and "tiny_choice" in error.splitlines()[-1]
 
 
+def test_a_task_that_is_in_a_suite_twice_has_one_limit(world):
+    again = [TaskRequest(name="tiny", limit=3), TaskRequest(name="tiny_choice", limit=3)]
+    assert len(load_tasks(again, say=print)) == len(TASKS)
+    with pytest.raises(EvaluationError, match="tiny_choice is asked for twice, differently"):
+        load_tasks([*again, TaskRequest(name="tiny_choice", limit=5)], say=print)
+
+
 def test_data_that_cannot_be_loaded_is_named(world):
     file = world / "eval" / "probes" / "tiny_text.yaml"
     file.write_text(file.read_text().replace("test.jsonl", "gone.jsonl"))
