@@ -263,7 +263,10 @@ def test_answers_of_another_tokenizer_or_other_stop_tokens_are_not_found_again(w
         single="<bos> $A", special_tokens=[("<bos>", 0)]
     )
     byte_tokenizer.save_pretrained(world / "candidate")
-    assert figures(evaluated(world, "tiny_choice")) != figures(first)
+    again = evaluated(world, "tiny_choice")
+    assert figures(again) != figures(first)
+    assert any("its tokenizer makes '<bos>a' of 'a', the original's 'a'" in note for note in again.notes)
+    assert not any("its tokenizer makes" in note for note in first.notes)
     (world / "candidate" / "generation_config.json").write_text('{"eos_token_id": 40}')
     evaluated(world, "tiny_choice")
     assert sum(file.parent.name.startswith("candidate-") for file in lines(world)) == 3
