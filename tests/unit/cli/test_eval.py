@@ -263,6 +263,14 @@ def test_card_of_a_folder_of_ours_is_filled_and_a_locked_one_is_no_failure(world
     assert "candidate: the figures are not in its README.md" in capsys.readouterr().err
 
 
+def test_the_map_is_shown_where_nothing_else_was_asked_for(world, capsys):
+    assert quantkit_eval("--where") == 0
+    shown = capsys.readouterr().out
+    assert "worst linears of candidate" in shown and shown.count("_proj") == 8
+    assert quantkit_eval("--where", candidate="original") == 0
+    assert "nothing to swap" in capsys.readouterr().out
+
+
 def test_names_of_folders_are_no_markup():
     out, name = StringIO(), "runs/[red]int4[/blue]"
     show(report(candidate(name, tasks=(comparison(),))), Console(file=out, width=200))
