@@ -173,9 +173,15 @@ def _fill_cards(report: "EvalReport") -> None:
 
 
 def _check_place(path: Path) -> None:
-    """Raise OutputError, before hours of work, for a file without a folder, and for one that is a folder."""
+    """Raise OutputError, before hours of work, for a file without a folder, and for what is none.
+
+    A report replaces what has its name, which of /dev/stdout, a link to whatever that is now, would be the link.
+    """
     if path.is_dir():
         raise OutputError(f"{path}: is a folder", fix="give the name of a file")
+    is_of_process = path.is_symlink() and path.readlink().is_relative_to("/proc")
+    if is_of_process or (path.exists() and not path.is_file()):
+        raise OutputError(f"{path}: is a pipe or a device, not a file", fix="give the name of a file")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
 

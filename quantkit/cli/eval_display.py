@@ -13,9 +13,11 @@ from rich.text import Text
 from quantkit.cli.output import table_console
 from quantkit.evaluation import CandidateReport, EvalReport
 from quantkit.evaluation.page.figures import size
+from quantkit.evaluation.report import DamageMap
 from quantkit.evaluation.tasks.statistics import MCNEMAR
 
 LINE_SECONDS = 30.0
+WORST_LINEARS = 8
 
 
 class Display:
@@ -89,6 +91,9 @@ def show(report: EvalReport, console: Console | None = None) -> None:
             markup=False,
             highlight=False,
         )
+    for candidate in report.candidates:
+        if candidate.where is not None:
+            console.print(_worst_linears(candidate, candidate.where))
     data = report.data
     console.print(
         f"{data.windows} windows of {data.length} tokens, from {data.spec} ({data.tokens:,} tokens). KL in nats "
@@ -137,6 +142,20 @@ def _figures(candidate: CandidateReport) -> tuple[str, ...]:
         f"{damage.top1:.3f}",
         *sizes,
     )
+
+
+def _worst_linears(candidate: CandidateReport, damage_map: DamageMap) -> Table | Text:
+    """Those that cost most by themselves; all of them are in the page and the JSON."""
+    linears = [one for one in damage_map.linears if one.kind != "layer"]
+    if not linears:
+        return Text(f"{candidate.path}: its linears are the original's, so there is nothing to swap")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(Text(f"worst linears of {candidate.path}"), overflow="fold", min_width=10)
+    for column in ("KL in", "KL out"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in sorted(linears, key=lambda one: -one.kl_in)[:WORST_LINEARS]:
+        table.add_row(Text(one.linear), f"{one.kl_in:.3g}", f"{one.kl_out:.3g}")
+    return table
 
 
 def _tasks_table(candidate: CandidateReport) -> Table:

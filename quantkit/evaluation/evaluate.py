@@ -25,7 +25,7 @@ from quantkit.evaluation.reference import Reference
 from quantkit.evaluation.report import CandidateReport, Damage, DataInfo, EvalReport, ReferenceReport
 from quantkit.evaluation.scores import NotFiniteError, perplexity, score_window, summarise
 from quantkit.evaluation.serving import LoadModel, Serving, Setup
-from quantkit.evaluation.subjects import AskedBackend, Subject
+from quantkit.evaluation.subjects import AskedBackend, Subject, prompt_note
 from quantkit.evaluation.suites import Suite, plan_suite
 from quantkit.evaluation.tasks import TaskResult, TaskSession, compare_all
 from quantkit.runtime.settings import DtypeName, EngineSettings, KVCacheDtypeName
@@ -137,7 +137,7 @@ def evaluate(
     results = tuple(_judge(candidate, baseline, run, is_only=len(opened) == 1) for candidate in opened)
     results = _look_closer(results, original, run, where=asked.where)
     if session is not None:
-        results = tuple(_with_tasks(report, session, answers, run) for report in results)
+        results = tuple(_with_tasks(report, session, original, answers, run) for report in results)
     return EvalReport(
         reference=_reference_report(original, baseline),
         data=text,
@@ -331,12 +331,19 @@ def _with_places(report: CandidateReport, original: Subject, run: _Run, *, where
 
 
 def _with_tasks(
-    report: CandidateReport, session: TaskSession, reference: Sequence[TaskResult], run: _Run
+    report: CandidateReport,
+    session: TaskSession,
+    original: Subject,
+    reference: Sequence[TaskResult],
+    run: _Run,
 ) -> CandidateReport:
     """Compared with the original's answers; a candidate that cannot answer has failed."""
     measured = run.measured.get(report.path)
     if measured is None:
         return report
+    note = prompt_note(original, measured.subject)
+    if note is not None:
+        run.say(note)
     try:
         answers = session.results(measured.subject, run.setup.candidate(measured.subject))
         return replace(report, tasks=compare_all(reference, answers))

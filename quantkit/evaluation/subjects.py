@@ -112,6 +112,19 @@ def check_comparable(reference: Subject, candidate: Subject, sample: str) -> Non
         raise _tokenizer_mismatch(reference, candidate, "they split the same text differently")
 
 
+def prompt_note(reference: Subject, candidate: Subject) -> str | None:
+    """Set if tasks reach the two as other tokens: each model's tokenizer adds what it adds when it is served."""
+    ours, theirs = (each.tokenizer.backend("a")["input_ids"] for each in (reference, candidate))
+    if ours == theirs:
+        return None
+    shown = (each.tokenizer.backend.decode(ids) for each, ids in ((reference, ours), (candidate, theirs)))
+    before, after = map(repr, shown)
+    return (
+        f"{candidate.name}: its tokenizer makes {after} of 'a', the original's {before}: "
+        "what that costs is part of its tasks' scores"
+    )
+
+
 def _kind(source: str, checkpoint: Checkpoint) -> str:
     method = already_quantized(checkpoint.config)
     if method is not None:

@@ -35,8 +35,8 @@ def load_tasks(
 ) -> list[LoadedTask]:
     """The tasks of those names, groups and tags taken apart, each once. include: folders with more task files.
 
-    Raises EvaluationError for a name that nobody knows, for data that cannot be loaded, and for tasks that run code
-    which the model writes, or need more than text.
+    Raises EvaluationError for a name that nobody knows, for a task with two limits or numbers of examples, for data
+    that cannot be loaded, and for tasks that run code which the model writes, or need more than text.
     """
     folders = [*include, *(folder for folder in [data_dir("eval") / "probes"] if folder.is_dir())]
     with quiet():  # it warns of metrics whose file leaves out what everybody knows of them
@@ -44,8 +44,11 @@ def load_tasks(
         random.seed(RANDOM_SEED)
         np.random.seed(NUMPY_SEED)
         loaded: dict[str, LoadedTask] = {}
+        settings: dict[str, tuple[int | None, int | None]] = {}
         for one in asked:
             for name, task in _load(index, one.name).items():
+                if settings.setdefault(name, (one.limit, one.num_fewshot)) != (one.limit, one.num_fewshot):
+                    raise EvaluationError(f"task {name} is asked for twice, differently", fix="name it once")
                 _check(name, task)
                 _set_fewshot(name, task, one.num_fewshot, say)
                 group = "probe" if PROBES in index.task_index[name].tags else "task"

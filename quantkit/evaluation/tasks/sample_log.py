@@ -2,7 +2,8 @@
 
     {"request": hash of what was asked, "item": 17, "answer": [-3.25, true]}
 
-A line that a kill cut off is dropped. What the answers depend on besides the request is in the file's path.
+A line that a kill cut off is dropped, and so is one that holds no answer of its kind. What the answers
+depend on besides the request is in the file's path.
 """
 
 import hashlib
@@ -47,6 +48,8 @@ class SampleLog:
         Of drawn ones all are asked again if one is missing: which were answered, nobody knows.
         """
         keys = [request_key(kind, request.args) for request in requests]
+        for key in set(keys):
+            self._answers[key] = [answer for answer in self._answers[key] if _fits(kind, answer)]
         needed = dict.fromkeys(keys, 1) if not _is_drawn(kind, requests) else Counter(keys)
         self._items = {key: request.doc_id for key, request in zip(keys, requests, strict=True)}
         wanted = []
@@ -106,12 +109,21 @@ def _is_drawn(kind: str, requests: Sequence[Any]) -> bool:
     return bool(settings.get("do_sample")) or float(settings.get("temperature", 0)) > 0
 
 
+def _fits(kind: str, answer: Any) -> bool:
+    """Whether lm-eval can judge it: what is not so was never written here."""
+    if kind == "generate_until":
+        return isinstance(answer, str)
+    if kind == "loglikelihood_rolling":
+        return type(answer) is float
+    return isinstance(answer, list) and list(map(type, answer)) == [float, bool]
+
+
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    is_entry = isinstance(entry, dict) and {"request", "answer"} <= entry.keys()
+    is_entry = isinstance(entry, dict) and isinstance(entry.get("request"), str) and "answer" in entry
     return entry if is_entry else None
 
 

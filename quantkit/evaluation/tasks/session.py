@@ -25,6 +25,15 @@ from quantkit.tokens import load_tokenizer
 from quantkit.version import __version__
 
 BATCH_SIZE = 8  # requests that transformers computes at once
+_TEXT_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "generation_config.json",
+)
 
 
 class Progress(Protocol):
@@ -115,5 +124,12 @@ def _load_transformers(subject: Subject, serving: Serving) -> Any:
 def _identity(subject: Subject, serving: Serving) -> str:
     """A hash of what answers depend on besides the request."""
     how = (subject.backend, serving.dtype_name, serving.kv_cache_dtype, serving.kernels, serving.device_name)
-    parts = (__version__, subject.kind, subject.checkpoint.content_hash(), *how)
+    parts = (__version__, subject.kind, subject.checkpoint.content_hash(), *how, *_text_files(subject))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _text_files(subject: Subject) -> list[tuple[str, str]]:
+    """Hashes of what makes tokens of a prompt, and of what ends an answer: requests are logged by their text alone."""
+    folder = subject.checkpoint.path
+    files = sorted({file for pattern in _TEXT_FILES for file in folder.glob(pattern) if file.is_file()})
+    return [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]

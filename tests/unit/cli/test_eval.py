@@ -1,6 +1,7 @@
 """The verb: one JSON object or a table on stdout, the rest on stderr, and the exit code."""
 
 import json
+import os
 from io import StringIO
 from xml.etree import ElementTree
 
@@ -234,10 +235,14 @@ def test_nan_weights_are_a_verdict_not_a_crash(world, capsys):
         (["--junit", "absent/gates.xml"], "there is no folder absent"),
         (["--markdown", "absent/summary.md"], "there is no folder absent"),
         (["--report", "candidate"], "candidate: is a folder"),
+        (["--markdown", "pipe"], "pipe: is a pipe or a device"),
+        (["--markdown", "stdout"], "stdout: is a pipe or a device"),
         (["--tasks", ","], "--tasks ','"),
     ],
 )
 def test_mistakes_are_two_lines_and_exit_with_2(world, capsys, arguments, finding):
+    os.mkfifo(world / "pipe")
+    (world / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout is
     assert quantkit_eval(*arguments) == 2
     out, err = capsys.readouterr()
     problem, fix = err.strip().splitlines()
@@ -256,6 +261,14 @@ def test_card_of_a_folder_of_ours_is_filled_and_a_locked_one_is_no_failure(world
     card.write_bytes(EVALUATION_START.encode() + b"\xff" + EVALUATION_END.encode())
     assert quantkit_eval() == 0
     assert "candidate: the figures are not in its README.md" in capsys.readouterr().err
+
+
+def test_the_map_is_shown_where_nothing_else_was_asked_for(world, capsys):
+    assert quantkit_eval("--where") == 0
+    shown = capsys.readouterr().out
+    assert "worst linears of candidate" in shown and shown.count("_proj") == 8
+    assert quantkit_eval("--where", candidate="original") == 0
+    assert "nothing to swap" in capsys.readouterr().out
 
 
 def test_names_of_folders_are_no_markup():

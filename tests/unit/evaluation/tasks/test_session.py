@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
+from tokenizers import processors
 
 from quantkit import LLM
 from quantkit.cli.main import run
@@ -132,6 +133,24 @@ def test_a_damaged_last_line_is_asked_again(world):
         assert json.loads(each[-1])["request"] == json.loads(before[file][-1])["request"]
 
 
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("tiny_choice", {"request": [5]}),
+        ("tiny_choice", {"answer": ["-1", True]}),
+        ("tiny_text", {"answer": None}),
+        ("tiny_writing", {"answer": [-1.0, True]}),
+    ],
+)
+def test_a_line_that_holds_no_answer_is_asked_again(world, task, change):
+    first = evaluated(world, task, limit=2)
+    before = lines(world)
+    for file, (line, *others) in before.items():
+        file.write_text("\n".join([json.dumps(json.loads(line) | change), *others, ""]))
+    assert figures(evaluated(world, task, limit=2)) == figures(first)
+    assert [len(each) for each in lines(world).values()] == [len(each) + 1 for each in before.values()]
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_continues(kill, world):
     script = (
@@ -190,6 +209,13 @@ def test_a_task_that_nobody_knows(world, capsys):
     assert "tiny_choise" in error and "tiny_choice" in error.splitlines()[-1]
 
 
+def test_a_task_that_is_in_a_suite_twice_has_one_limit(world):
+    again = [TaskRequest(name="tiny", limit=3), TaskRequest(name="tiny_choice", limit=3)]
+    assert len(load_tasks(again, say=print)) == len(TASKS)
+    with pytest.raises(EvaluationError, match="tiny_choice is asked for twice, differently"):
+        load_tasks([*again, TaskRequest(name="tiny_choice", limit=5)], say=print)
+
+
 def test_data_that_cannot_be_loaded_is_named(world):
     file = world / "eval" / "probes" / "tiny_text.yaml"
     file.write_text(file.read_text().replace("test.jsonl", "gone.jsonl"))
@@ -214,6 +240,36 @@ def test_a_candidate_without_a_chat_template_cannot_be_asked_in_it(world, byte_t
     assert (
         "templates differ" in evaluated(world, "tiny_choice", apply_chat_template=True).candidates[0].failure
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ messages[0] + 1 }}", "unsupported operand"),
+    ],
+)
+def test_a_candidate_whose_chat_template_fails_cannot_be_asked_in_it(world, template, reason):
+    (world / "candidate" / "chat_template.jinja").write_text(template)
+    failure = evaluated(world, "tiny_choice", apply_chat_template=True).candidates[0].failure
+    assert "candidate: its chat template cannot be used" in failure and reason in failure
+
+
+def test_answers_of_another_tokenizer_or_other_stop_tokens_are_not_found_again(world, byte_tokenizer):
+    """The same weights read other tokens, or stop elsewhere: what the log holds is no answer of theirs."""
+    first = evaluated(world, "tiny_choice")
+    byte_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    byte_tokenizer.save_pretrained(world / "candidate")
+    again = evaluated(world, "tiny_choice")
+    assert figures(again) != figures(first)
+    assert any("its tokenizer makes '<bos>a' of 'a', the original's 'a'" in note for note in again.notes)
+    assert not any("its tokenizer makes" in note for note in first.notes)
+    (world / "candidate" / "generation_config.json").write_text('{"eos_token_id": 40}')
+    evaluated(world, "tiny_choice")
+    assert sum(file.parent.name.startswith("candidate-") for file in lines(world)) == 3
 
 
 def test_drawn_answers_are_as_many_as_are_asked_for(world):
