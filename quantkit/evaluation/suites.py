@@ -1,7 +1,7 @@
 """Suites: what an evaluation runs and which limits hold, read from YAML; options given beside a suite win."""
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +58,13 @@ class Suite(_Strict):
             if fnmatchcase(name, pattern):
                 gates = gates.overridden_by(own)
         return gates
+
+    def unmatched(self, candidates: Iterable[str]) -> list[str]:
+        """Patterns of candidates that none of these has."""
+        found = [Path(candidate).name for candidate in candidates]
+        return [
+            pattern for pattern in self.candidates if not any(fnmatchcase(name, pattern) for name in found)
+        ]
 
     def limited_to(self, tasks: Collection[str]) -> "Suite":
         """Without limits of other tasks than these, which are asked instead of the suite's own."""

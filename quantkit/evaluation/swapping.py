@@ -137,7 +137,9 @@ class PairedWeights(Weights):
         module = name.removesuffix(".weight")
         if module.endswith("embed_tokens"):
             if (original - candidate).norm() > ROTATED * original.norm():
-                raise _unfit(self._candidate, "its hidden states are rotated")
+                raise _unfit(
+                    self._candidate, "its embedding is another one, as if its hidden states were rotated"
+                )
             self.units.append(module)
         self._changing[module] = original.clone(), original, candidate
         return self._changing[module][0]

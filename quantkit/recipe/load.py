@@ -65,7 +65,10 @@ def parse_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
         place = f"{file}:{mark.line + 1}" if mark else str(file)
         raise RecipeError(f"{place}: not valid YAML ({_first_line(error)})", fix="correct the file") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"{file}: not a list of `key: value` lines", fix="see `quantkit recipes int4`")
+        raise RecipeError(
+            f"{file}: not a list of `key: value` lines",
+            fix="write it as such",
+        )
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
         raise RecipeError(f"{file}: uses a YAML alias (*name)", fix="write the value out")
     lines: dict[str, int] = {}

@@ -103,7 +103,7 @@ def test_a_candidate_in_another_basis_has_figures_and_no_map(world, capsys):
     assert quantkit_eval("--where", "--json", candidate="rotated") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["candidates"][0]["where"] is None and report["candidates"][0]["kl_mean"] > 0
-    assert "its hidden states are rotated" in report["notes"][0]
+    assert "as if its hidden states were rotated" in report["notes"][0]
 
 
 def test_candidates_are_run_as_the_options_say(world, capsys):

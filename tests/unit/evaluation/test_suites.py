@@ -60,6 +60,11 @@ def test_a_candidate_may_have_limits_of_its_own_and_an_option_wins(suite_file):
     assert (own.max_kl, own.max_ppl_increase) == (0.2, 5.0)
 
 
+def test_a_pattern_of_nobody_is_known(suite_file):
+    suite = load_suite(str(suite_file))
+    assert suite.unmatched(["out/smol-fp8"]) == ["*int4*"] and suite.unmatched(["a", "out/int4"]) == []
+
+
 def test_without_a_suite_there_are_defaults():
     assert plan_suite(None) == Suite()
     assert plan_suite(None, windows=3, data=None).windows == 3
