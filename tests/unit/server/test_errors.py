@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from quantkit.server.chat_schema import ChatBody
 from quantkit.server.completion_schema import CompletionBody
 from quantkit.server.errors import of_validation
+from quantkit.server.tokens import DetokenizeBody
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -43,6 +44,34 @@ def test_the_field_is_named(change, param, code):
     error = found(ChatBody, {"model": "m", "messages": HI, **change})
     assert (error.status, error.param, error.code) == (400, param, code)
     assert param in error.message
+
+
+MANY = 300_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (CompletionBody, {"prompt": [""] * MANY + [1]}),
+        (CompletionBody, {"prompt": [True] * MANY}),
+        (CompletionBody, {"prompt": [[""] * MANY]}),
+        (CompletionBody, {"stop": [1] * MANY}),
+        (CompletionBody, {"stop_token_ids": [""] * MANY}),
+        (CompletionBody, {"logit_bias": dict.fromkeys(map(str, range(MANY)), "")}),
+        (CompletionBody, dict.fromkeys(map(str, range(MANY)))),
+        (ChatBody, {"messages": [{}] * MANY}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (ChatBody, {"messages": [{"role": "user", "content": "", **dict.fromkeys(map(str, range(MANY)))}]}),
+        (ChatBody, {"messages": [{"role": "assistant", "tool_calls": [{}] * MANY}]}),
+        (ChatBody, {"tools": [{}] * MANY}),
+        (ChatBody, {"response_format": {"type": "text", **dict.fromkeys(map(str, range(MANY)))}}),
+        (DetokenizeBody, {"tokens": [""] * MANY}),
+    ],
+)
+def test_a_body_that_is_wrong_a_million_times_makes_few_errors(kind, change):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "m", **change})
+    assert caught.value.error_count() < 10
 
 
 def test_what_is_missing_is_named():
