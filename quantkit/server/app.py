@@ -126,7 +126,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        return await on_api_error(request, of_validation(error.errors()[0], error.body))
+        return await on_api_error(request, of_validation(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

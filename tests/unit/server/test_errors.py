@@ -9,14 +9,15 @@ from quantkit.server.errors import of_validation
 from quantkit.server.tokens import DetokenizeBody
 
 HI = [{"role": "user", "content": "Hi"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
 def found(kind, body):
     try:
         kind.model_validate(body)
     except ValidationError as error:
-        problem = error.errors()[0]
-        return of_validation({**problem, "loc": ("body", *problem["loc"])}, body)
+        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        return of_validation(problems, body)
     raise AssertionError("nothing is wrong")
 
 
@@ -29,10 +30,19 @@ def found(kind, body):
         ({"temperature": True}, "temperature", "invalid_type"),
         ({"n": 1.5}, "n", "invalid_type"),
         ({"top_p": float("nan")}, "top_p", "invalid_value"),
-        ({"stop": [1]}, "stop", "invalid_type"),
+        ({"stop": 1}, "stop", "invalid_type"),
+        ({"stop": ["a", 1]}, "stop[1]", "invalid_type"),
         ({"stop": "\ud800"}, "stop", "invalid_value"),
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
+            "messages[0].content[0].type",
+            "invalid_value",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_type"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "invalid_value"),
+        ({"tool_choice": "never"}, "tool_choice", "invalid_value"),
         ({"messages": [*HI, {"role": "user"}]}, "messages[1].content", "missing_required_parameter"),
         ({"messages": [{"role": "wizard", "content": ""}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{**HI[0], "audio": {}}]}, "messages[0].audio", "unknown_parameter"),
