@@ -30,7 +30,8 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ask clients for it; may be repeated. Default: QUANTKIT_API_KEYS, a comma between them."
+            # a comma after the variable's name, and 80 columns have no room for all of it
+            help="Ask clients for it; may be repeated. Else: those of QUANTKIT_API_KEYS (commas between them)."
         ),
     ] = None,
     served_model_name: Annotated[

@@ -14,7 +14,7 @@ from quantkit.server.chat_schema import ChatBody, ChatCompletion
 from quantkit.server.completion_schema import Completion, CompletionBody
 from quantkit.server.completions import answer_completion
 from quantkit.server.context import Context
-from quantkit.server.errors import ApiError, ErrorBody, failed, invalid, of_validation
+from quantkit.server.errors import MAX_SHOWN_CHARS, ApiError, ErrorBody, failed, invalid, of_validation
 from quantkit.server.facts import ServedFacts
 from quantkit.server.gate import Gate
 from quantkit.server.lifecycle import Health, ServedModel, State
@@ -126,18 +126,15 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        return await on_api_error(request, of_validation(error.errors()[0], error.body))
+        return await on_api_error(request, of_validation(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
+        method, path = request.method[:MAX_SHOWN_CHARS], request.url.path[:MAX_SHOWN_CHARS]
         if error.status_code == 404:
-            found = ApiError(
-                404, f"Unknown request URL: {request.method} {request.url.path}", code="unknown_url"
-            )
+            found = ApiError(404, f"Unknown request URL: {method} {path}", code="unknown_url")
         elif error.status_code == 405:
-            found = ApiError(
-                405, f"{request.method} is not for {request.url.path}", code="method_not_allowed"
-            )
+            found = ApiError(405, f"{method} is not for {path}", code="method_not_allowed")
         else:
             found = invalid(str(error.detail), code="invalid_json")
         found.headers |= error.headers or {}

@@ -7,7 +7,7 @@ from typing_extensions import TypedDict
 
 from quantkit.runtime.sampling_params import MAX_LOGPROBS
 from quantkit.server.limits import MAX_MESSAGES
-from quantkit.server.schema import Body, FinishReason, SamplingBody, Usage
+from quantkit.server.schema import Body, FinishReason, Items, SamplingBody, Usage
 from quantkit.server.tool_schema import AnswerCall, CallMade, ToolChoice, Tools
 
 
@@ -16,7 +16,7 @@ class TextPart(Body):
     text: str
 
 
-Text = str | list[TextPart]
+Text = str | Items[TextPart]
 
 
 class Message(Body):
@@ -36,7 +36,7 @@ class AssistantMessage(Body):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: list[CallMade] | None = None
+    tool_calls: Items[CallMade] | None = None
 
 
 class ToolMessage(Body):
@@ -49,7 +49,7 @@ class ToolMessage(Body):
 
 
 AnyMessage = Annotated[Message | AssistantMessage | ToolMessage, Field(discriminator="role")]
-Messages = Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[Items[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class TextFormat(Body):

@@ -4,13 +4,13 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from quantkit.server.schema import FinishReason, SamplingBody, Usage
+from quantkit.server.schema import FinishReason, Items, SamplingBody, Usage
 
 
 class CompletionBody(SamplingBody):
     """prompt: a text or token ids, one or many."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: int | None = None
 
 

@@ -14,6 +14,7 @@ from quantkit.server.context import Context, usage_of
 from quantkit.server.errors import invalid
 from quantkit.server.generation import Generation
 from quantkit.server.lifecycle import ServedModel
+from quantkit.server.limits import MAX_PROMPTS
 from quantkit.server.messages import Choice, ChosenToken
 from quantkit.server.prompts import check_room
 from quantkit.server.sampling import sampling_params
@@ -37,6 +38,8 @@ async def _prompt_ids(context: Context, model: ServedModel, body: CompletionBody
     prompt = body.prompt
     if isinstance(prompt, str):
         return await context.prompts.texts(model.tokenizer, [prompt])
+    if prompt and not isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:  # not after all are tokenized
+        raise invalid(f"{len(prompt)} prompts; give 1 to {MAX_PROMPTS}", param="prompt")
     if prompt and isinstance(prompt[0], str):
         return await context.prompts.texts(model.tokenizer, prompt)
     given = [prompt] if prompt and isinstance(prompt[0], int) else prompt

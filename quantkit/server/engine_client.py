@@ -157,7 +157,7 @@ class EngineClient(asyncio.Protocol):
                 self._metrics.stepped(stats)
                 for part in begun:
                     if (generation := self._generations.get(part)) is not None:
-                        self._admission.begun(generation.begin(part, began))
+                        self._begin(generation, part, began)
                 now = time.monotonic()
                 for delta in deltas:
                     self._put(delta, now)
@@ -176,11 +176,18 @@ class EngineClient(asyncio.Protocol):
             case _:
                 raise AssertionError(f"{type(message).__name__} is not from the engine")
 
+    def _begin(self, generation: Generation, part: str, began: float) -> None:
+        num_prompt_tokens = generation.begin(part, began)
+        self._admission.begun(num_prompt_tokens)
+        self._metrics.began(num_prompt_tokens)
+
     def _put(self, delta: Delta, now: float) -> None:
         generation = self._generations.get(delta.request_id)
         if generation is None:  # aborted, and the engine did not know yet
             return
+        before = generation.num_tokens
         seconds = generation.put(delta, now)
+        self._metrics.generated(generation.num_tokens - before)
         if seconds is None:
             self._metrics.got_first_token(generation.times)
         else:

@@ -1,6 +1,6 @@
 """What goes wrong with a request, as OpenAI's clients know it: a status and an error object."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -86,8 +86,9 @@ def client_gone() -> ApiError:
     return ApiError(CLIENT_GONE, "the client closed the connection", code="client_gone")
 
 
-def of_validation(problem: Mapping[str, Any], body: object) -> ApiError:
+def of_validation(problems: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     """400 for the first thing that pydantic found wrong with a body."""
+    problem = _innermost(problems, body)
     kind = str(problem["type"])
     if kind == "json_invalid":
         return invalid(f"the body is no JSON: {problem['msg']}", code="invalid_json")
@@ -107,6 +108,14 @@ def of_validation(problem: Mapping[str, Any], body: object) -> ApiError:
         )
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return invalid(f"Invalid value for '{param}': {problem['msg']}.", param=param, code=code)
+
+
+def _innermost(problems: Sequence[Mapping[str, Any]], body: object) -> Mapping[str, Any]:
+    """The first problem; of a value that fits none of its types, the one furthest inside it."""
+    paths = [_path(tuple(problem["loc"])[1:], body, keeps_last=False) for problem in problems]
+    within = (f"{paths[0]}.", f"{paths[0]}[")
+    inside = [problem for problem, path in zip(problems, paths, strict=True) if path.startswith(within)]
+    return max(inside, key=lambda problem: len(problem["loc"]), default=problems[0])
 
 
 def _path(location: tuple[str | int, ...], body: object, *, keeps_last: bool) -> str:

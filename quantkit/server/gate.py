@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantkit.server.answers import JsonResponse
-from quantkit.server.errors import ApiError, client_gone, overloaded
+from quantkit.server.errors import MAX_SHOWN_CHARS, ApiError, client_gone, overloaded
 from quantkit.server.generation import Generation
 from quantkit.server.limits import (
     BODY_SECONDS,
@@ -175,8 +175,8 @@ class _Exchange:
         fields: dict[str, object] = {
             "request_id": self.request_id,
             "client": client[0] if client else None,
-            "method": self.scope["method"],
-            "path": self.scope["path"],
+            "method": self.scope["method"][:MAX_SHOWN_CHARS],
+            "path": self.scope["path"][:MAX_SHOWN_CHARS],
             "status": self.status,
             "seconds": round(time.monotonic() - self._arrival, 4),
         }
@@ -199,9 +199,13 @@ def _generation_fields(generation: Generation) -> dict[str, object]:
 
 
 def _check_headers(scope: Scope) -> None:
-    """Raises ApiError if they are too long: uvicorn bounds only what has not arrived whole."""
-    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-        raise ApiError(431, f"the headers are longer than {MAX_HEADER_BYTES} bytes", code="headers_too_large")
+    """Raises ApiError if they, or the URL, are too long: uvicorn bounds only what has not arrived whole."""
+    num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+    num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+    if num_bytes > MAX_HEADER_BYTES:
+        raise ApiError(
+            431, f"the URL and headers are longer than {MAX_HEADER_BYTES} bytes", code="headers_too_large"
+        )
 
 
 def _digest(key: bytes) -> bytes:

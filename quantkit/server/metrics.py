@@ -85,6 +85,14 @@ class Metrics:
         """The engine after a step."""
         self._engine.stats = stats
 
+    def began(self, num_prompt_tokens: int) -> None:
+        """A prompt of so many tokens waits no longer."""
+        self._total_prompt.inc(num_prompt_tokens)
+
+    def generated(self, num_tokens: int) -> None:
+        """So many tokens came, of one prompt: counted now, since rates of a long answer would be 0, then a peak."""
+        self._total_answer.inc(num_tokens)
+
     def got_first_token(self, times: Times) -> None:
         """A request got its first token, at a time of its own."""
         assert times.first_token is not None, "that is when"
@@ -97,9 +105,7 @@ class Metrics:
     def ended(self, generation: Generation, now: float) -> None:
         """A request has ended, in whatever way."""
         arrival, begun, first, last = generation.times
-        self._total_answer.inc(generation.num_tokens)
         if begun is not None:
-            self._total_prompt.inc(generation.num_prompt_tokens)
             self._queue.observe(begun - arrival)
         if generation.error is not None or begun is None or first is None or last is None:
             return

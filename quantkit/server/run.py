@@ -96,7 +96,8 @@ class Server:
             await asyncio.sleep(0.01)
         self._take_signals()
         host, port = listener.getsockname()[:2]
-        logger.info("listening", extra={"fields": {"host": host, "port": port}})
+        fields = {"host": host, "port": port, "asks_for_key": bool(self._settings.api_keys)}
+        logger.info("listening", extra={"fields": fields})
         try:
             return await self._live(context)
         finally:

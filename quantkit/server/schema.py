@@ -3,12 +3,18 @@
 A field that is not here is a 400 that names it: nothing is accepted and then ignored.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from quantkit.runtime.sampling_params import MAX_BIASES
 from quantkit.server.limits import MAX_BODY_BYTES, MAX_USER_CHARS
+
+Item = TypeVar("Item")
+# A body of 4 MB has room for a million wrong items: an error for each takes seconds of the event loop, and gigabytes.
+Items = Annotated[list[Item], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -18,6 +24,25 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_max_length=MAX_BODY_BYTES)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown_field(cls, given: Any) -> Any:
+        """Of the fields that there are not, the first: one error says what is wrong, a million take too long."""
+        if not isinstance(given, dict):
+            return given
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next((name for name in given if name not in names), None)
+        return {name: value for name, value in given.items() if name in names or name == unknown}
+
+
+def _few(bias: Any) -> Any:
+    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+        raise PydanticCustomError("too_long", f"{len(bias)} token ids; give at most {MAX_BIASES}")
+    return bias
+
+
+Biases = Annotated[dict[str, float], BeforeValidator(_few)]
 
 
 class StreamOptions(Body):
@@ -32,11 +57,11 @@ class SamplingBody(Body):
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None  # goes into the log
@@ -46,7 +71,7 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Items[int] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
 

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 from quantkit.server.chat_schema import Messages, TemplateOptions
 from quantkit.server.context import Context
 from quantkit.server.errors import invalid
-from quantkit.server.schema import Body
+from quantkit.server.schema import Body, Items
 
 MAX_IDS = 1 << 20
 
@@ -30,7 +30,7 @@ class Tokenized(TypedDict):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=MAX_IDS)]
+    tokens: Annotated[Items[int], Field(max_length=MAX_IDS)]
 
 
 class Detokenized(TypedDict):

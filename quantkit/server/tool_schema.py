@@ -6,7 +6,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from quantkit.server.limits import MAX_TOOLS
-from quantkit.server.schema import Body
+from quantkit.server.schema import Body, Items
 
 ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 
@@ -34,7 +34,7 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[Items[Tool], Field(max_length=MAX_TOOLS)]
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 

@@ -71,6 +71,10 @@ def complete(http, **body):
 # answers
 
 
+def test_the_log_says_whether_a_key_is_asked_for(server):
+    assert server.line("listening")["asks_for_key"] is True
+
+
 def test_a_conversation_is_what_the_engine_says(client, llm):
     params = SamplingParams(max_tokens=24, temperature=0.8, seed=7, top_p=0.9, presence_penalty=0.5)
     expected = llm.chat(HI, params)[0].outputs[0]

@@ -112,6 +112,23 @@ def test_a_request_waits_until_its_first_step_began():
     asyncio.run(story())
 
 
+def test_tokens_are_counted_as_they_come():
+    async def story():
+        async with connected() as (client, engine, _):
+            generation = submit(client, [1, 2, 3], [4])
+            first, _ = generation.parts
+            piece = Delta(first, [Choice(0, "xy", 2, None, None, None)], False, 0, None)
+            await engine.say(stepped([first], piece))
+            await engine.say(stepped([], piece))
+            rendered = client._metrics.render().decode()
+            assert 'vllm:prompt_tokens_total{model_name="m"} 3.0' in rendered
+            assert 'vllm:generation_tokens_total{model_name="m"} 4.0' in rendered
+            client._metrics.ended(generation, 1.0)
+            assert 'vllm:generation_tokens_total{model_name="m"} 4.0' in client._metrics.render().decode()
+
+    asyncio.run(story())
+
+
 def test_what_cannot_be_sent_is_not_counted():
     async def story():
         async with connected() as (client, _, admission):

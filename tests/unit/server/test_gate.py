@@ -46,6 +46,7 @@ async def request(
 
     raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     scope = {"type": "http", "method": method, "path": path, "headers": raw, "client": ("1.2.3.4", 5)}
+    scope |= {"raw_path": path.encode(), "query_string": b""}
     await app(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in sent[1:])
     return sent[0]["status"], dict(sent[0]["headers"]), body
@@ -74,10 +75,17 @@ def test_too_long_and_too_slow(monkeypatch):
 
 
 def test_long_headers_are_refused(monkeypatch):
-    monkeypatch.setattr(module, "MAX_HEADER_BYTES", 10)
-    assert asyncio.run(request(gate(), b"", headers={"name": "123456"}))[0] == 200
-    assert asyncio.run(request(gate(), b"", headers={"name": "1234567"}))[0] == 431
-    assert asyncio.run(request(gate(), b"", headers={"name": "1234", "more": "5"}))[0] == 431
+    monkeypatch.setattr(module, "MAX_HEADER_BYTES", 11)
+    assert asyncio.run(request(gate(), b"", path="/", headers={"name": "123456"}))[0] == 200
+    assert asyncio.run(request(gate(), b"", path="/", headers={"name": "1234567"}))[0] == 431
+    assert asyncio.run(request(gate(), b"", path="/", headers={"name": "1234", "more": "5"}))[0] == 431
+    assert asyncio.run(request(gate(), b"", path="/123456", headers={"name": "1"}))[0] == 431
+
+
+def test_a_long_url_is_cut_in_the_log(caplog):
+    caplog.set_level(logging.INFO, logger="quantkit.server")
+    asyncio.run(request(gate(), b"", path="/" + "x" * 5000))
+    assert len(caplog.records[-1].fields["path"]) == 200
 
 
 def test_who_leaves_before_the_body_is_there_reaches_nobody():

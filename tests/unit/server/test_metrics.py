@@ -23,10 +23,11 @@ def run_one(metrics):
     """A request with one answer of three tokens, as it is counted."""
     generation = Generation(0, [10], arrival=0.0, num_answers=1, is_streamed=True)
     now = time.monotonic()
-    generation.begin("0-0", now - 1)
+    metrics.began(generation.begin("0-0", now - 1))
     for place, finish in enumerate((None, None, "stop")):
         choice = Choice(0, "x", 1, finish, None, None)
         seconds = generation.put(Delta("0-0", [choice], finish is not None, 0, None), now + place)
+        metrics.generated(choice.num_tokens)
         if seconds is None:
             metrics.got_first_token(generation.times)
         else:
