@@ -189,7 +189,7 @@ def test_other_families(tmp_path, family):
 
 def test_weights_that_mean_nothing_in_the_other_model_are_refused(original, tmp_path):
     shuffled = write(tmp_path / "rotated", **{"model.embed_tokens.weight": lambda tensor: tensor.flip(1)})
-    with pytest.raises(EvaluationError, match="rotated has no map: its hidden states are rotated"):
+    with pytest.raises(EvaluationError, match="rotated has no map: its embedding is another one"):
         damage_map(original, shuffled)
     other = write(tmp_path / "other")
     (other / "config.json").write_text(json.dumps(CONFIG | {"dtype": "float32", "rms_norm_eps": 1e-3}))
