@@ -154,7 +154,7 @@ class PairedWeights(Weights):
             for side in self._sides
         ]
         for name, *both in zip(modules, *parts, strict=True):
-            if not _are_equal(*both):
+            if not _are_equal(*(part._replace(name=name) for part in both)):
                 self.units.append(name)
                 self._folds.add_linear(name, *map(_dense, both))
         columns = {
@@ -209,14 +209,18 @@ class PairedWeights(Weights):
         return side.head + name.removeprefix(self.head)
 
 
-def _are_equal(first: LinearPart, second: LinearPart) -> bool:
-    if not isinstance(first.weight, Tensor) or not isinstance(second.weight, Tensor):
-        return False
-    pairs = (first.weight, second.weight), (first.bias_N, second.bias_N)
-    return all(
-        one is other is None or (one is not None and other is not None and torch.equal(one, other))
-        for one, other in pairs
-    )
+def _are_equal(first: object, second: object) -> bool:
+    """Whether two linears, or parts of them, are the same to the bit."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        is_alike = (first.shape, first.dtype) == (second.shape, second.dtype)
+        return is_alike and torch.equal(_bytes(first), _bytes(second))
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_are_equal, first, second))
+    return first == second
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _dense(part: LinearPart) -> Tensor:

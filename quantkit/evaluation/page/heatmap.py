@@ -23,7 +23,7 @@ def heatmap(report: EvalReport) -> Html | None:
         note(
             "In: the KL of the original with one linear of the candidate, which is what the shades show, the darkest "
             "being the candidate's worst. Out: what the candidate gains with the original's. The last column, whose "
-            "shades are its own, swaps all linears of a layer at once. Hatched linears are not quantized."
+            "shades are its own, swaps all linears of a layer at once. Hatched linears are the same in both."
         ),
         [
             folded(f"All linears of {name}", _all(name, found.linears))
