@@ -40,6 +40,8 @@ BETAS = (0.9, 0.99)
 WARM_UP_STEPS = 20
 STEPS_BEFORE_RECORDING = 3
 KEEP_SECONDS = 120.0
+# Samples whose activations and logits are in memory together: of a batch, one part after the other.
+SAMPLES_AT_ONCE = {"cpu": 2, "cuda": 8}
 TUNING, TUNED = "tuning", "tuned"
 # What a budget in minutes is translated with; low enough to hold on most machines of the kind.
 FLOPS = {"cpu": 30e9, "cuda": 60e12}  # of a CPU: per thread
@@ -148,14 +150,20 @@ class TuneRun:
 
     def _compute_step(self) -> None:
         """Loss, gradients and the optimizer's step for the tokens in place; everything stays where it is in memory."""
-        with torch.no_grad():
-            target_SLV = log_softmax(self._logits({}, self._ids_SL), dim=-1)
-        found_SLV = log_softmax(self._logits(self._quantized(), self._ids_SL), dim=-1)
-        loss = (target_SLV.exp() * (target_SLV - found_SLV)).sum(dim=-1).mean()
-        torch.autograd.backward(loss)
+        self._loss.zero_()
+        for ids_SL in torch.split(self._ids_SL, SAMPLES_AT_ONCE[self._device.type]):
+            loss = self._kl(ids_SL) * (len(ids_SL) / len(self._ids_SL))
+            torch.autograd.backward(loss)
+            self._loss += loss.detach()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
-        self._loss.copy_(loss.detach())
+
+    def _kl(self, ids_SL: Tensor) -> Tensor:
+        """The mean over these tokens, in nats."""
+        with torch.no_grad():
+            target_SLV = log_softmax(self._logits({}, ids_SL), dim=-1)
+        found_SLV = log_softmax(self._logits(self._quantized(), ids_SL), dim=-1)
+        return (target_SLV.exp() * (target_SLV - found_SLV)).sum(dim=-1).mean()
 
     def record(self) -> None:
         """Make a CUDA graph of a step, whose ten thousand kernels are then launched at once.

@@ -23,7 +23,7 @@ from quantkit.calibration.rounding import learns
 from quantkit.calibration.self_text import NOT_WRITTEN, batch_size, kv_token_bytes, text_dtype
 from quantkit.calibration.smoothing import smooths
 from quantkit.calibration.tokens import CalibrationTokens
-from quantkit.calibration.tune import schedule
+from quantkit.calibration.tune import SAMPLES_AT_ONCE, schedule
 from quantkit.formats.checkpoint import Checkpoint
 from quantkit.recipe import LinearPlan, QuantPlan
 from quantkit.schemes import IntSpec, PerChannel
@@ -238,11 +238,12 @@ class _Estimate:
         return LEARNING_BYTES * max(weights.values(), default=0) + 2 * batch_bytes
 
     def _tune_bytes(self) -> int:
-        """Both models in float32, and 16 bytes for each weight that learns; logits of a batch."""
+        """Both models in float32, and 16 bytes for each weight that learns; logits of a part of a batch."""
         tune = self.plan.recipe.tune
         all_weights = self.checkpoint.num_bytes // self._stored_itemsize()
         vocabulary = int(self.checkpoint.text_config["vocab_size"])
-        logits = 6 * 4 * min(tune.batch, self.samples) * self.length * vocabulary
+        samples = min(tune.batch, self.samples, SAMPLES_AT_ONCE[self.device.type])
+        logits = 6 * 4 * samples * self.length * vocabulary
         return 4 * all_weights + (24 if tune.codes else 8) * self.num_weights + logits
 
     def _writing_bytes(self) -> int:

@@ -386,6 +386,30 @@ def test_tuning_starts_from_the_model_that_would_be_served(source, tmp_path, tex
         torch.testing.assert_close(found[0], served(ids_SL).logits, rtol=1e-4, atol=1e-3)
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(source, tmp_path, text, monkeypatch):
+    seen: list[torch.Tensor] = []
+
+    def look(run: tune.TuneRun) -> float:
+        def keep() -> None:
+            gradients = [parameter.grad.flatten() for _, parameter in run._parameters()]
+            seen.append(torch.cat([run._loss[None], *gradients]).clone())
+
+        run._ids_SL.copy_(run._batch())
+        monkeypatch.setattr(run._optimizer, "step", keep)
+        for samples in (4, 3, 1):
+            monkeypatch.setattr(tune, "SAMPLES_AT_ONCE", {"cpu": samples})
+            run._compute_step()
+        raise Killed
+
+    monkeypatch.setattr(tune.TuneRun, "learn", look)
+    with pytest.raises(Killed):
+        quantize(source, tmp_path / "out", text, *SMALL, "algorithm=[gptq,tune]", "tune.batch=4")
+    whole, *parts = seen
+    assert whole.abs().max() > 0 and len(parts) == 2
+    for part in parts:
+        assert (part - whole).norm() < 1e-5 * whole.norm()
+
+
 @pytest.fixture
 def overflowing(tmp_path, text) -> tuple[Path, str]:
     """A model, and a text in whose first window it overflows."""
