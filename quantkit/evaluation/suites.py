@@ -128,7 +128,7 @@ def load_suite(name_or_path: str) -> Suite:
         problem = f"--suite {name_or_path}: neither a shipped suite nor a file"
         raise EvaluationError(problem, fix=f"{hint}there are {', '.join(shipped)}")
     try:
-        content, lines = parse_yaml(file)
+        content, lines = parse_yaml(file, "docs/evaluation.md")
         return Suite.model_validate(content)
     except (RecipeError, EvaluationError) as error:
         place = "" if str(file) in error.problem else f"{file}: "

@@ -54,8 +54,11 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def parse_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """A mapping in YAML as plain data, and the line of every dotted path in it. Raises RecipeError."""
+def parse_yaml(file: Path, example: str = "`quantkit recipes int4`") -> tuple[dict[str, Any], dict[str, int]]:
+    """A mapping in YAML as plain data, and the line of every dotted path in it. example: of such a file.
+
+    Raises RecipeError.
+    """
     try:
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -67,7 +70,7 @@ def parse_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if not isinstance(content, dict):
         raise RecipeError(
             f"{file}: not a list of `key: value` lines",
-            fix="write it as such",
+            fix=f"see {example}",
         )
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
         raise RecipeError(f"{file}: uses a YAML alias (*name)", fix="write the value out")

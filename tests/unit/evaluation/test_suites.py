@@ -109,6 +109,13 @@ def test_mistakes_name_file_and_line(tmp_path, text, finding):
     assert finding in caught.value.problem and str(file) in caught.value.problem
 
 
+def test_no_suite_at_all_is_told_what_one_is(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(EvaluationError) as caught:
+        load_suite(str(tmp_path / "empty.yaml"))
+    assert "key: value" in caught.value.problem and "docs/evaluation.md" in caught.value.fix
+
+
 def test_a_suite_that_is_not_there_has_a_near_name():
     with pytest.raises(EvaluationError) as caught:
         load_suite("quik")
