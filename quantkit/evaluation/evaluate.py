@@ -135,8 +135,9 @@ def evaluate(
     if unmatched := asked.unmatched(candidates):
         run.say(f"the suite's gates of {', '.join(unmatched)} are of no candidate here")
     baseline = _run_reference(original, source, run)
-    is_asked = session is not None and any(isinstance(candidate, Subject) for candidate in opened)
-    answers = session.results(original, setup.candidate(original)) if session and is_asked else ()
+    answers: Sequence[TaskResult] = ()
+    if session is not None and any(isinstance(candidate, Subject) for candidate in opened):
+        answers = session.results(original, setup.candidate(original))
     results = tuple(_judge(candidate, baseline, run, is_only=len(opened) == 1) for candidate in opened)
     results = _look_closer(results, original, run, where=asked.where)
     if session is not None:

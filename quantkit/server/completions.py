@@ -14,9 +14,8 @@ from quantkit.server.context import Context, usage_of
 from quantkit.server.errors import invalid
 from quantkit.server.generation import Generation
 from quantkit.server.lifecycle import ServedModel
-from quantkit.server.limits import MAX_PROMPTS
 from quantkit.server.messages import Choice, ChosenToken
-from quantkit.server.prompts import check_room
+from quantkit.server.prompts import check_number, check_room
 from quantkit.server.sampling import sampling_params
 
 MAX_TOKENS = 16  # OpenAI's default
@@ -38,8 +37,8 @@ async def _prompt_ids(context: Context, model: ServedModel, body: CompletionBody
     prompt = body.prompt
     if isinstance(prompt, str):
         return await context.prompts.texts(model.tokenizer, [prompt])
-    if prompt and not isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:  # not after all are tokenized
-        raise invalid(f"{len(prompt)} prompts; give 1 to {MAX_PROMPTS}", param="prompt")
+    if prompt and not isinstance(prompt[0], int):
+        check_number(len(prompt), param="prompt")  # before all of them are tokenized
     if prompt and isinstance(prompt[0], str):
         return await context.prompts.texts(model.tokenizer, prompt)
     given = [prompt] if prompt and isinstance(prompt[0], int) else prompt

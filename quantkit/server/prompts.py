@@ -102,6 +102,12 @@ def _checked(told: Conversation, tools: ToolSupport | None) -> Conversation:
     return told
 
 
+def check_number(num_prompts: int, *, param: str) -> None:
+    """Raise ApiError, a 400, for no prompt and for too many."""
+    if not 1 <= num_prompts <= MAX_PROMPTS:
+        raise invalid(f"{num_prompts} prompts; give 1 to {MAX_PROMPTS}", param=param)
+
+
 def check_room(
     prompts: Sequence[list[int]], max_tokens: int | None, max_model_len: int, *, param: str
 ) -> int:
@@ -109,8 +115,7 @@ def check_room(
 
     Raises ApiError, a 400, if there is no prompt or not that much room.
     """
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise invalid(f"{len(prompts)} prompts; give 1 to {MAX_PROMPTS}", param=param)
+    check_number(len(prompts), param=param)
     if not all(prompts):
         raise invalid("a prompt has no tokens", param=param)
     longest = max(map(len, prompts))
